@@ -43,7 +43,7 @@ class EncoderConfig:
     """The network that is kept."""
 
     arch: str = "resnet50"
-    """A torchvision ResNet, or a narrower, finer one: NAME[_w<base width>][_s<stride of the map>], as resnet18_w32_s16."""
+    """A torchvision ResNet, or a narrower and finer one: NAME[_w<base width>][_s<stride>], as resnet18_w32_s16."""
     weights: str = "IMAGENET1K_V1"
     """torchvision weight tag, none, or the path of a .safetensors/.pth file."""
     head: Literal["mlp2", "mlp3_bn"] = "mlp2"
