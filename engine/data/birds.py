@@ -1,0 +1,318 @@
+"""The demo world: forty bird species in ten genera, drawn into JPEG files in CUB-200-2011's own layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from engine.data.birds_drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random_pose
+from engine.data.birds_scenes import background, finish, random_nuisance
+
+VERSION = 1
+"""Raised whenever the same seed draws another picture: a finished world of an older version is drawn again."""
+
+STAMP = "birds.json"
+"""The file that a finished world ends with: its version, seed and counts."""
+
+PLANS: dict[str, Plan] = {
+    "Finch": Plan(
+        "rust", "cream", ("cap", "bars"), (0.58, 0.40), 14, (0.10, -0.2, 0.26), "cone", 0.22, "square", 0.5, 0, 0.22
+    ),
+    "Heron": Plan(
+        "slate",
+        "cream",
+        ("crest", "belly"),
+        (0.55, 0.27),
+        26,
+        (0.26, -0.62, 0.17),
+        "dagger",
+        0.5,
+        "square",
+        0.3,
+        8,
+        0.62,
+        (0.6, 0.2),
+    ),
+    "Owl": Plan(
+        "rust",
+        "gold",
+        ("ring", "crest"),
+        (0.62, 0.42),
+        62,
+        (-0.02, -0.2, 0.38),
+        "hook",
+        0.12,
+        "square",
+        0.3,
+        0,
+        0.12,
+        (0.62, 0.22),
+        "barred",
+    ),
+    "Swallow": Plan(
+        "slate",
+        "ember",
+        ("throat", "patch"),
+        (0.58, 0.24),
+        6,
+        (0.08, -0.1, 0.2),
+        "thin",
+        0.14,
+        "fork",
+        0.85,
+        4,
+        0.1,
+        (0.95, 0.2),
+    ),
+    "Kingfisher": Plan(
+        "slate",
+        "gold",
+        ("collar", "tailtip"),
+        (0.48, 0.34),
+        34,
+        (0.14, -0.24, 0.32),
+        "dagger",
+        0.6,
+        "square",
+        0.32,
+        0,
+        0.12,
+        (0.5, 0.24),
+    ),
+    "Pheasant": Plan(
+        "rust",
+        "ember",
+        ("mask", "tailbars"),
+        (0.56, 0.34),
+        12,
+        (0.2, -0.36, 0.19),
+        "cone",
+        0.16,
+        "point",
+        1.15,
+        10,
+        0.36,
+        (0.5, 0.24),
+        "scaled",
+    ),
+    "Duck": Plan(
+        "olive",
+        "cream",
+        ("collar", "patch"),
+        (0.72, 0.33),
+        6,
+        (0.12, -0.36, 0.24),
+        "flat",
+        0.34,
+        "square",
+        0.24,
+        24,
+        0.1,
+        (0.66, 0.24),
+    ),
+    "Woodpecker": Plan(
+        "olive",
+        "ember",
+        ("cap", "spots"),
+        (0.62, 0.28),
+        58,
+        (0.1, -0.16, 0.22),
+        "dagger",
+        0.32,
+        "point",
+        0.55,
+        -10,
+        0.12,
+        (0.66, 0.2),
+    ),
+    "Wren": Plan(
+        "rust",
+        "cream",
+        ("bars", "breastband"),
+        (0.5, 0.40),
+        16,
+        (0.04, -0.14, 0.25),
+        "curved",
+        0.3,
+        "fan",
+        0.5,
+        56,
+        0.24,
+        (0.46, 0.22),
+        "spotted",
+    ),
+    "Parrot": Plan(
+        "olive",
+        "gold",
+        ("crest", "tailtip"),
+        (0.6, 0.34),
+        48,
+        (0.08, -0.14, 0.31),
+        "hook",
+        0.26,
+        "fan",
+        0.9,
+        -4,
+        0.12,
+        (0.72, 0.26),
+    ),
+}
+GENERA: tuple[str, ...] = tuple(PLANS)
+
+
+def _name(genus: str, bits: int) -> str:
+    words = [part.capitalize() for i, part in enumerate(PLANS[genus].parts) if bits >> i & 1]
+    return "_".join([*(words or ["Plain"]), genus])
+
+
+SPECIES: tuple[str, ...] = tuple(_name(genus, bits) for genus in GENERA for bits in range(4))
+"""Species ``4 g + b``: genus ``g`` with the parts whose bits are set in ``b``."""
+
+
+def parts_of(species: int) -> frozenset[str]:
+    """The parts that mark a species among the four of its genus."""
+    return frozenset(part for i, part in enumerate(PLANS[GENERA[species // 4]].parts) if species % 4 >> i & 1)
+
+
+def draw(species: int, seed: int | Sequence[int]) -> Image.Image:
+    """One bird of ``species`` (0..39), RGB, ``SIDE`` pixels square.
+
+    Pose, place, light and occluders follow from ``seed`` alone: two species with one seed stand in the same scene.
+    """
+    if not 0 <= species < len(SPECIES):
+        raise ValueError(f"species {species} is not in 0..{len(SPECIES) - 1}")
+    entropy = [seed] if isinstance(seed, int) else list(seed)
+    behind, figure, before = (np.random.default_rng([*entropy, stream]) for stream in range(3))
+    nuisance = random_nuisance(behind)
+    size = SIDE * SUPERSAMPLE
+    scene = background(behind, nuisance.place, size)
+    empty = scene.copy()
+    draw_bird(scene, PLANS[GENERA[species // 4]], parts_of(species), random_pose(figure, size))
+    return finish(scene, empty, nuisance, before)
+
+
+@dataclass(frozen=True)
+class _Job:
+    root: str
+    name: str
+    species: int
+    seed: tuple[int, ...]
+
+
+def _write(job: _Job) -> None:
+    draw(job.species, job.seed).save(Path(job.root, "images", job.name), quality=92, subsampling=0)
+
+
+def _jobs(root: Path, seed: int, counts: tuple[int, int]) -> Iterator[tuple[_Job, bool]]:
+    """Every image of the world with its "is a training image" flag, species by species."""
+    for species, name in enumerate(SPECIES):
+        for split, count in enumerate(counts):
+            for i in range(count):
+                number = i + split * counts[0]
+                path = f"{_folder(species)}/{name}_{number:04d}.jpg"
+                yield _Job(str(root), path, species, (seed, split, species, i)), split == 0
+
+
+def _folder(species: int) -> str:
+    return f"{species + 1:03d}.{SPECIES[species]}"
+
+
+def _stamp(seed: int, train_per_species: int, test_per_species: int) -> dict[str, int]:
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "train_per_species": train_per_species,
+        "test_per_species": test_per_species,
+    }
+
+
+def _is_finished(root: Path, stamp: dict[str, int]) -> bool:
+    try:
+        return json.loads((root / STAMP).read_text()) == stamp
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
+
+
+def generate(
+    root: Path | str,
+    seed: int = 0,
+    train_per_species: int = 40,
+    test_per_species: int = 30,
+    workers: int = 2,
+    progress: bool = True,
+) -> Path:
+    """Draw the whole world as JPEG files in CUB-200-2011's layout and return its folder.
+
+    The files appear at ``root`` all at once (written beside it and renamed), and nothing is drawn when a finished world with
+    the same parameters is already there.
+
+    Raises:
+        ValueError: a count below 1, or a negative seed.
+        FileExistsError: ``root`` holds something that is not a demo world; it is left alone.
+    """
+    if min(train_per_species, test_per_species, workers) < 1 or seed < 0:
+        raise ValueError(
+            f"train_per_species={train_per_species}, test_per_species={test_per_species} and workers={workers} must be at "
+            f"least 1 and seed={seed} at least 0"
+        )
+    root = Path(root)
+    stamp = _stamp(seed, train_per_species, test_per_species)
+    if _is_finished(root, stamp):
+        return root
+    if root.exists() and (not root.is_dir() or any(root.iterdir())) and not (root / STAMP).is_file():
+        raise FileExistsError(f"{root} exists and is not a demo world; name another folder (data.root) or remove it")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    try:
+        _draw_all(fresh, seed, (train_per_species, test_per_species), workers, progress)
+        (fresh / STAMP).write_text(json.dumps(stamp))
+        fresh.chmod(0o755)
+        if root.exists():
+            shutil.rmtree(root)
+        try:
+            fresh.rename(root)
+        except OSError:
+            # Another process may have finished the same world first; its files are equal to ours.
+            if not _is_finished(root, stamp):
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return root
+
+
+def ensure(root: Path | str, *, seed: int = 0, workers: int = 2, progress: bool = True) -> Path:
+    """The demo world of ``seed`` in its standard size at ``root``, drawn unless it is already there."""
+    return generate(root, seed, workers=workers, progress=progress)
+
+
+def _draw_all(root: Path, seed: int, counts: tuple[int, int], workers: int, progress: bool) -> None:
+    for species in range(len(SPECIES)):
+        (root / "images" / _folder(species)).mkdir(parents=True)
+    jobs = list(_jobs(root, seed, counts))
+    rows = [(i, job, train) for i, (job, train) in enumerate(jobs, 1)]
+    (root / "images.txt").write_text("".join(f"{i} {job.name}\n" for i, job, _ in rows))
+    (root / "image_class_labels.txt").write_text("".join(f"{i} {job.species + 1}\n" for i, job, _ in rows))
+    (root / "train_test_split.txt").write_text("".join(f"{i} {int(train)}\n" for i, _, train in rows))
+    (root / "classes.txt").write_text("".join(f"{k + 1} {_folder(k)}\n" for k in range(len(SPECIES))))
+    with Progress(disable=not progress, transient=True) as bar, ExitStack() as stack:
+        task = bar.add_task("drawing the demo world", total=len(jobs))
+        todo = (job for job, _ in jobs)
+        if workers == 1:
+            done: Iterator[None] = map(_write, todo)
+        else:
+            # spawn: the caller may already hold threads (torch, DALI), which do not survive a fork.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            done = pool.map(_write, todo, chunksize=20)
+        for _ in done:
+            bar.advance(task)

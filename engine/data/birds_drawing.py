@@ -1,0 +1,365 @@
+"""How the demo world is drawn: scenes, birds built from parts, members of seven other categories, light and occluders.
+
+Everything here is a pure function of a random generator and a description of what to draw. Lengths inside a figure are in
+units of the figure's scale, x points forward, y points down; images are drawn ``SUPERSAMPLE`` times too large and reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 128
+"""Width and height of a finished image, in pixels."""
+SUPERSAMPLE = 3
+
+Colour = tuple[float, float, float]
+
+# Three plumages for ten genera and three accents for all parts: colour alone must not tell the species.
+HUES: dict[str, Colour] = {"rust": (148, 98, 66), "slate": (98, 108, 124), "olive": (122, 118, 78)}
+ACCENTS: dict[str, Colour] = {"cream": (240, 234, 214), "gold": (232, 178, 60), "ember": (206, 78, 48)}
+INK: Colour = (30, 28, 30)
+
+
+def shade(colour: Sequence[float], factor: float) -> tuple[int, int, int]:
+    """The colour times ``factor``, clipped to bytes."""
+    return tuple(int(min(255, max(0, c * factor))) for c in colour)  # type: ignore[return-value]
+
+
+def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
+    """The colour ``t`` of the way from ``a`` to ``b``."""
+    return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+
+
+def ellipse(
+    x: float, y: float, a: float, b: float, angle: float = 0.0, start: float = 0.0, stop: float = 2 * np.pi
+) -> np.ndarray:
+    """Outline of an ellipse (or of the sector ``start..stop``) with half axes a and b, turned by ``angle`` radians: [28, 2]."""
+    t = np.linspace(start, stop, 28)
+    u, v = a * np.cos(t), b * np.sin(t)
+    c, s = np.cos(angle), np.sin(angle)
+    return np.stack([x + c * u - s * v, y + s * u + c * v], 1)
+
+
+def turned(points: Sequence[Sequence[float]], angle: float, origin: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    """Points turned by ``angle`` radians about zero, then moved to ``origin``."""
+    p = np.asarray(points, float)
+    c, s = np.cos(angle), np.sin(angle)
+    return p @ np.array([[c, s], [-s, c]]) + np.asarray(origin)
+
+
+class Brush:
+    """Draws outlines given in figure units onto one image, under a scale, a turn, a mirror and a shift."""
+
+    def __init__(self, image: Image.Image, scale: float, angle: float, flip: bool, centre: tuple[float, float]) -> None:
+        self.image = image
+        self.pen = ImageDraw.Draw(image)
+        self.scale, self.flip, self.centre = scale, flip, centre
+        c, s = np.cos(angle), np.sin(angle)
+        self.matrix = np.array([[c, s], [-s, c]]) * scale
+
+    def place(self, points: Sequence[Sequence[float]] | np.ndarray) -> list[tuple[float, float]]:
+        p = np.asarray(points, float).reshape(-1, 2)
+        p = (p * (-1, 1) if self.flip else p) @ self.matrix + self.centre
+        return [tuple(q) for q in p.tolist()]
+
+    def polygon(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float]) -> None:
+        self.pen.polygon(self.place(points), fill=shade(colour, 1.0))
+
+    def line(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float], width: float) -> None:
+        self.pen.line(
+            self.place(points), fill=shade(colour, 1.0), width=max(1, round(width * self.scale)), joint="curve"
+        )
+
+    def clipped(self, outline: np.ndarray, paint: Callable[[Brush], None]) -> None:
+        """Run ``paint`` so that it only touches the inside of ``outline``."""
+        layer = Brush.__new__(Brush)
+        layer.__dict__.update(self.__dict__)
+        layer.image = self.image.copy()
+        layer.pen = ImageDraw.Draw(layer.image)
+        paint(layer)
+        mask = Image.new("L", self.image.size)
+        ImageDraw.Draw(mask).polygon(self.place(outline), fill=255)
+        self.image.paste(layer.image, mask=mask)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The build that all species of a genus share. Lengths in figure units, angles in degrees."""
+
+    hue: str
+    accent: str
+    parts: tuple[str, str]
+    """The two parts that tell its four species apart: absent or present each."""
+    body: tuple[float, float] = (0.62, 0.36)
+    tilt: float = 12.0
+    """How far the body's front is raised."""
+    head: tuple[float, float, float] = (0.12, -0.2, 0.25)
+    """Head centre relative to the body's front, and radius."""
+    beak: str = "cone"
+    beak_length: float = 0.24
+    tail: str = "square"
+    tail_length: float = 0.5
+    tail_angle: float = 0.0
+    legs: float = 0.25
+    wing: tuple[float, float] = (0.62, 0.26)
+    coat: str = "plain"
+    """Pattern of the whole genus: plain, streaked, spotted, barred, scaled."""
+
+
+@dataclass(frozen=True)
+class Pose:
+    """What changes from one bird of a species to the next."""
+
+    scale: float
+    angle: float
+    flip: bool
+    centre: tuple[float, float]
+    tint: Colour
+    light: float
+    head: tuple[float, float]
+    wing: float
+    tail: float
+
+
+def random_pose(rng: np.random.Generator, size: int) -> Pose:
+    """A pose whose figure stays inside the image, though rarely at its centre."""
+    return Pose(
+        scale=rng.uniform(0.34, 0.40) * size,
+        angle=np.deg2rad(rng.uniform(-14, 14)),
+        flip=bool(rng.random() < 0.5),
+        centre=tuple(size * (0.5 + rng.uniform(-0.13, 0.13, 2))),
+        tint=tuple(rng.normal(0, 9, 3)),
+        light=rng.uniform(0.85, 1.15),
+        head=tuple(rng.normal(0, 0.025, 2)),
+        wing=rng.normal(0, 0.06),
+        tail=rng.normal(0, 0.08),
+    )
+
+
+def _coat(
+    brush: Brush, outline: np.ndarray, axis: float, half: tuple[float, float], kind: str, dark: Sequence[float]
+) -> None:
+    """Fill ``outline`` (around zero, half axes ``half``, turned by ``axis``) with a plumage pattern."""
+    a, b = half
+
+    def paint(layer: Brush) -> None:
+        if kind == "streaked":
+            for v in np.linspace(-b, b, 6):
+                layer.line(turned([(-a, v), (a, v)], axis), dark, 0.045)
+        elif kind == "barred":
+            for u in np.linspace(-a, a, 9):
+                layer.line(turned([(u, -b), (u - 0.06, 0), (u, b)], axis), dark, 0.05)
+        elif kind == "spotted":
+            for i, v in enumerate(np.linspace(-b, b, 6)):
+                for u in np.linspace(-a, a, 9) + (i % 2) * a / 8:
+                    layer.polygon(turned(ellipse(u, v, 0.045, 0.045), axis), dark)
+        elif kind == "scaled":
+            for i, v in enumerate(np.linspace(-b, b, 6)):
+                for u in np.linspace(-a, a, 7) + (i % 2) * a / 6:
+                    layer.line(turned(ellipse(u, v, 0.11, 0.09, 0, -1.2, 1.2), axis), dark, 0.03)
+
+    if kind != "plain":
+        brush.clipped(outline, paint)
+
+
+def _beak(kind: str, r: float, n: float) -> list[np.ndarray]:
+    """Outlines of a beak of length ``n`` on a head of radius ``r`` centred at zero: the beak and its lower half."""
+    shapes = {
+        "cone": [(r * 0.7, -0.14), (r * 0.9 + n, 0.03), (r * 0.7, 0.15)],
+        "thin": [(r * 0.8, -0.05), (r * 0.9 + n, 0.02), (r * 0.8, 0.07)],
+        "dagger": [(r * 0.7, -0.11), (r * 0.9 + n, 0.02), (r * 0.7, 0.12)],
+        "curved": [(r * 0.8, -0.07), (r + n * 0.6, -0.02), (r * 0.9 + n, 0.22), (r + n * 0.5, 0.08), (r * 0.8, 0.08)],
+        "hook": [
+            (r * 0.6, -0.17),
+            (r + n * 0.55, -0.12),
+            (r + n, 0.06),
+            (r + n * 0.85, 0.24),
+            (r + n * 0.45, 0.1),
+            (r * 0.6, 0.16),
+        ],
+        "flat": [
+            (r * 0.7, -0.1),
+            (r + n * 0.5, 0.0),
+            (r + n, -0.02),
+            (r + n * 1.1, 0.06),
+            (r + n, 0.12),
+            (r * 0.7, 0.14),
+        ],
+    }
+    if kind not in shapes:
+        raise ValueError(f"unknown beak {kind!r}; known: {', '.join(shapes)}")
+    return [np.asarray(shapes[kind])]
+
+
+def _tail(kind: str, n: float) -> np.ndarray:
+    """Outline of a tail of length ``n`` that starts at zero and points backwards."""
+    shapes = {
+        "square": [(0.1, -0.1), (-n, -0.13), (-n, 0.13), (0.1, 0.12)],
+        "fork": [(0.1, -0.09), (-n, -0.2), (-n * 0.45, 0.0), (-n, 0.2), (0.1, 0.11)],
+        "fan": [
+            (0.1, -0.1),
+            (-n * 0.85, -0.32),
+            (-n, -0.12),
+            (-n * 1.04, 0.04),
+            (-n * 0.98, 0.2),
+            (-n * 0.8, 0.36),
+            (0.1, 0.12),
+        ],
+        "point": [(0.1, -0.12), (-n * 0.6, -0.1), (-n, 0.02), (-n * 0.6, 0.12), (0.1, 0.13)],
+    }
+    if kind not in shapes:
+        raise ValueError(f"unknown tail {kind!r}; known: {', '.join(shapes)}")
+    return np.asarray(shapes[kind])
+
+
+PARTS = (
+    "crest",
+    "cap",
+    "mask",
+    "ring",
+    "throat",
+    "collar",
+    "bars",
+    "patch",
+    "belly",
+    "tailtip",
+    "tailbars",
+    "beak",
+    "spots",
+    "breastband",
+)
+
+
+def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose) -> None:
+    """Paint one bird with the given parts onto ``image``."""
+    if unknown := parts.difference(PARTS):
+        raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
+    brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
+    base = tuple((c + t) * pose.light for c, t in zip(HUES[plan.hue], pose.tint, strict=True))
+    accent = shade(ACCENTS[plan.accent], 0.55 + 0.45 * pose.light)
+    dark, darker, pale = shade(base, 0.68), shade(base, 0.45), mix(base, (235, 225, 205), 0.42)
+    tilt = -np.deg2rad(plan.tilt)
+    a, b = plan.body
+    front = turned([(a * 0.72, -b * 0.2)], tilt)[0]
+    head = front + np.array(plan.head[:2]) + pose.head
+    r = plan.head[2]
+
+    # legs
+    for x in (-0.06, 0.12):
+        brush.line(
+            [(x, b * 0.7), (x + 0.03, b * 0.75 + plan.legs), (x + 0.13, b * 0.75 + plan.legs + 0.02)],
+            (96, 74, 52),
+            0.04,
+        )
+    # tail
+    axis = tilt + np.deg2rad(plan.tail_angle) + pose.tail
+    root = tuple(turned([(-a * 0.86, 0.0)], tilt)[0])
+    outline = turned(_tail(plan.tail, plan.tail_length), axis, root)
+    brush.polygon(outline, dark)
+
+    def tail_marks(layer: Brush) -> None:
+        n = plan.tail_length
+        if "tailtip" in parts:
+            layer.polygon(
+                turned([(-n * 0.66, -0.5), (-n * 1.2, -0.5), (-n * 1.2, 0.5), (-n * 0.66, 0.5)], axis, root), accent
+            )
+        if "tailbars" in parts:
+            for u in np.arange(0.22, n * 1.1, 0.2):
+                layer.polygon(turned([(-u, -0.5), (-u - 0.1, -0.5), (-u - 0.1, 0.5), (-u, 0.5)], axis, root), accent)
+
+    brush.clipped(outline, tail_marks)
+    # neck, body, underside
+    width, reach = b * 0.72, np.hypot(*(head - front * 0.5)) + 1e-6
+    normal = np.array([-(head - front * 0.5)[1], (head - front * 0.5)[0]]) / reach
+    neck = np.array(
+        [front * 0.5 - normal * width, head - normal * r * 0.72, head + normal * r * 0.72, front * 0.5 + normal * width]
+    )
+    body = turned(ellipse(0, 0, a, b), tilt)
+    brush.polygon(body, base)
+    brush.polygon(neck, base)
+    belly = turned(ellipse(0.1, b * 0.52, a * 0.8, b * 0.62), tilt)
+    brush.clipped(body, lambda layer: layer.polygon(belly, pale))
+    _coat(brush, body, tilt, (a, b), plan.coat, darker)
+
+    def body_marks(layer: Brush) -> None:
+        if "belly" in parts:
+            layer.polygon(turned(ellipse(0.0, b * 0.75, a * 0.72, b * 0.6), tilt), accent)
+        if "breastband" in parts:
+            layer.line(turned([(a * 0.42, -b * 1.2), (a * 0.58, 0), (a * 0.42, b * 1.2)], tilt), accent, 0.16)
+        if "spots" in parts:
+            for i, v in enumerate(np.linspace(0.0, b, 4)):
+                for u in np.linspace(-a * 0.7, a, 7) + (i % 2) * a * 0.14:
+                    layer.polygon(turned(ellipse(u, v, 0.062, 0.062), tilt), INK)
+
+    brush.clipped(body, body_marks)
+    # wing
+    length, breadth = plan.wing
+    wing = turned(
+        [
+            (a * 0.42, -b * 0.15),
+            (a * 0.2, -b * 0.15 - breadth * 0.7),
+            (-length * 0.5, -breadth * 0.75),
+            (-length * 1.15, 0.02),
+            (-length * 0.45, breadth * 0.75),
+            (a * 0.15, breadth * 0.75),
+        ],
+        tilt + pose.wing,
+    )
+    wing = _rounded(wing)
+    brush.polygon(wing, dark)
+
+    def wing_marks(layer: Brush) -> None:
+        turn = tilt + pose.wing
+        for v in (-0.3, 0.05, 0.4):
+            layer.line(turned([(-length * 0.25, breadth * v), (-length * 1.1, breadth * v * 0.3)], turn), darker, 0.025)
+        if "bars" in parts:
+            for u in (0.06, -0.2):
+                layer.line(turned([(u + 0.06, -breadth * 1.2), (u - 0.06, breadth * 1.2)], turn), accent, 0.095)
+        if "patch" in parts:
+            layer.polygon(turned(ellipse(-length * 0.25, 0.03, 0.24, breadth * 0.48), turn), accent)
+
+    brush.clipped(wing, wing_marks)
+    # head
+    if "crest" in parts:
+        spikes = [(-0.75, -0.45), (-1.9, -1.25), (-0.75, -1.0), (-1.0, -2.0), (-0.1, -1.15), (0.1, -1.95), (0.7, -0.6)]
+        brush.polygon(np.asarray(spikes) * r + head, accent)
+    beak = 1.85 if "beak" in parts else 1.0
+    for outline in _beak(plan.beak, r, plan.beak_length * beak):
+        if "beak" in parts:
+            outline = outline * (1, 1.35)
+        brush.polygon(outline + head, accent if "beak" in parts else (58, 52, 50))
+    skull = ellipse(*head, r, r * 0.95)
+    brush.polygon(skull, shade(base, 1.06))
+    eye = head + (r * 0.35, -r * 0.12)
+
+    def head_marks(layer: Brush) -> None:
+        if "cap" in parts:
+            layer.polygon(np.array([(-1.2, -0.28), (1.2, -0.28), (1.2, -1.2), (-1.2, -1.2)]) * r + head, accent)
+        if "mask" in parts:
+            layer.polygon(np.array([(-1.2, -0.34), (1.2, -0.34), (1.2, 0.22), (-1.2, 0.34)]) * r + head, INK)
+        if "throat" in parts:
+            layer.polygon(np.array([(-0.5, 0.3), (1.2, 0.2), (1.2, 1.2), (-0.5, 1.2)]) * r + head, accent)
+
+    brush.clipped(skull, head_marks)
+    if "throat" in parts:
+        brush.polygon(ellipse(head[0] + r * 0.1, head[1] + r * 0.85, r * 0.6, r * 0.55), accent)
+    if "collar" in parts:
+        mid = front * 0.5 + (head - front * 0.5) * 0.62
+        wide = r * 0.86
+        brush.line([mid - normal * wide, mid + normal * wide], accent, 0.13)
+    if "ring" in parts:
+        brush.polygon(ellipse(*eye, 0.155, 0.155), accent)
+    brush.polygon(ellipse(*eye, 0.07, 0.07), INK)
+    brush.polygon(ellipse(eye[0] + 0.02, eye[1] - 0.025, 0.024, 0.024), (250, 250, 250))
+
+
+def _rounded(points: np.ndarray) -> np.ndarray:
+    """Two rounds of corner cutting (Chaikin): a smooth outline from a few corners."""
+    for _ in range(2):
+        after = np.roll(points, -1, 0)
+        points = np.stack([0.75 * points + 0.25 * after, 0.25 * points + 0.75 * after], 1).reshape(-1, 2)
+    return points
