@@ -1,0 +1,27 @@
+"""The engine that runs a method: data, step, checkpoints, evaluation.
+
+``from engine import Trainer, load``: ``Trainer(method, loader, epochs=100).fit()`` trains anybody's ``ppssl.Method``;
+``load(RUN)`` gives a trained network whose call maps normalised images to unit features.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.build import load
+    from engine.trainer import Trainer
+
+__all__ = ["Trainer", "load"]
+
+
+def __getattr__(name: str) -> Any:  # lazily: reading a config needs no torch
+    if name == "Trainer":
+        from engine.trainer import Trainer
+
+        return Trainer
+    if name == "load":
+        from engine.build import load
+
+        return load
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")

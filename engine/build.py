@@ -1,0 +1,123 @@
+"""What a config builds: the image lists, the teacher, the method; and the network of a finished run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine import checkpoint, weights
+from engine.config import Config, from_yaml
+from engine.data import birds, catalog
+from engine.log import say
+from ppssl.encoder import FeatureNet, Trunk
+from ppssl.method import METHODS, Method
+from ppssl.teacher import Teacher, load_descriptions
+
+
+def cache_folder() -> Path:
+    """$PPSSL_CACHE, else $XDG_CACHE_HOME/ppssl-engine, else ~/.cache/ppssl-engine."""
+    if own := os.environ.get("PPSSL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppssl-engine"
+
+
+def resolve(cfg: Config, device: torch.device) -> Config:
+    """``cfg`` with what depends on the machine decided. Raises ``ValueError`` naming the key for what this version cannot do."""
+    absent = {
+        "queue.sharded": cfg.queue.sharded,
+        "queue.mask_own": cfg.queue.mask_own,
+        "run.compile": cfg.run.compile if cfg.run.compile in ("encoder", "step") else False,
+        "run.cuda_graph": cfg.run.cuda_graph == "on",
+    }
+    for key, value in absent.items():
+        if value:
+            raise ValueError(f"{key}: {str(value).lower()} is not available in this version; leave it at its default")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: more than one process is not available in this version; start without torchrun")
+    if cfg.method.name not in METHODS:
+        raise ValueError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
+    if cfg.queue.size < cfg.batch_size:
+        raise ValueError(
+            f"queue.size: {cfg.queue.size} is smaller than batch_size {cfg.batch_size}, so keys would be overwritten before they are "
+            f"ever used; raise queue.size or lower batch_size"
+        )
+    if cfg.batch_size % cfg.bn.groups:
+        raise ValueError(f"bn.groups: {cfg.bn.groups} does not divide batch_size {cfg.batch_size}; choose a divisor")
+    if cfg.queue.dtype == "auto":
+        narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
+        cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
+    return cfg
+
+
+def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
+    """The checked image lists of ``data.name`` under ``data.root``; the demo world is drawn there first if it is missing."""
+    if cfg.data.root is None:
+        raise ValueError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
+    root = Path(cfg.data.root)
+    if cfg.data.name == "birds":
+        birds.ensure(root, progress=progress)
+    return catalog.load(cfg.data.name, root, workers=cfg.data.workers, cache_dir=cache_dir, progress=progress)
+
+
+def teacher(cfg: Config, device: torch.device) -> Teacher | None:
+    """The frozen image-text model, where the method listens to one."""
+    if cfg.method.name != "ppssl":
+        return None
+    model, files = cfg.teacher.model, cfg.teacher.weights
+    if "birds" in (model, files):
+        if model != files:
+            raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
+        from engine.data.birds_teacher import teacher_files
+
+        model, files = map(str, teacher_files())
+    return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
+
+
+def method(cfg: Config, model: Teacher | None) -> Method:
+    """The method of ``cfg`` with its starting weights; random parts are a function of ``seed`` alone."""
+    torch.manual_seed(cfg.seed)
+    trunk = Trunk(cfg.encoder.arch)
+    say(f"encoder: {cfg.encoder.arch}, {weights.initialise(trunk, cfg.encoder.weights)}")
+    kind = METHODS[cfg.method.name]
+    return kind.from_config(cfg, kind.build_network(cfg, trunk), model)
+
+
+class Run(NamedTuple):
+    """A run folder that has been read."""
+
+    config: Config
+    network: FeatureNet
+    step: int
+    epoch: int
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
+    """The config and the trained network of a run folder, in eval mode.
+
+    Raises ``FileNotFoundError`` when ``folder`` is not a run folder or has no weights yet, ``ValueError`` when its files do not
+    belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+    cfg = from_yaml(folder / "config.yaml")
+    path = folder / "weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
+    network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
+    try:
+        network.load_weights(checkpoint.load_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {error}") from error
+    metadata = checkpoint.read_metadata(path)
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
+    """The trained network of a run: ``engine.load(RUN)(images)`` maps [B, 3, S, S] normalised images to unit rows [B, C]."""
+    return load_run(folder, device).network

@@ -1,0 +1,237 @@
+"""``python -m engine.train --cfg cub.yaml --amp``: from a recipe to a trained, judged network in a run folder."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from engine import arguments, build, checkpoint, log
+from engine.checkpoint import write_atomically
+from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
+from engine.data import birds, build_loader, catalog, sampler, teacher_cache
+from engine.evaluate import evaluate
+from engine.log import say
+from engine.trainer import Stopped, Summary, Trainer
+from ppssl.teacher import Teacher
+
+# What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
+# computed.
+_FREE_TO_CHANGE = ("out", "resume", "data.root", "data.loader", "data.resident", "data.workers")
+_FREE_SECTIONS = ("run.", "eval.")
+_SHOWN = ("rank1", "rank5", "mAP")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 75 saved on a signal, 130 interrupted."""
+    started = time.perf_counter()
+    args = arguments.parse(argv)
+    if args.print_config:
+        print(to_yaml(args.config), end="")
+        return 0
+    try:
+        if args.dry_run:
+            dry_run(args.config)
+        else:
+            train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started)
+    except Stopped as stopped:
+        say(str(stopped))
+        return stopped.code
+    except KeyboardInterrupt:
+        say("interrupted before training began; nothing was saved")
+        return 130
+    except ConfigError as error:
+        say(f"error: {error}")
+        return 2
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, catalog.BrokenFile) as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+def train(cfg: Config, out: Path, started: float) -> Summary:
+    """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = build.resolve(cfg, device)
+    source, state = find_checkpoint(cfg, out)
+    cache = build.cache_folder()
+    images = build.data(cfg, cache_dir=cache)
+    trainer = assemble(cfg, images, device, out=out, embed=lambda t: teacher_cache.embeddings(
+        t, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
+    ))  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
+    catalog.write_bad_files(images, out / "bad_files.txt")
+    judge = judge_into(out, cfg, images, device)
+    if source is not None:
+        trainer.resume(source, state)
+    else:
+        log.append(out, {"kind": "start", "step": 0, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | environment(trainer, device))
+        judge(trainer)
+    if cfg.eval.every:
+        trainer.hooks.append(lambda t: judge(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
+    cold = time.perf_counter() - started
+    try:
+        summary = trainer.fit()
+    finally:
+        trainer.loader.close()
+    judge(trainer)
+    record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
+    log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
+    report(out, record)
+    return summary
+
+
+def dry_run(cfg: Config) -> None:
+    """Builds everything, runs one step and says what a run would do; writes nothing (the demo's world goes to a temporary
+    folder)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = build.resolve(cfg, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        if cfg.data.name == "birds" and not (Path(cfg.data.root or "") / "images.txt").is_file():
+            cfg = replace(cfg, data=replace(cfg.data, root=str(Path(scratch) / "birds")))
+            each = -(-cfg.batch_size // len(birds.SPECIES))
+            birds.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
+        images = build.data(cfg, cache_dir=None)
+        index = sampler.batch_at(cfg.seed, 0, len(images.train), cfg.batch_size)[1]
+
+        def embed_first_batch(teacher: Teacher) -> torch.Tensor:
+            rows = torch.zeros(len(images.train), teacher.dim, dtype=torch.float16, device=device)
+            rows[index] = teacher_cache.embeddings_of(teacher, images.train, index, device=device)
+            return rows
+
+        trainer = assemble(cfg, images, device, out=None, embed=embed_first_batch)
+        try:
+            batch = next(iter(trainer.loader.batches(0, 1)))
+            output = trainer.step(trainer.with_teacher(batch))
+            trainer.check()
+        finally:
+            trainer.loader.close()
+    terms = ", ".join(f"{name} {float(value):.4f}" for name, value in output.terms.items())
+    say(f"one step on {len(batch.index)} images: loss {float(output.total):.4f} ({terms})")
+    say(f"a run would take {trainer.total_steps} steps: {cfg.epochs} epochs of {trainer.loader.steps_per_epoch}; nothing was written")
+
+
+def assemble(
+    cfg: Config, images: catalog.Catalog, device: torch.device, *, out: Path | None, embed: Callable[[Teacher], torch.Tensor]
+) -> Trainer:
+    """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
+    teacher = build.teacher(cfg, device)
+    method = build.method(cfg, teacher)
+    loader = build_loader(images.train, cfg, device, with_original=method.needs_original)
+    rows = embed(teacher) if method.needs_teacher_embeddings else None
+    trainer = Trainer(
+        method,
+        loader,
+        epochs=cfg.epochs,
+        lr=cfg.optim.lr,
+        momentum=cfg.optim.momentum,
+        weight_decay=cfg.optim.weight_decay,
+        schedule=cfg.optim.schedule,
+        optimizer=cfg.optim.backend,
+        ema_decay=cfg.ema.decay,
+        amp=cfg.amp,
+        compile=cfg.run.compile,
+        device=device,
+        teacher=rows,
+        out=out,
+        log_every=cfg.run.log_every,
+        save_every_steps=cfg.run.save_every_steps,
+        keep=cfg.run.keep,
+        info={"config": to_yaml(cfg)},
+    )
+    say(f"method: {cfg.method.name} ({cfg.method.form}), {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
+    say(f"precision: {trainer.precision.note}; device {device}; step: eager")
+    return trainer
+
+
+def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
+    """The checkpoint that ``resume`` names, read and compared with ``cfg``; (None, None) to start afresh, in which case a run that
+    is already in ``out`` is moved aside, not overwritten."""
+    found = checkpoint.list_checkpoints(out / "checkpoints")
+    if cfg.resume == "auto":
+        source = found[-1] if found else None
+    elif cfg.resume == "none":
+        source = None
+    else:
+        source = Path(cfg.resume)
+        if source.is_dir():
+            inside = checkpoint.list_checkpoints(source / "checkpoints")
+            if not inside:
+                raise FileNotFoundError(f"resume: {source} holds no checkpoint")
+            source = inside[-1]
+    if source is None:
+        if out.is_dir() and any(out.iterdir()):
+            number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
+            out.rename(out.with_name(f"{out.name}.{number}"))
+            say(f"{out} held an earlier run; it is now {out}.{number}")
+        return None, None
+    state = checkpoint.load(source)
+    then, now = flatten(from_yaml(state["info"].get("config", ""))), flatten(cfg)
+    for key, value in now.items():
+        free = key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
+        if not free and then[key] != value:
+            raise ValueError(
+                f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; give {key}={then[key]} to "
+                f"continue it, or --out DIR (or --resume none) to start afresh"
+            )
+    return source, state
+
+
+def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.device) -> Callable[[Trainer], None]:
+    """A function that measures a trainer's network on the test split and logs it; it only says so where there are no labels."""
+    if images.test is None or images.test.labels is None:
+        say("no labelled test split: nothing to judge the features by")
+        return lambda trainer: None
+
+    def judge(trainer: Trainer) -> None:
+        with trainer.precision.autocast():
+            result = evaluate(trainer.method.network, images.test, cfg, device)
+        log.append(out, {"kind": "eval", "step": trainer.step.step, "epoch": trainer.epoch} | result)
+        say(f"epoch {trainer.epoch}: " + "  ".join(f"{name} {100 * result[name]:.1f} %" for name in _SHOWN))
+
+    return judge
+
+
+def environment(trainer: Trainer, device: torch.device) -> dict[str, str]:
+    """What the run ran on, for its record."""
+    import platform
+
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "loader": trainer.loader.name,
+        "precision": trainer.precision.note,
+    }
+
+
+def report(out: Path, record: dict[str, float]) -> None:
+    """The closing lines: before and after, and where the time went."""
+    judged = [r for r in log.read(out) if r["kind"] == "eval"]
+    if judged:
+        first, last = judged[0], judged[-1]
+        say(f"retrieval on the test split (leave-one-out, cosine), epoch {first['epoch']} -> epoch {last['epoch']}:")
+        for name in _SHOWN:
+            say(f"  {name:>5} {100 * first[name]:5.1f} % -> {100 * last[name]:5.1f} %")
+    if record["steps"]:
+        say(
+            f"{record['steps']} steps in {record['seconds']:.0f} s ({record['images_per_s']:.0f} img/s, data wait "
+            f"{100 * record['data_wait']:.0f} %, checkpoints {record['checkpoint_seconds']:.1f} s), cold start "
+            f"{record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
+        )
+    say(f"run folder: {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The encoder: ResNet trunk, projection head, the max-out mask branch, and the network that is kept for inference."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from ppssl.ops import maxout, maxout_image
+
+_RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class Trunk(nn.Module):
+    """A ResNet without pooling and classifier, under torchvision's parameter names.
+
+    ``arch`` is ``<resnet name>[_w<base width>][_s<output stride>]``: ``resnet50`` is torchvision's, ``resnet18_w32_s16`` has
+    half its channels and no striding in its last stage, so that a small image still gives a map worth attending to.
+
+    Attributes: ``channels`` C of the output, ``stride`` pixels of the image per cell of the map.
+    Raises ``ValueError`` for an unknown name.
+    """
+
+    def __init__(self, arch: str):
+        super().__init__()
+        match = re.fullmatch(r"(resnet\d+)(?:_w(\d+))?(?:_s(8|16|32))?", arch)
+        if match is None or match[1] not in _RESNETS:
+            raise ValueError(
+                f"encoder.arch: {arch!r} is not known; use one of {', '.join(_RESNETS)}, optionally with _w<base width> and "
+                f"_s<8|16|32> (output stride), e.g. resnet18_w32_s16"
+            )
+        block, depths = _RESNETS[match[1]]
+        width, self.stride = int(match[2] or 64), int(match[3] or 32)
+        self.arch = arch
+        self.channels = 8 * width * block.expansion
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        channels = width
+        for i, depth in enumerate(depths):
+            planes = width * 2**i
+            reached = 4 * 2**i  # output stride if this stage strides as usual
+            stride = 2 if i > 0 and reached <= self.stride else 1
+            self.add_module(LAYERS[i], _stage(block, channels, planes, depth, stride))
+            channels = planes * block.expansion
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, C, S / stride, S / stride]."""
+        return self.maps(images)["layer4"]
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """The output of every stage by name, ``layer1`` ... ``layer4``."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = {}
+        for name in LAYERS:
+            x = maps[name] = self.get_submodule(name)(x)
+        return maps
+
+
+def _stage(block: type[nn.Module], channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
+    out = planes * block.expansion
+    shortcut = None
+    if stride != 1 or channels != out:
+        shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+    blocks = [block(channels, planes, stride, shortcut)]
+    blocks += [block(out, planes) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)
+
+
+def projection_head(kind: str, channels: int, dim: int) -> nn.Sequential:
+    """[B, C] -> [B, dim]. ``mlp2``: Linear-ReLU-Linear (MoCo v2, the published code). ``mlp3_bn``: (Linear-BN-ReLU) x 2,
+    Linear-BN (the paper's text)."""
+    if kind == "mlp2":
+        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU(inplace=True), nn.Linear(channels, dim))
+    if kind == "mlp3_bn":
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.Linear(channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.Linear(channels, dim, bias=False), nn.BatchNorm1d(dim))
+    raise ValueError(f"encoder.head: {kind!r} is not known; use mlp2 or mlp3_bn")
+
+
+class Encoder(nn.Module):
+    """Trunk and head: images to the contrastive embedding."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled feature [B, C] -> unit rows [B, D] float32."""
+        return F.normalize(self.head(pooled).float(), dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> unit rows [B, D] float32."""
+        return self.project(global_average_pool(self.trunk(images)))
+
+
+def global_average_pool(feature: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C]."""
+    return feature.mean(dim=(2, 3))
+
+
+class Masked(NamedTuple):
+    """What the mask branch gives."""
+
+    mask: Tensor
+    """A, [B, h, w] float32 in [0, 1]."""
+    pooled: Tensor
+    """gap(A * F), [B, C]."""
+
+
+class MaskBranch(nn.Module):
+    """The max-out mask A = minmax(max over channels of relu(bn(conv1x1(F)))) and the masked, pooled feature gap(A * F).
+
+    ``minmax``: ``batch`` scales by the extremes of the whole batch (published), ``image`` per image, so that no image depends on
+    its batch mates. ``groups`` batch statistics are taken over that many equal parts of the batch (imitates as many processes).
+    """
+
+    def __init__(self, channels: int, width: int = 32, *, minmax: str = "batch", groups: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.minmax, self.groups = minmax, groups
+
+    def forward(self, feature: Tensor) -> Masked:
+        """[B, C, h, w] -> mask [B, h, w], pooled [B, C]. In training mode the running statistics move."""
+        if self.groups == 1 or not self.training:
+            out = maxout(feature, self.conv.weight.flatten(1), *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=self.minmax)
+            update_running_statistics(self.bn, out.mean, out.var, feature.numel() // feature.shape[1])
+            return Masked(out.mask, out.pooled)
+        parts = feature.chunk(self.groups)
+        weight = self.conv.weight.flatten(1)
+        outs = [maxout(p, weight, *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=None) for p in parts]
+        mean, var = (torch.stack(t).mean(0) for t in zip(*[(o.mean, o.var) for o in outs], strict=True))
+        update_running_statistics(self.bn, mean, var, parts[0].numel() // feature.shape[1])
+        mask = scale_to_unit(torch.cat([o.mask for o in outs]), self.minmax)  # the scaling is global, as over processes
+        return Masked(mask, (mask[:, None].to(feature.dtype) * feature).mean(dim=(2, 3)))
+
+
+class ImageMaskBranch(nn.Module):
+    """IADM's image branch: the same mask from the image's three channels, pooled to the feature map's size.
+
+    ``bn`` is the feature branch's own module when it is shared (published: two statistics mix in one buffer), a fresh one
+    otherwise.
+    """
+
+    def __init__(self, width: int, bn: nn.BatchNorm2d | None, *, minmax: str, pool: str):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 1, bias=False)
+        self.own_bn = nn.BatchNorm2d(width) if bn is None else None
+        self._shared = (bn,)  # in a tuple: shared, not owned, so its tensors appear once in the state dict
+        self.minmax, self.pool = minmax, pool
+
+    @property
+    def bn(self) -> nn.BatchNorm2d:
+        return self._shared[0] if self.own_bn is None else self.own_bn
+
+    def forward(self, images: Tensor, cell: int) -> Tensor:
+        """[B, 3, S, S] -> [B, S / cell, S / cell]; ``cell`` in pixels."""
+        out = maxout_image(
+            images, self.conv.weight.flatten(1), *_bn_arguments(self.bn), **_bn_mode(self.bn),
+            cell=cell, minmax=self.minmax, pool=self.pool,
+        )  # fmt: skip
+        update_running_statistics(self.bn, out.mean, out.var, images.numel() // 3)
+        return out.mask
+
+
+def scale_to_unit(z: Tensor, over: str) -> Tensor:
+    """sigma(z) = (z - min) / (1e-7 + max(z - min)), the extremes taken over the ``batch`` or per ``image``; z [B, h, w]."""
+    dims = (0, 1, 2) if over == "batch" else (1, 2)
+    z = z - z.amin(dims, keepdim=True)
+    return z / (1e-7 + z.amax(dims, keepdim=True))
+
+
+def _bn_arguments(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    return bn.weight, bn.bias
+
+
+def _bn_mode(bn: nn.BatchNorm2d) -> dict:
+    return dict(running_mean=bn.running_mean, running_var=bn.running_var, training=bn.training, eps=bn.eps)
+
+
+@torch.no_grad()
+def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves ``bn``'s buffers by its momentum towards a batch's mean and biased variance over ``count`` values a channel."""
+    if bn.training:
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_((var * (count / max(1, count - 1))).to(bn.running_var.dtype), bn.momentum)
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """Batch-norm whose statistics are taken over ``groups`` equal parts of the batch: what as many processes without SyncBN
+    compute. The running statistics move towards the mean of the groups'."""
+
+    def __init__(self, num_features: int, groups: int, eps: float, momentum: float):
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.shape[0] < self.groups:
+            return super().forward(x)
+        if x.shape[0] % self.groups:
+            raise ValueError(f"bn.groups: {self.groups} does not divide the batch of {x.shape[0]}; choose a divisor")
+        self.num_batches_tracked.add_(1)
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        parts = []
+        for part in x.chunk(self.groups):
+            # with momentum 1 the buffers become this part's own mean and unbiased variance
+            m, v = torch.zeros_like(mean), torch.ones_like(var)
+            parts.append(F.batch_norm(part, m, v, self.weight, self.bias, True, 1.0, self.eps))
+            mean, var = mean + m / self.groups, var + v / self.groups
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        return torch.cat(parts)
+
+
+def group_batch_norm(module: nn.Module, groups: int) -> nn.Module:
+    """Replaces every BatchNorm2d in ``module`` by a grouped one with the same tensors; ``groups`` 1 changes nothing."""
+    if groups == 1:
+        return module
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            grouped = GroupedBatchNorm2d(child.num_features, groups, child.eps, child.momentum)
+            grouped.load_state_dict(child.state_dict())
+            setattr(module, name, grouped)
+        else:
+            group_batch_norm(child, groups)
+    return module
+
+
+class FeatureNet(nn.Module):
+    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside torchvision's trunk names."""
+
+    def __init__(self, trunk: nn.Module, mask: MaskBranch | None = None):
+        super().__init__()
+        self.trunk, self.mask = trunk, mask
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] normalised images -> unit rows [B, C] float32: l2(gap(F)), or l2(gap(A * F)) with a mask branch."""
+        feature = self.trunk(images)
+        pooled = global_average_pool(feature) if self.mask is None else self.mask(feature).pooled
+        return F.normalize(pooled.float(), dim=1)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors by exchange name: the trunk's under torchvision's names, the branch's under ``mask.``."""
+        tensors = dict(self.trunk.state_dict())
+        if self.mask is not None:
+            tensors |= {f"mask.{n}": t for n, t in self.mask.state_dict().items()}
+        return tensors
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``weights``; every name must match."""
+        branch = {n[5:]: t for n, t in tensors.items() if n.startswith("mask.")}
+        self.trunk.load_state_dict({n: t for n, t in tensors.items() if not n.startswith("mask.")})
+        if self.mask is not None:
+            self.mask.load_state_dict(branch)

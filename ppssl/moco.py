@@ -1,0 +1,86 @@
+"""MoCo v2 (He et al. 2020, arXiv 1911.05722; Chen et al. 2020, arXiv 2003.04297): contrast against a queue of momentum keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_norm, projection_head
+from ppssl.method import Batch, Method, Output, register
+from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
+from ppssl.ops import queue_infonce
+from ppssl.teacher import Teacher
+
+
+@register("moco")
+class MoCo(Method):
+    """``L = mean_b[ lse(q.k / T, q.queue / T) - q.k / T ]`` with ``q = l2(g(gap(f(x_q))))`` and ``k`` the momentum network's.
+
+    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNet,
+        head: nn.Module,
+        *,
+        dim: int,
+        queue_size: int = 65536,
+        queue_dtype: torch.dtype = torch.float32,
+        temperature: float = 0.2,
+    ):
+        super().__init__()
+        self.encoder_q = Encoder(network.trunk, head)
+        self.encoder_k = key_copy(self.encoder_q)
+        self.queue = KeyQueue(queue_size, dim, queue_dtype)
+        self.temperature = temperature
+
+    @classmethod
+    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> MoCo:
+        return cls(network, **cls.contrast_arguments(cfg, network))
+
+    @staticmethod
+    def contrast_arguments(cfg: Any, network: FeatureNet) -> dict[str, Any]:
+        """The keyword arguments every queue-contrasting method shares. ``queue.dtype`` has been resolved by the engine."""
+        group_batch_norm(network.trunk, cfg.bn.groups)
+        return dict(
+            head=projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim),
+            dim=cfg.encoder.dim,
+            queue_size=cfg.queue.size,
+            queue_dtype=getattr(torch, cfg.queue.dtype),
+            temperature=cfg.contrast.temperature,
+        )
+
+    @property
+    def network(self) -> FeatureNet:
+        return FeatureNet(self.encoder_q.trunk)
+
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        return parameter_pairs(self.encoder_q, self.encoder_k)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        self.queue.push(keys)
+
+    @torch.no_grad()
+    def keys(self, x_k: Tensor) -> Tensor:
+        """[B, 3, S, S] -> unit rows [B, D] of the key network."""
+        return self.encoder_k(x_k)
+
+    def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first)."""
+        return queue_infonce(q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True)
+
+    def forward(self, batch: Batch) -> Output:
+        q = self.encoder_q.project(global_average_pool(self.encoder_q.trunk(batch.x_q)))
+        k = self.keys(batch.x_k)
+        losses, rank = self.contrast(q, k)
+        total = losses.mean()
+        return Output(total, {"contrast": total.detach()}, k, contrast_accuracy(rank))
+
+
+def contrast_accuracy(rank: Tensor) -> dict[str, Tensor]:
+    """Shares of queries whose positive is the first, or among the first five, of 1 + K logits."""
+    return {"contrast_top1": (rank < 1).float().mean(), "contrast_top5": (rank < 5).float().mean()}

@@ -1,0 +1,232 @@
+"""PP-SSL: MoCo v2 whose attention mask is taught by text (AIS) and by its own image gradient (IADM).
+
+    L = L_con + beta * L_IADM + alpha * L_AIS                                            (arXiv 2412.00134)
+
+The form ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
+switches only (``FORMS``), and each switch can be turned alone. In ``published``, the CAM is a softmax over rows of seven
+gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so IADM sends
+no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Trunk, global_average_pool
+from ppssl.method import Batch, Output, register
+from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.ops import gradcam
+from ppssl.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Form:
+    """The switches in which the two forms differ; engine/config.py explains each under the same name."""
+
+    minmax: str  # of the mask: over the batch, or per image
+    iadm_weight: float
+    sign: str
+    temperature: float
+    softmax: str
+    cam_scale: str
+    cam_loss: str
+    pool: str
+    mask: str
+    image_bn: str
+    reduction: str
+    teacher_view: str
+
+    def override(self, **switches: Any) -> Form:
+        """This form with every switch that is not None replaced."""
+        return replace(self, **{name: value for name, value in switches.items() if value is not None})
+
+
+FORMS = {
+    "published": Form(
+        minmax="batch", iadm_weight=0.01, sign="plus", temperature=1.0, softmax="rows", cam_scale="none", cam_loss="mean",
+        pool="max", mask="image", image_bn="shared", reduction="sum", teacher_view="query",
+    ),
+    # 1.28 = 0.01 x the published batch of 128: the weight of one image is kept and no longer depends on the batch
+    "guided": Form(
+        minmax="image", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells", cam_scale="max", cam_loss="sum",
+        pool="mean", mask="feature", image_bn="own", reduction="mean", teacher_view="clean",
+    ),
+}  # fmt: skip
+
+
+def form_from_config(cfg: Any) -> Form:
+    """``method.form`` with the switches that the config sets."""
+    names = ("sign", "temperature", "softmax", "cam_scale", "cam_loss", "pool", "mask", "image_bn", "reduction")
+    return FORMS[cfg.method.form].override(
+        minmax=cfg.method.minmax,
+        iadm_weight=cfg.iadm.weight,
+        teacher_view=cfg.teacher.view,
+        **{name: getattr(cfg.iadm, name) for name in names},
+    )
+
+
+@register("ppssl")
+class PPSSL(MoCo):
+    """PP-SSL around ``network`` (trunk and mask branch).
+
+    text_features: [P, E] the descriptions' embeddings; teacher_logit_scale: the teacher's own; embed: images -> [B, E] unit
+    rows, needed when the form's ``teacher_view`` is ``query`` (a ``clean`` view arrives as ``batch.teacher``).
+    ais_weight (alpha) 0 turns the text guidance off, ``form.iadm_weight`` (beta) 0 the GradCAM guidance.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNet,
+        head: nn.Module,
+        text_features: Tensor,
+        *,
+        form: Form = FORMS["published"],
+        embed: Callable[[Tensor], Tensor] | None = None,
+        teacher_logit_scale: float = 100.0,
+        ais_weight: float = 1.2,
+        ais_temperature: float = 1.0,
+        ais_scale: float = 100.0,
+        ais_warmup: float = 0.0,
+        sources: tuple[str, ...] = ("image",),
+        cam_image: str = "query",
+        contrast_mask: bool = False,
+        **contrast: Any,
+    ):
+        super().__init__(network, head, **contrast)
+        if network.mask is None:
+            raise ValueError("PP-SSL needs a network with a mask branch: PPSSL.build_network(cfg, trunk)")
+        if unknown := [s for s in sources if s not in ("image", *LAYERS)]:
+            raise ValueError(f"iadm.sources: {unknown[0]!r} is not known; use image, {', '.join(LAYERS)}")
+        self.mask = network.mask
+        channels, width = self.mask.conv.in_channels, self.mask.conv.out_channels
+        self.to_text = nn.Linear(channels, text_features.shape[1])
+        shared = self.mask.bn if form.image_bn == "shared" else None
+        self.image_mask = (
+            ImageMaskBranch(width, shared, minmax=form.minmax, pool=form.pool) if form.mask == "image" else None
+        )
+        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1))
+        self.form, self.embed, self.teacher_logit_scale = form, embed, teacher_logit_scale
+        self.ais_weight, self.ais_temperature, self.ais_scale, self.ais_warmup = ais_weight, ais_temperature, ais_scale, ais_warmup
+        self.sources, self.cam_image, self.contrast_mask = tuple(sources), cam_image, contrast_mask
+
+        guides = form.iadm_weight != 0
+        self.needs_original = guides and cam_image == "orig"
+        if guides and "image" in self.sources:
+            self.needs_image_grad = ("x_o",) if cam_image == "orig" else ("x_q",)
+        self.needs_teacher_embeddings = ais_weight != 0 and form.teacher_view == "clean"
+        if ais_weight != 0 and form.teacher_view == "query" and embed is None:
+            raise ValueError("teacher.view: query needs the teacher's image encoder (embed=teacher.embed)")
+
+    @classmethod
+    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> PPSSL:
+        if teacher is None:
+            raise ValueError("method.name: ppssl needs a teacher; set teacher.model and teacher.weights")
+        return cls(
+            network,
+            text_features=teacher.text_features,
+            form=form_from_config(cfg),
+            embed=teacher.embed,
+            teacher_logit_scale=teacher.logit_scale,
+            ais_weight=cfg.ais.weight,
+            ais_temperature=cfg.ais.temperature,
+            ais_scale=cfg.ais.scale,
+            ais_warmup=cfg.ais.warmup,
+            sources=cfg.iadm.sources,
+            cam_image=cfg.iadm.image,
+            contrast_mask=cfg.method.contrast_mask,
+            **cls.contrast_arguments(cfg, network),
+        )
+
+    @classmethod
+    def build_network(cls, cfg: Any, trunk: Trunk) -> FeatureNet:
+        minmax = form_from_config(cfg).minmax
+        return FeatureNet(trunk, MaskBranch(trunk.channels, cfg.method.maxout_width, minmax=minmax, groups=cfg.bn.groups))
+
+    @property
+    def network(self) -> FeatureNet:
+        return FeatureNet(self.encoder_q.trunk, self.mask)
+
+    def forward(self, batch: Batch) -> Output:
+        maps = self.encoder_q.trunk.maps(batch.x_q)
+        feature = maps["layer4"]  # F [B, C, h, w]
+        mask, pooled = self.mask(feature)  # A [B, h, w], gap(F') [B, C]
+
+        # L_con: the query against its key and the queue
+        k = self.keys(batch.x_k)
+        q = self.encoder_q.project(pooled if self.contrast_mask else global_average_pool(feature))
+        losses, rank = self.contrast(q, k)
+        contrast = losses.mean()
+        total, terms = contrast, {"contrast": contrast.detach()}
+
+        # L_IADM: the mask is drawn to where the contrast looks
+        if self.form.iadm_weight:
+            seen, seen_maps, seen_mask, seen_losses = batch.x_q, maps, mask, losses
+            if self.cam_image == "orig":
+                seen = batch.x_o
+                seen_maps = self.encoder_q.trunk.maps(seen)
+                seen_mask, seen_pooled = self.mask(seen_maps["layer4"])
+                q_o = seen_pooled if self.contrast_mask else global_average_pool(seen_maps["layer4"])
+                seen_losses, _ = self.contrast(self.encoder_q.project(q_o), k)
+            cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
+            fitted = seen_mask if self.image_mask is None else self.image_mask(seen, cell=seen.shape[-1] // seen_mask.shape[-1])
+            iadm = spatial_kl(cam, fitted, self.form)
+            total = total + self.form.iadm_weight * iadm
+            terms["iadm"] = iadm.detach()
+
+        # L_AIS: the masked feature is to tell the descriptions apart as the teacher does
+        if self.ais_weight:
+            ais = self.ais(pooled, batch)
+            total = total + self.ais_weight * self.warmup() * ais
+            terms["ais"] = ais.detach()
+
+        return Output(total, terms, k, contrast_accuracy(rank))
+
+    def cam(self, losses: Tensor, activations: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+        """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
+        sources = [activations[name] for name in self.sources]
+        loss = losses.sum() if self.form.cam_loss == "sum" else losses.mean()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale
+        # only data gradients: asking for these inputs alone leaves every weight gradient out of this pass
+        gradients = torch.autograd.grad(loss * scale, sources, retain_graph=True)
+        sign = 1 if self.form.sign == "plus" else -1
+        cam = 0.0
+        for x, g in zip(sources, gradients, strict=True):
+            one = gradcam(x.detach(), g.float() / scale, size=tuple(size), pool=self.form.pool, sign=sign)
+            if self.form.cam_scale == "max":
+                one = one / one.amax((1, 2), keepdim=True).clamp_min(torch.finfo(one.dtype).tiny)
+            cam = cam + one / len(sources)
+        return cam.detach()
+
+    def ais(self, pooled: Tensor, batch: Batch) -> Tensor:
+        """sum_b KL(softmax(z_t / tau) || softmax(z_s / tau)) / (P * B), in float32 with autocast off: logits are x 100."""
+        embedding = self.embed(batch.x_q) if self.form.teacher_view == "query" else batch.teacher
+        with torch.autocast(pooled.device.type, enabled=False):
+            student = F.normalize(self.to_text(F.normalize(pooled.float(), dim=1)), dim=1)  # s [B, E]
+            teacher = F.normalize(embedding.float(), dim=1)
+            z_s = self.ais_scale * student @ self.text_features.T  # [B, P]
+            z_t = self.teacher_logit_scale * teacher @ self.text_features.T
+            tau = self.ais_temperature
+            # log_softmax, not log(clamp(softmax)): the clamp has no gradient once saturated
+            kl = F.kl_div(F.log_softmax(z_s / tau, 1), F.log_softmax(z_t / tau, 1), log_target=True, reduction="sum")
+        return kl / z_s.numel()
+
+    def warmup(self) -> Tensor | float:
+        """Factor on alpha: rises linearly to 1 over the first ``ais_warmup`` of the run."""
+        if not self.ais_warmup or self.progress is None:
+            return 1.0
+        return (self.progress / self.ais_warmup).clamp(max=1.0)
+
+
+def spatial_kl(cam: Tensor, mask: Tensor, form: Form) -> Tensor:
+    """KL(softmax(cam / t) || softmax(mask / t)), [B, h, w] each: per row of cells and summed (published), or over all cells and
+    averaged over the batch (guided). A CAM that is zero everywhere is a uniform target."""
+    cam, mask = cam.float() / form.temperature, mask.float() / form.temperature
+    if form.softmax == "cells":
+        cam, mask = cam.flatten(1), mask.flatten(1)
+    kl = F.kl_div(F.log_softmax(mask, -1), F.softmax(cam, -1), reduction="sum")
+    return kl / len(cam) if form.reduction == "mean" else kl

@@ -1,0 +1,155 @@
+"""The teacher: a frozen CLIP-style image-text model, loaded through open_clip, and the text features of the descriptions."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """Image encoder of an image-text model plus the embeddings of P descriptions.
+
+    Attributes: ``text_features`` [P, E] float32 unit rows; ``logit_scale`` the model's own factor on cosine similarities;
+    ``dim`` E; ``image_size`` pixels; ``mean``, ``std`` the model's normalisation; ``name`` for logs.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        text_features: Tensor,
+        *,
+        logit_scale: float,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        name: str = "teacher",
+    ):
+        super().__init__()
+        self.visual = visual.eval().requires_grad_(False)
+        self.register_buffer("text_features", F.normalize(text_features.detach().float(), dim=1))
+        self.logit_scale, self.image_size, self.mean, self.std, self.name = logit_scale, image_size, mean, std, name
+
+    @property
+    def dim(self) -> int:
+        return self.text_features.shape[1]
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Frozen: stays in eval mode whatever the trainer asks."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images -> [B, E] float32 unit rows; resized when they are not of the model's size."""
+        if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+        return F.normalize(self.visual(images).float(), dim=1)
+
+    @classmethod
+    def from_open_clip(cls, model: str, weights: str, descriptions: list[str]) -> Teacher:
+        """Loads ``weights`` into the open_clip model ``model`` and embeds ``descriptions`` once; the text tower is then dropped.
+
+        model: an open_clip name, e.g. ``ViT-B-32-quickgelu``, or the path of a model-config .json.
+        weights: a tag of that model, e.g. ``openai`` (downloaded on first use by open_clip), or the path of a .safetensors file.
+        Raises ``ValueError`` for an unknown model or tag, a QuickGELU mismatch, or a file that is not a safetensors file of
+        this model; ``FileNotFoundError`` for a missing file; ``RuntimeError`` when a download fails, naming the remedy.
+        """
+        import open_clip  # heavy: only where a teacher is used
+
+        if model.endswith(".json"):
+            open_clip.add_model_config(model)
+            model = Path(model).stem
+        config = open_clip.get_model_config(model)
+        if config is None:
+            raise ValueError(f"teacher.model: open_clip knows no model {model!r}; open_clip.list_models() shows the names")
+        is_file = _looks_like_a_file(weights)
+        if is_file:
+            _check_file(Path(weights))
+        else:
+            _check_tag(open_clip, model, weights, bool(config.get("quick_gelu", False)))
+        try:
+            clip = open_clip.create_model(model, pretrained=weights)
+        except Exception as error:
+            if is_file:
+                raise ValueError(f"teacher.weights: {weights} does not fit open_clip's {model}: {error}") from error
+            raise RuntimeError(
+                f"teacher.weights: {weights!r} of {model} could not be downloaded ({type(error).__name__}: {error}). Without a "
+                f"network, get the open_clip_model.safetensors of that model on another machine and set teacher.weights=PATH"
+            ) from error
+        clip = clip.eval().requires_grad_(False)
+        with torch.no_grad():
+            text_features = clip.encode_text(open_clip.get_tokenizer(model)(descriptions), normalize=True)
+        preprocess = open_clip.get_model_preprocess_cfg(clip)
+        return cls(
+            clip.visual,
+            text_features,
+            logit_scale=float(clip.logit_scale.exp()),
+            image_size=_side(clip.visual.image_size),
+            mean=tuple(preprocess["mean"]),
+            std=tuple(preprocess["std"]),
+            name=f"{model}/{Path(weights).name if is_file else weights}",
+        )
+
+
+def _side(size: Any) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def _looks_like_a_file(weights: str) -> bool:
+    return Path(weights).suffix in (".safetensors", ".pt", ".pth", ".bin") or "/" in weights
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher.weights: {path} is not there; give a tag of open_clip or an existing .safetensors file")
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"teacher.weights: {path} is not a .safetensors file, and a pickled or TorchScript file (such as OpenAI's .pt) is "
+            f"not loaded because it can run code; convert it once where you trust it: safetensors.torch.save_file("
+            f"torch.jit.load(PT).state_dict(), 'clip.safetensors'), or download open_clip_model.safetensors of the same model"
+        )
+
+
+def _check_tag(open_clip: Any, model: str, tag: str, quick_gelu: bool) -> None:
+    """Refuses before any download what open_clip only warns about: other activations give other logits."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        raise ValueError(f"teacher.weights: {model} has no weights {tag!r}; its tags: {', '.join(tags) or 'none'}")
+    trained_with = bool(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    if trained_with != quick_gelu:
+        other = f"{model}-quickgelu" if trained_with else model.removesuffix("-quickgelu")
+        raise ValueError(
+            f"teacher.model: {model} has quick_gelu={quick_gelu}, but its weights {tag!r} were trained with "
+            f"quick_gelu={trained_with} and would give other logits; use teacher.model={other}"
+        )
+
+
+def load_descriptions(corpus: str, count: int) -> list[str]:
+    """The first ``count`` descriptions of a corpus, the relevant one first.
+
+    corpus: the name of a file in ``ppssl/prompts`` or the path of a YAML file ``descriptions: [{text, relevant}, ...]``.
+    Raises ``FileNotFoundError``/``ValueError`` naming the corpus and the remedy.
+    """
+    import yaml
+
+    shipped = importlib.resources.files("ppssl") / "prompts"
+    if (shipped / f"{corpus}.yaml").is_file():
+        text = (shipped / f"{corpus}.yaml").read_text(encoding="utf-8")
+    elif Path(corpus).is_file():
+        text = Path(corpus).read_text(encoding="utf-8")
+    else:
+        names = sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml"))
+        raise FileNotFoundError(f"ais.prompts: no corpus {corpus!r}; use one of {', '.join(names)} or the path of a YAML file")
+    try:
+        entries = [(str(e["text"]), bool(e.get("relevant", False))) for e in yaml.safe_load(text)["descriptions"]]
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"ais.prompts: {corpus} is not of the form 'descriptions: [{{text: ..., relevant: true}}, ...]'") from error
+    if not 1 <= count <= len(entries):
+        raise ValueError(f"ais.count: {count} descriptions asked for, {corpus} has {len(entries)}")
+    ordered = sorted(entries, key=lambda e: not e[1])  # stable: the relevant first, the rest in the file's order
+    return [text for text, _ in ordered[:count]]
