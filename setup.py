@@ -1,0 +1,49 @@
+"""Distribution metadata. What is installed is exactly the packages engine, ppssl and kernels, with their data files."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ppssl-engine",
+    version="0.1.0",
+    description="A fast training engine for fine-grained self-supervised learning, with PP-SSL as its first method",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["engine", "engine.*", "ppssl", "ppssl.*", "kernels", "kernels.*"]),
+    include_package_data=False,
+    package_data={
+        "engine": ["configs/*.yaml", "data/*.safetensors", "data/*.json"],
+        "ppssl": ["prompts/*.yaml"],
+        "kernels": ["*.json"],
+    },
+    install_requires=[
+        "torch>=2.11",  # brings triton on Linux
+        "torchvision>=0.26",
+        "open_clip_torch>=3.3",
+        "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
+        "numpy>=2.0",
+        "pillow>=11",
+        "scipy>=1.15",
+        "safetensors>=0.5",
+        "jsonargparse>=4.49",
+        "pyyaml>=6.0",
+        "rich>=13.9",
+        "tensorboard>=2.19",
+        "matplotlib>=3.10",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8.3",
+            "pytest-benchmark>=5.1",
+            "hypothesis>=6.120",
+            "torchmetrics>=1.6",
+            "scikit-learn>=1.6",
+            "ruff>=0.12",
+            # the wheel test builds without isolation, so that it needs no network
+            "setuptools>=70.1",
+        ],
+    },
+)
