@@ -1,0 +1,87 @@
+"""The teacher's embedding of every clean image, computed once and kept on disk: then it costs nothing per step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from engine.checkpoint import write_atomically
+from engine.data import clean_batches
+from engine.data.catalog import ImageList
+from engine.log import console
+from ppssl.teacher import Teacher
+
+
+def embeddings(
+    teacher: Teacher,
+    images: ImageList,
+    *,
+    device: torch.device,
+    cache_dir: Path | None,
+    workers: int | None = None,
+    batch_size: int = 128,
+) -> Tensor:
+    """[N, E] float16 unit rows on ``device``: the teacher's view of ``images``, un-augmented, with the teacher's own resize, crop
+    and normalisation, in list order.
+
+    Kept in ``cache_dir`` (None: nowhere) under a key made of the files' names, sizes and mtimes, the teacher's weights and its
+    preprocessing: change any of them and it is computed anew.
+    """
+    key = cache_key(teacher, images)
+    path = cache_dir / "teacher" / f"{key}.npy" if cache_dir else None
+    if path is not None and path.is_file():
+        stored = np.load(path, allow_pickle=False)
+        if stored.shape == (len(images), teacher.dim):
+            return torch.from_numpy(stored).to(device)
+    result = np.zeros((len(images), teacher.dim), np.float16)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{teacher.name} looks at every image once", total=len(images))
+        for x, index in clean_batches(
+            images,
+            resize=teacher.image_size,
+            crop=teacher.image_size,
+            mean=teacher.mean,
+            std=teacher.std,
+            interpolation="bicubic",
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+        ):
+            result[index.cpu().numpy()] = teacher.embed(x).half().cpu().numpy()
+            progress.advance(task, len(index))
+    if path is not None:
+        write_atomically(path, lambda temporary: _save(temporary, result))
+    return torch.from_numpy(result).to(device)
+
+
+def embeddings_of(teacher: Teacher, images: ImageList, index: np.ndarray, *, device: torch.device) -> Tensor:
+    """[len(index), E] float16: the same rows for some images only, uncached (a dry run needs one batch)."""
+    some = dataclasses.replace(
+        images,
+        names=tuple(images.names[i] for i in index),
+        labels=None if images.labels is None else images.labels[index],
+        sizes=images.sizes[index],
+    )
+    return embeddings(teacher, some, device=device, cache_dir=None, workers=0)
+
+
+def cache_key(teacher: Teacher, images: ImageList) -> str:
+    """Hexadecimal key of everything the embeddings depend on."""
+    digest = hashlib.sha256(images.fingerprint.encode())
+    digest.update(json.dumps([teacher.image_size, list(teacher.mean), list(teacher.std), "bicubic"]).encode())
+    for name, tensor in teacher.visual.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _save(temporary: str, array: np.ndarray) -> None:
+    with open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
