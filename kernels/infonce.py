@@ -1,0 +1,233 @@
+"""InfoNCE against a queue: ``loss_i = lse(q_i.k_i / T, q_i.queue_j / T) - q_i.k_i / T`` in one pass over the queue.
+
+Never in memory: the logits [B, 1 + K]. The forward pass yields ``dq`` together with the loss, so the backward pass is a
+scale, the queue may be overwritten in place between the two, and nothing of size K is saved. With ``p_i = exp(-loss_i)`` the
+probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials are float32 (float64 for
+float64 inputs) whatever the dtype of the operands and whatever autocast says.
+
+Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.selection import check_floating, choose, refuse_double_backward
+
+CHUNK_ELEMENTS = 1 << 17
+"""Logits held at a time by the chunked path (512 KiB of float32: half of a common L2 cache)."""
+MAX_DIM = 512
+"""Widest embedding of the Triton kernel."""
+
+
+def queue_infonce(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_rank: bool = False,
+    impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
+    precision: Literal["ieee", "tf32"] = "ieee",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
+
+    Args:
+        q: [B, D] queries, or [V, B, D] for V stacked queries that read the queue once. float16, bfloat16, float32, float64.
+            Rows are used as they come: normalise them outside (rows that are not normalised are legal).
+        k: [B, D] keys of the positives; with stacked queries [B, D] (shared) or [V, B, D].
+        queue: [K, D] negatives, any K >= 1 and any strides. Never receives a gradient. The Triton path rounds q and k to
+            its dtype for the products.
+        temperature: T > 0.
+        reduction: over the batch axis; ``"mean"`` and ``"sum"`` give a scalar, or [V] for stacked queries.
+        return_rank: also return for each query the number of queue rows that score strictly above its positive
+            (top-1 hit: rank == 0, top-5: rank < 5). Exact ties are decided by rounding.
+        impl: ``"auto"`` is Triton on CUDA and the chunked pass elsewhere.
+        precision: how the Triton path multiplies float32 operands.
+
+    Returns:
+        loss, or (loss, rank): loss float32 (float64 for float64 inputs), rank int64 with the shape of the queries.
+        Gradients flow to q and k. Results are deterministic. NaN in a query, key or any queue row gives NaN.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or temperature is not a number.
+        ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option.
+        RuntimeError: second derivatives (``create_graph=True``) of a fused path.
+    """
+    _check(q, k, queue, temperature, reduction, precision)
+    unsupported = f"D must be at most {MAX_DIM}, got {q.shape[-1]}" if q.shape[-1] > MAX_DIM else None
+    widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
+    unsupported = "float64 is not supported" if widest == torch.float64 else unsupported
+    chosen = choose("queue_infonce", impl, queue, fast="chunked", unsupported=unsupported)
+    if chosen == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.infonce(
+                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank
+            )
+    shape = q.shape[:-1]
+    with_dq = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    loss, _, rank = torch.ops.ppssl.infonce(
+        q.reshape(-1, q.shape[-1]), k.expand(q.shape).reshape(-1, q.shape[-1]), queue.detach(), float(temperature),
+        with_dq, return_rank, chosen, precision,
+    )
+    loss = loss.view(shape)
+    if reduction != "none":
+        loss = loss.mean(-1) if reduction == "mean" else loss.sum(-1)
+    return (loss, rank.view(shape)) if return_rank else loss
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Write ``keys`` into the ring buffer at ``pointer`` and advance it, in place and without a host sync.
+
+    Safe under CUDA graphs and ``torch.compile``: the pointer is read on the device.
+
+    Args:
+        queue: [K, D].
+        pointer: 0-d int64 tensor in [0, K), on the queue's device.
+        keys: [B, D], cast to the queue's dtype. Any B: with B > K the last K keys remain, where a one-by-one writer
+            would have left them.
+
+    Raises:
+        TypeError: pointer is not int64, or queue or keys not floating.
+        ValueError: wrong rank, width or device.
+    """
+    check_floating("enqueue", queue=queue, keys=keys)
+    if queue.dim() != 2 or keys.dim() != 2 or queue.shape[1] != keys.shape[1] or queue.shape[0] == 0:
+        raise ValueError(f"enqueue: want queue [K, D] and keys [B, D], got {list(queue.shape)} and {list(keys.shape)}")
+    if pointer.dtype != torch.int64:
+        raise TypeError(f"enqueue: pointer must be int64, got {pointer.dtype}")
+    if pointer.dim() != 0 or pointer.device != queue.device:
+        raise ValueError(
+            f"enqueue: pointer must be a 0-d tensor on {queue.device}, got shape {list(pointer.shape)} on {pointer.device}"
+        )
+    size, count = queue.shape[0], keys.shape[0]
+    kept = min(size, count)
+    slots = (pointer + torch.arange(count - kept, count, device=queue.device)) % size
+    queue.index_copy_(0, slots, keys[count - kept :].to(queue.dtype))
+    pointer.add_(count).remainder_(size)
+
+
+def _check(q: Tensor, k: Tensor, queue: Tensor, temperature: float, reduction: str, precision: str) -> None:
+    check_floating("queue_infonce", q=q, k=k, queue=queue)
+    if q.dim() not in (2, 3) or 0 in q.shape:
+        raise ValueError(f"queue_infonce: q must be a non-empty [B, D] or [V, B, D], got {list(q.shape)}")
+    if k.shape != q.shape and k.shape != q.shape[1:]:
+        raise ValueError(f"queue_infonce: k must have the shape of q {list(q.shape)}, got {list(k.shape)}")
+    if queue.dim() != 2 or queue.shape[0] == 0 or queue.shape[1] != q.shape[-1]:
+        raise ValueError(f"queue_infonce: queue must be [K, {q.shape[-1]}] with K >= 1, got {list(queue.shape)}")
+    if isinstance(temperature, (bool, str, Tensor)) or not hasattr(temperature, "__float__"):
+        raise TypeError(f"queue_infonce: temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"queue_infonce: temperature must be positive and finite, got {temperature}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"queue_infonce: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"queue_infonce: precision must be 'ieee' or 'tf32', got {precision!r}")
+
+
+@torch.library.custom_op("ppssl::infonce", mutates_args=())
+def _infonce(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, impl: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
+    if impl == "triton":
+        from kernels import infonce_triton
+
+        return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
+    with torch.autocast(q.device.type, enabled=False):
+        return _chunked(q, k, queue, temperature, with_dq, with_rank)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@_infonce.register_fake
+def _(q, k, queue, temperature, with_dq, with_rank, impl, precision):
+    batch, dim = q.shape
+    dtype = _compute_dtype(q, k, queue)
+    return (
+        q.new_empty(batch, dtype=dtype),
+        q.new_empty((batch if with_dq else 0, dim), dtype=dtype),
+        q.new_empty(batch if with_rank else 0, dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, _, temperature, *_ = inputs
+    loss, dq, rank = output
+    ctx.mark_non_differentiable(dq, rank)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, loss, dq)
+    ctx.temperature = temperature
+    ctx.dtypes = q.dtype, k.dtype
+
+
+def _backward(ctx, grad_loss, grad_dq, grad_rank):
+    refuse_double_backward("queue_infonce")
+    q, loss, dq = ctx.saved_tensors
+    grad_q = grad_k = None
+    if grad_loss is not None:
+        if ctx.needs_input_grad[0]:
+            grad_q = (grad_loss[:, None] * dq).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            weight = grad_loss * torch.expm1(-loss) / ctx.temperature
+            grad_k = (weight[:, None] * q).to(ctx.dtypes[1])
+    return (
+        grad_q,
+        grad_k,
+        None,  # queue
+        None,  # temperature
+        None,  # with_dq
+        None,  # with_rank
+        None,  # impl
+        None,  # precision
+    )
+
+
+_infonce.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _chunked(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The online softmax (Milakov and Gimelshein 2018) over blocks of queue rows; extra memory independent of K."""
+    dtype = _compute_dtype(q, k, queue)
+    batch, dim = q.shape
+    size = queue.shape[0]
+    rows = min(size, max(64, CHUNK_ELEMENTS // batch))
+    k = k.to(dtype)
+    scaled = q.to(dtype) / temperature
+    positive = (scaled * k).sum(1)
+    # The positive is the first reference point, and stays out of the sums: 1 - p would cancel if it were in them.
+    top = positive.clone()
+    total = torch.zeros_like(positive)
+    weighted = torch.zeros((batch if with_dq else 0, dim), dtype=dtype, device=q.device)
+    rank = torch.zeros(batch if with_rank else 0, dtype=torch.int64, device=q.device)
+    buffer = torch.empty(batch * rows, dtype=dtype, device=q.device)
+    above = torch.empty(batch * rows if with_rank else 0, dtype=dtype, device=q.device)
+    for start in range(0, size, rows):
+        block = queue[start : start + rows].to(dtype)
+        shape = batch, block.shape[0]
+        logits = torch.mm(scaled, block.T, out=buffer[: shape[0] * shape[1]].view(shape))
+        if with_rank:
+            # Ones and zeros in the dtype of the logits: summing booleans would convert them to int64 first.
+            rank += torch.gt(logits, positive[:, None], out=above[: shape[0] * shape[1]].view(shape)).sum(1).long()
+        new_top = torch.maximum(top, logits.amax(1))
+        shrink = torch.exp(top - new_top)
+        weights = logits.sub_(new_top[:, None]).exp_()
+        total = total.mul_(shrink).add_(weights.sum(1))
+        if with_dq:
+            weighted.mul_(shrink[:, None]).addmm_(weights, block)
+        top = new_top
+    whole = total + torch.exp(positive - top)
+    loss = torch.where(top == positive, torch.log1p(total), (top - positive) + torch.log(whole))
+    if with_dq:
+        weighted.addcmul_(total[:, None], k, value=-1).div_((whole * temperature)[:, None])
+    return loss, weighted, rank

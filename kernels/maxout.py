@@ -1,0 +1,298 @@
+"""Max-out/Hadamard projection: 1x1 conv (C -> M), batch-norm, ReLU, max over M, min-max, times the feature, average pool.
+
+With rows ``x_s`` of the feature, ``u = x W^T``, ``v = gamma (u - mean) / sqrt(var + eps) + beta``:
+
+    a_s = max_m relu(v_sm)      mask = (a - min a) / (1e-7 + max a - min a)      pooled = 1/S sum_s mask_s x_s
+
+Never in memory: the normalised projections, the product ``mask * feature``, nor anything else of the feature's size but its
+gradient. Saved: the feature (alive anyway), ``u`` [B S, M] and a few vectors. The backward pass recomputes ``v`` from ``u``:
+
+    t      = dmask + 1/S x . dpooled
+    da     = t / den + [a = min] sum(t (mask - 1)) / den - [a = max] sum(t mask) / den        (ties share evenly)
+    dv_sm  = da_s where m is the first maximum and v_sm > 0
+    du     = gamma rstd (dv - (sum dv + xhat sum(dv xhat)) / n)      (training; without the sums in evaluation)
+    dx     = du W + 1/S mask dpooled,   dW = du^T x,   dgamma = sum(dv xhat),   dbeta = sum dv
+
+Statistics, ReLU, maximum and min-max are float32 (float64 for float64 features) under any autocast. Reductions are
+deterministic. Batch statistics are returned: running ones are the caller's to update.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import MINMAX_EPS, MaxOut, MinMax
+from kernels.selection import check_floating, choose, refuse_double_backward
+
+MAX_WIDTH = 64
+"""Most projections M of the Triton kernels."""
+
+
+def maxout(
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    minmax: MinMax = None,
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+) -> MaxOut:
+    """The max-out mask of a feature map and the feature pooled under it (PP-SSL and LCR, method "max-out").
+
+    Args:
+        feature: [B, C, H, W], NCHW or channels_last (both used in place).
+        weight: [M, C], the 1x1 convolution without bias. Rounded to the feature's dtype by the Triton path.
+        gamma, beta: [M], scale and shift of the batch-norm.
+        running_mean, running_var: [M], used when ``training`` is false; never written.
+        training: normalise with the batch's mean and biased variance.
+        minmax: scale the mask to [0, 1] over each image, over the batch (the published form), or not at all.
+        impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
+
+    Returns:
+        MaxOut(mask [B, H, W], pooled [B, C], mean [M], var [M]), float32 (float64 for float64 features). ``mean`` and
+        ``var`` carry no gradient; update running statistics with ``var * n / (n - 1)``, n = B H W. The maximum over M
+        sends its gradient to the first winner (``torch.max``), ties of the min-max share it (``torch.amin``).
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: wrong rank or shape, empty batch, missing running statistics, unknown option.
+        RuntimeError: second derivatives of a fused path.
+    """
+    check_projection("maxout", feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
+    unsupported = f"M must be at most {MAX_WIDTH}, got {weight.shape[0]}" if weight.shape[0] > MAX_WIDTH else None
+    chosen = choose("maxout", impl, feature, fast="torch", unsupported=unsupported)
+    if chosen == "reference":
+        with torch.autocast(feature.device.type, enabled=False):
+            return reference.maxout(
+                feature, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
+                eps=eps, minmax=minmax,
+            )
+    outputs = torch.ops.ppssl.maxout(
+        feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", chosen
+    )
+    return MaxOut(*outputs[:4])
+
+
+def check_projection(
+    op: str, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, eps: float, minmax: str | None,
+) -> None:
+    """The contract that the max-out of a feature map and of an image share; errors are those of :func:`maxout`."""
+    check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's"
+        )
+    width = weight.shape[0]
+    vectors = {"gamma": gamma, "beta": beta}
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{op}: training=False needs running_mean and running_var")
+        vectors |= {"running_mean": running_mean, "running_var": running_var}
+        check_floating(op, x=x, **vectors)
+    for name, vector in vectors.items():
+        if vector.shape != (width,):
+            raise ValueError(f"{op}: {name} must be [{width}], got {list(vector.shape)}")
+    if minmax not in (None, "image", "batch"):
+        raise ValueError(f"{op}: minmax must be None, 'image' or 'batch', got {minmax!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a fused op accumulates in and returns."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("ppssl::maxout", mutates_args=())
+def _maxout(
+    feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, eps: float, minmax: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B H W, M], den [groups]); minmax "" stands for None."""
+    if impl == "triton":
+        from kernels import maxout_triton
+
+        return maxout_triton.forward(
+            feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax
+        )
+    with torch.autocast(feature.device.type, enabled=False):
+        return _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
+
+
+def minmax_groups(minmax: str, batch: int) -> int:
+    """How many ranges a min-max over ``minmax`` ("" for none) takes."""
+    return {"": 0, "image": batch, "batch": 1}[minmax]
+
+
+@_maxout.register_fake
+def _(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, impl):
+    batch, channels, height, width = feature.shape
+    projections = weight.shape[0]
+
+    def new(*shape):
+        return feature.new_empty(shape, dtype=compute_dtype(feature))
+
+    return (
+        new(batch, height, width), new(batch, channels), new(projections), new(projections),
+        new(batch * height * width, projections), new(minmax_groups(minmax, batch)),
+    )
+
+
+@torch.library.custom_op("ppssl::maxout_backward", mutates_args=())
+def _maxout_backward(
+    grad_mask: Tensor | None, grad_pooled: Tensor | None, feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
+    mask: Tensor, mean: Tensor, var: Tensor, u: Tensor, den: Tensor, training: bool, eps: float, minmax: str,
+    need_feature: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dfeature or [0], dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
+    if impl == "triton":
+        from kernels import maxout_triton
+
+        return maxout_triton.backward(
+            grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
+            need_feature,
+        )
+    with torch.autocast(feature.device.type, enabled=False):
+        return _backward(
+            grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
+            need_feature,
+        )
+
+
+@_maxout_backward.register_fake
+def _(
+    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature,
+    impl,
+):
+    return (
+        torch.empty_like(feature) if need_feature else feature.new_empty(0),
+        weight.new_empty(weight.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    feature, weight, gamma, beta, _, _, ctx.training, ctx.eps, ctx.minmax, ctx.impl = inputs
+    mask, _, mean, var, u, den = output
+    ctx.mark_non_differentiable(mean, var, u, den)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(feature, weight, gamma, beta, mask, mean, var, u, den)
+
+
+def _autograd(ctx, grad_mask, grad_pooled, *_):
+    refuse_double_backward("maxout")
+    grads = (None,) * 4
+    if grad_mask is not None or grad_pooled is not None:
+        grads = torch.ops.ppssl.maxout_backward(
+            grad_mask, grad_pooled, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.minmax, ctx.needs_input_grad[0],
+            ctx.impl,
+        )
+        grads = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
+    return (
+        *grads,  # feature, weight, gamma, beta
+        None,  # running_mean
+        None,  # running_var
+        None,  # training
+        None,  # eps
+        None,  # minmax
+        None,  # impl
+    )
+
+
+_maxout.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _is_rows(feature: Tensor) -> bool:
+    """channels_last: the C values of a position lie together. Then a position is a matrix row; otherwise a column."""
+    return feature.stride(1) == 1 and feature.shape[1] > 1
+
+
+def _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax):
+    dtype = compute_dtype(feature)
+    batch, channels, height, width = feature.shape
+    x = feature.flatten(2).to(dtype)  # [B, C, S], in either memory order
+    w = weight.to(dtype)
+    if _is_rows(feature):
+        u = x.transpose(1, 2).reshape(-1, channels) @ w.T
+    else:
+        u = torch.matmul(w, x).transpose(1, 2).reshape(-1, w.shape[0])
+    if training:
+        var, mean = torch.var_mean(u, dim=0, correction=0)
+    else:
+        mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
+    a = torch.relu(_normalise(u, gamma, beta, mean, var, eps).amax(1)).view(batch, -1)
+    mask, den = a, a.new_empty(0)
+    if minmax:
+        grouped = a.view(minmax_groups(minmax, batch), -1)
+        above = grouped - grouped.amin(1, keepdim=True)
+        den = MINMAX_EPS + above.amax(1)
+        mask = (above / den[:, None]).view(batch, -1)
+    pooled = torch.bmm(mask[:, None], x.transpose(1, 2))[:, 0] / mask.shape[1]
+    return mask.view(batch, height, width), pooled, mean, var, u, den
+
+
+def _normalise(u, gamma, beta, mean, var, eps):
+    return (u - mean) * (gamma.to(u.dtype) * torch.rsqrt(var + eps)) + beta.to(u.dtype)
+
+
+def minmax_backward(t: Tensor, mask: Tensor, den: Tensor) -> Tensor:
+    """Gradient to ``a`` of ``mask = (a - min a) / den``, from ``t = dmask``; both [B, S], one range per entry of ``den``."""
+    shape = t.shape
+    t, mask, den = t.reshape(den.numel(), -1), mask.reshape(den.numel(), -1), den[:, None]
+    lowest, highest = mask == 0, mask == mask.amax(1, keepdim=True)
+    to_lowest = (t * (mask - 1)).sum(1, keepdim=True) / lowest.sum(1, keepdim=True)
+    to_highest = (t * mask).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
+    return ((t + lowest * to_lowest - highest * to_highest) / den).view(shape)
+
+
+def _backward(
+    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature
+):
+    dtype = u.dtype
+    batch, channels, height, width = feature.shape
+    positions = height * width
+    x = feature.flatten(2).to(dtype)
+    w = weight.to(dtype)
+    mask = mask.view(batch, positions)
+    t = torch.zeros_like(mask) if grad_mask is None else grad_mask.reshape(batch, positions)
+    if grad_pooled is not None:
+        grad_pooled = grad_pooled.to(dtype)
+        t = t + torch.bmm(grad_pooled[:, None], x)[:, 0] / positions
+    da = minmax_backward(t, mask, den) if minmax else t
+
+    top, winner = _normalise(u, gamma, beta, mean, var, eps).max(1, keepdim=True)
+    dv = torch.zeros_like(u).scatter_(1, winner, torch.where(top > 0, da.reshape(-1, 1), 0))
+    rstd = torch.rsqrt(var + eps)
+    xhat = (u - mean) * rstd
+    dbeta, dgamma = dv.sum(0), (dv * xhat).sum(0)
+    du = dv - (dbeta + xhat * dgamma) / u.shape[0] if training else dv
+    du = du * (gamma.to(dtype) * rstd)
+
+    grad_feature = feature.new_empty(0)
+    if _is_rows(feature):
+        dw = du.T @ x.transpose(1, 2).reshape(-1, channels)
+        if need_feature:
+            rows = (du @ w).view(batch, positions, channels)
+            if grad_pooled is not None:
+                rows.baddbmm_(mask[:, :, None], grad_pooled[:, None], alpha=1 / positions)
+            grad_feature = rows.transpose(1, 2)
+    else:
+        du = du.view(batch, positions, -1)
+        dw = torch.bmm(du.transpose(1, 2), x.transpose(1, 2)).sum(0)
+        if need_feature:
+            grad_feature = torch.matmul(w.T, du.transpose(1, 2))
+            if grad_pooled is not None:
+                grad_feature.baddbmm_(grad_pooled[:, :, None], mask[:, None], alpha=1 / positions)
+    if need_feature:
+        grad_feature = grad_feature.reshape(feature.shape).to(feature.dtype)
+    return grad_feature, dw.to(weight.dtype), dgamma.to(gamma.dtype), dbeta.to(beta.dtype)

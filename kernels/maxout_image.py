@@ -1,0 +1,287 @@
+"""The max-out mask of an image, min-max over pixels and max-pooled by cells, without ever holding [B, M, H, W].
+
+A 1x1 convolution of three channels is linear in them, ``u_m(p) = w_m . x(p)``, and that gives everything:
+
+1. Its batch-norm statistics are moments of the image: ``mean_m = w_m . mu`` and ``var_m = w_m S w_m`` with mu [3] and
+   S [3, 3] the mean and biased covariance of all pixels. Nine numbers, accumulated in float64.
+2. So ``v_m(p) = A_m . x(p) + s_m`` with ``A_m = gamma_m rstd_m w_m`` and ``s_m = beta_m - A_m . mu`` is known before any
+   pixel is visited again, and relu(max_m v_m(p)) takes 3 M multiplications a pixel and no memory.
+3. ReLU, maximum, min-max and max-pooling are monotone, so a cell's value is that of one pixel, the one whose maximum is
+   largest. A second pass over the image finds it, and the pixel of the smallest value for the min-max.
+4. The gradient of max and max-pool is that of the winner. Hence the backward pass needs the winners' three colours and
+   channel, the smallest pixel's, and the derivative of mu and S through step 1:
+   with ``dA_m = sum_p dz_p x_p``, ``ds_m = sum_p dz_p`` over the winning pixels p of channel m, and ``G_m = dA_m - ds_m mu``,
+
+       dbeta_m = ds_m,   dgamma_m = rstd_m G_m . w_m,
+       dw_m = gamma_m rstd_m (G_m - rstd_m^2 (G_m . w_m) S w_m)      (the last term in training only)
+
+No step approximates: values and gradients are those of the plain form up to rounding. The same algorithm runs on CPU and,
+in ``maxout_image_triton.py``, on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.maxout import check_projection, compute_dtype, minmax_groups
+from kernels.reference import MINMAX_EPS, MaxOutImage, MinMax
+from kernels.selection import choose, refuse_double_backward
+
+
+def maxout_image(
+    image: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    cell: int = 32,
+    minmax: MinMax = None,
+    pool: Literal["max", "mean"] = "max",
+    impl: Literal["auto", "triton", "torch", "reference"] = "auto",
+) -> MaxOutImage:
+    """The max-out mask of an image on a grid of cells (PP-SSL, IADM's image branch).
+
+    Args:
+        image: [B, 3, H, W], NCHW or channels_last; H and W multiples of ``cell``. A constant: it receives no gradient.
+        weight: [M, 3], the 1x1 convolution without bias.
+        gamma, beta: [M], scale and shift of the batch-norm.
+        running_mean, running_var: [M], used when ``training`` is false; never written.
+        cell: side of a cell in pixels. The Triton path wants a power of two of at most 128.
+        minmax: scale the pixels' mask to [0, 1] over each image, over the batch, or not at all, before pooling.
+        pool: ``"mean"`` has no shortcut: ``impl="auto"`` runs the reference for it.
+        impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
+
+    Returns:
+        MaxOutImage(mask [B, H / cell, W / cell], mean [M], var [M]), float32 (float64 for float64 images). ``mean`` and
+        ``var`` (biased) carry no gradient.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: wrong rank or shape, H or W no multiple of cell, missing running statistics, unknown option, or
+            ``pool="mean"`` with an explicit fused path.
+        RuntimeError: second derivatives of a fused path.
+    """
+    check_projection("maxout_image", image, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
+    if image.shape[1] != 3:
+        raise ValueError(f"maxout_image: image must be [B, 3, H, W], got {list(image.shape)}")
+    if not isinstance(cell, int) or cell < 1 or image.shape[2] % cell or image.shape[3] % cell:
+        raise ValueError(f"maxout_image: cell must divide the image's {list(image.shape[2:])}, got {cell}")
+    if pool not in ("max", "mean"):
+        raise ValueError(f"maxout_image: pool must be 'max' or 'mean', got {pool!r}")
+    image = image.detach()
+    if pool == "mean":
+        if impl not in ("auto", "reference"):
+            raise ValueError(f"maxout_image: impl={impl!r} has no pool='mean'; use impl='auto' or 'reference'")
+        impl = "reference"
+    unsupported = None
+    if cell & (cell - 1) or cell > 128:
+        unsupported = f"cell must be a power of two of at most 128, got {cell}"
+    chosen = choose("maxout_image", impl, image, fast="torch", unsupported=unsupported)
+    if chosen == "reference":
+        with torch.autocast(image.device.type, enabled=False):
+            return reference.maxout_image(
+                image, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
+                eps=eps, cell=cell, minmax=minmax, pool=pool,
+            )
+    outputs = torch.ops.ppssl.maxout_image(
+        image, weight, gamma, beta, running_mean, running_var, training, float(eps), cell, minmax or "", chosen
+    )
+    return MaxOutImage(*outputs[:3])
+
+
+@torch.library.custom_op("ppssl::maxout_image", mutates_args=())
+def _maxout_image(
+    image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3] float64).
+
+    ``winners`` and ``lowest`` are colours; row 0 of ``moments`` is mu, rows 1 to 3 are S. minmax "" stands for None.
+    """
+    if impl == "triton":
+        from kernels import maxout_image_triton
+
+        return maxout_image_triton.forward(
+            image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax
+        )
+    with torch.autocast(image.device.type, enabled=False):
+        return _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax)
+
+
+@_maxout_image.register_fake
+def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, impl):
+    batch, _, height, width = image.shape
+    rows, columns = height // cell, width // cell
+    groups = minmax_groups(minmax, batch)
+
+    def new(*shape, dtype=compute_dtype(image)):
+        return image.new_empty(shape, dtype=dtype)
+
+    return (
+        new(batch, rows, columns), new(weight.shape[0]), new(weight.shape[0]), new(batch * rows * columns, 3),
+        new(groups, 3), new(groups), new(4, 3, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("ppssl::maxout_image_backward", mutates_args=())
+def _maxout_image_backward(
+    grad_mask: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor, mean: Tensor, var: Tensor,
+    winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
+    if impl == "triton":
+        from kernels import maxout_image_triton
+
+        return maxout_image_triton.backward(
+            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps
+        )
+    with torch.autocast(mask.device.type, enabled=False):
+        return _backward(
+            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps
+        )
+
+
+@_maxout_image_backward.register_fake
+def _(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, impl):
+    return weight.new_empty(weight.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, weight, gamma, beta, _, _, ctx.training, ctx.eps, _, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, gamma, beta, *output)
+
+
+def _autograd(ctx, grad_mask, *_):
+    refuse_double_backward("maxout_image")
+    grads = (None,) * 3
+    if grad_mask is not None:
+        grads = torch.ops.ppssl.maxout_image_backward(grad_mask, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.impl)
+        grads = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:], strict=False))
+    return (
+        None,  # image
+        *grads,  # weight, gamma, beta
+        None,  # running_mean
+        None,  # running_var
+        None,  # training
+        None,  # eps
+        None,  # cell
+        None,  # minmax
+        None,  # impl
+    )
+
+
+_maxout_image.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _moments(image: Tensor) -> Tensor:
+    """Mean of the colours and their biased covariance over all pixels of the batch: [4, 3] float64."""
+    total = torch.zeros(3, dtype=torch.float64, device=image.device)
+    products = torch.zeros(3, 3, dtype=torch.float64, device=image.device)
+    for picture in image:
+        colours = picture.flatten(1).double()
+        total += colours.sum(1)
+        products.addmm_(colours, colours.T)
+    pixels = image.shape[0] * image.shape[2] * image.shape[3]
+    mean = total / pixels
+    return torch.cat([mean[None], products / pixels - torch.outer(mean, mean)])
+
+
+def _affine(weight, gamma, beta, mean, var, eps):
+    """``v = A x + shift`` in float64: A [M, 3], shift [M], and rstd [M]."""
+    rstd = torch.rsqrt(var.double() + eps)
+    slope = (gamma.double() * rstd)[:, None] * weight.double()
+    return slope, beta.double() - mean.double() * gamma.double() * rstd, rstd
+
+
+def _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax):
+    dtype = compute_dtype(image)
+    batch, _, height, width = image.shape
+    moments = _moments(image)
+    if training:
+        mean = weight.double() @ moments[0]
+        var = ((weight.double() @ moments[1:]) * weight.double()).sum(1).clamp_min(0)
+    else:
+        mean, var = running_mean.double(), running_var.double()
+    slope, shift, _ = _affine(weight, gamma, beta, mean, var, eps)
+    winners, lowest = _search(image, slope.to(dtype), shift.to(dtype), cell)
+
+    def value(colours):
+        return torch.relu((colours.double() @ slope.T + shift).amax(-1))
+
+    mask = value(winners)  # [B, h w]
+    smallest, den = lowest[:0, 0], mask.new_empty(0)
+    if minmax:
+        bottom = value(lowest)  # [B]
+        if minmax == "batch":
+            first = bottom.argmin(0, keepdim=True)
+            lowest, bottom = lowest[first], bottom[first]
+        grouped = mask.view(lowest.shape[0], -1) - bottom[:, None]
+        den = MINMAX_EPS + grouped.amax(1)
+        mask = grouped / den[:, None]
+        smallest = lowest
+    return (
+        mask.view(batch, height // cell, width // cell).to(dtype), mean.to(dtype, copy=True), var.to(dtype, copy=True),
+        winners.reshape(-1, 3), smallest.reshape(-1, 3).clone(), den.to(dtype), moments,
+    )
+
+
+def _search(image: Tensor, slope: Tensor, shift: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+    """Colours of each cell's winning pixel [B, h w, 3] and of each image's lowest pixel [B, 3]; one image at a time."""
+    batch, _, height, width = image.shape
+    winners = image.new_empty((batch, (height // cell) * (width // cell), 3), dtype=slope.dtype)
+    lowest = image.new_empty((batch, 3), dtype=slope.dtype)
+    pixels = cell * width
+    values = image.new_empty((height * width,), dtype=slope.dtype)
+    for b, picture in enumerate(image):
+        colours = picture.flatten(1).to(slope.dtype)
+        for start in range(0, height * width, pixels):
+            # One row of cells at a time: its [M, cell * W] block stays in the cache.
+            stop = start + pixels
+            values[start:stop] = torch.addmm(shift[:, None], slope, colours[:, start:stop]).amax(0)
+        values.relu_()
+        _, index = F.max_pool2d(values.view(1, height, width), cell, return_indices=True)
+        winners[b] = colours[:, index.flatten()].T
+        lowest[b] = colours[:, values.argmin()]
+    return winners, lowest
+
+
+def _backward(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps):
+    slope, shift, rstd = _affine(weight, gamma, beta, mean, var, eps)
+    t = grad_mask.double().reshape(mask.shape[0], -1)
+    colours = winners.double()
+    if den.numel():
+        wide = mask.double().view(t.shape)
+        per_range = t.view(den.numel(), -1), wide.view(den.numel(), -1)
+        to_lowest = (per_range[0] * (per_range[1] - 1)).sum(1) / den
+        highest = per_range[1] == per_range[1].amax(1, keepdim=True)
+        to_highest = (per_range[0] * per_range[1]).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
+        t = (per_range[0] - highest * to_highest) / den.double()[:, None]
+        colours = torch.cat([colours, lowest.double()])
+        t = torch.cat([t.flatten(), to_lowest])
+    top, winner = (colours @ slope.T + shift).max(1, keepdim=True)
+    dv = colours.new_zeros(colours.shape[0], slope.shape[0])
+    dv.scatter_(1, winner, torch.where(top > 0, t.reshape(-1, 1), 0))
+    dshift = dv.sum(0)
+    w, scale = weight.double(), gamma.double() * rstd
+    center = moments[0] if training else None
+    if training:
+        pull = dv.T @ colours - torch.outer(dshift, center)
+        along = (pull * w).sum(1)
+        dw = scale[:, None] * (pull - (rstd * rstd * along)[:, None] * (w @ moments[1:]))
+        dgamma = rstd * along
+    else:
+        slopes = dv.T @ colours
+        dw = scale[:, None] * slopes
+        dgamma = rstd * ((slopes * w).sum(1) - mean.double() * dshift)
+    return dw.to(weight.dtype), dgamma.to(gamma.dtype), dshift.to(beta.dtype)

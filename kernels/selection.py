@@ -1,0 +1,91 @@
+"""Which implementation runs: ``impl="auto"`` looks at the tensors, an explicit choice is obeyed or refused, never replaced."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """True when the triton package can be imported (asked without importing it)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | None = None) -> str:
+    """The implementation that runs for ``impl``.
+
+    Args:
+        op: name of the public function, for messages.
+        impl: what the caller asked for: auto, triton, reference or ``fast``.
+        tensor: decides the device and the dtype.
+        fast: name of the op's PyTorch path, which runs everywhere.
+        unsupported: why the Triton kernel cannot take this input, or None.
+
+    Raises:
+        ValueError: unknown ``impl``, or ``impl="triton"`` for an input or device that it cannot take.
+        ImportError: ``impl="triton"`` without triton.
+    """
+    if impl in ("reference", fast):
+        return impl
+    if tensor.dtype == torch.float64:
+        unsupported = f"float64 is not supported (got {tensor.dtype})"
+    if impl == "triton":
+        if not has_triton():
+            raise ImportError(f"{op}: impl='triton' needs the triton package; install it or use impl='auto'")
+        if tensor.device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"{op}: impl='triton' needs CUDA tensors, got {tensor.device}; use impl='{fast}', or set TRITON_INTERPRET=1 "
+                "before triton is imported to run the interpreter"
+            )
+        if unsupported:
+            raise ValueError(f"{op}: impl='triton': {unsupported}; use impl='{fast}' or 'auto'")
+        return impl
+    if impl != "auto":
+        raise ValueError(f"{op}: impl must be 'auto', 'triton', '{fast}' or 'reference', got {impl!r}")
+    if tensor.device.type != "cuda" or unsupported:
+        return fast
+    if not has_triton():
+        _say_once(f"{op}: triton is not installed, CUDA tensors take the '{fast}' path")
+        return fast
+    return "triton"
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Every argument is a floating tensor on one device.
+
+    Raises:
+        TypeError: not a tensor, or not float16/bfloat16/float32/float64.
+        ValueError: two devices.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} on {first.device}; move one of them")
+
+
+def refuse_double_backward(op: str) -> None:
+    """Called at the start of a backward formula: under ``create_graph=True`` its result would silently lack terms."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: no second derivative; use impl='reference' for create_graph=True")
