@@ -1,0 +1,241 @@
+"""PP-SSL: the form ``guided`` against a plain re-computation, and what each switch changes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ppssl.encoder import FeatureNet, MaskBranch
+from ppssl.method import Batch
+from ppssl.ppssl import FORMS, PPSSL, Form, form_from_config, spatial_kl
+
+CHANNELS, DIM, QUEUE, BATCH, SIDE, CELL = 24, 8, 20, 6, 32, 8
+GUIDED, PUBLISHED = FORMS["guided"], FORMS["published"]
+
+
+class SmallTrunk(nn.Module):
+    """Two convolutions, [B, 3, 32, 32] -> layer1 [B, 8, 8, 8], layer4 [B, 24, 4, 4]."""
+
+    channels, stride = CHANNELS, CELL
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 4, stride=4)
+        self.second = nn.Conv2d(8, CHANNELS, 2, stride=2)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        low = F.relu(self.first(images))
+        return {"layer1": low, "layer4": F.relu(self.second(low))}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps(images)["layer4"]
+
+
+def build(form: Form = GUIDED, **options) -> PPSSL:
+    torch.manual_seed(1)
+    text = torch.randn(8, 5)
+    head = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, DIM))
+    network = FeatureNet(SmallTrunk(), MaskBranch(CHANNELS, 32, minmax=form.minmax))
+    options = {"embed": lambda x: F.normalize(x.detach().mean((2, 3)) @ torch.ones(3, 5) + 0.1, dim=1)} | options
+    return PPSSL(network, head, text, form=form, dim=DIM, queue_size=QUEUE, temperature=0.2, **options).train()
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    images = [torch.randn(BATCH, 3, SIDE, SIDE, generator=generator) for _ in range(3)]
+    teacher = F.normalize(torch.randn(BATCH, 5, generator=generator), dim=1)
+    return Batch(images[0].requires_grad_(), images[1], torch.arange(BATCH), images[2].requires_grad_(), teacher)
+
+
+def plain_guided(method: PPSSL, given: Batch) -> dict[str, torch.Tensor]:
+    """The table of the form ``guided``, written out in float64 without the project's ops."""
+    m = copy.deepcopy(method).double()
+    x_q, x_k = given.x_q.detach().double().requires_grad_(), given.x_k.double()
+    conv, head = m.encoder_q.trunk, m.encoder_q.head
+    feature = F.relu(conv.second(F.relu(conv.first(x_q))))
+    q = F.normalize(head(feature.mean((2, 3))), dim=1)
+    with torch.no_grad():
+        key = m.encoder_k
+        k = F.normalize(key.head(F.relu(key.trunk.second(F.relu(key.trunk.first(x_k)))).mean((2, 3))), dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ m.queue.rows.T], 1) / 0.2
+    contrast_each = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long), reduction="none")
+
+    u = F.conv2d(feature, m.mask.conv.weight)
+    mean, var = u.mean((0, 2, 3), keepdim=True), u.var((0, 2, 3), unbiased=False, keepdim=True)
+    gamma, beta = (t.view(1, -1, 1, 1) for t in (m.mask.bn.weight, m.mask.bn.bias))
+    phi = F.relu((u - mean) / (var + 1e-5).sqrt() * gamma + beta).max(1).values
+    low = phi.flatten(1).min(1).values.view(-1, 1, 1)
+    mask = (phi - low) / (1e-7 + (phi - low).flatten(1).max(1).values.view(-1, 1, 1))
+    pooled = (mask[:, None] * feature).mean((2, 3))
+
+    (gradient,) = torch.autograd.grad(contrast_each.sum(), x_q, retain_graph=True)
+    cam = F.avg_pool2d(F.relu(-(x_q.detach() * gradient).sum(1, keepdim=True)), CELL)[:, 0]
+    cam = cam / cam.flatten(1).max(1).values.view(-1, 1, 1)
+    target = F.softmax(cam.flatten(1) / 0.4, 1)
+    iadm = (target * (target.log() - F.log_softmax(mask.flatten(1) / 0.4, 1))).sum(1).mean()
+
+    text = m.text_features
+    student = F.normalize(m.to_text(F.normalize(pooled, dim=1)), dim=1)
+    p_t = F.softmax(100 * given.teacher.double() @ text.T, 1)
+    ais = (p_t * (F.log_softmax(100 * given.teacher.double() @ text.T, 1) - F.log_softmax(100 * student @ text.T, 1))).sum() / (8 * BATCH)
+    total = contrast_each.mean() + 1.28 * iadm + 1.2 * ais
+    names = [n for n, p in m.named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(total, [dict(m.named_parameters())[n] for n in names])
+    return {"total": total, "contrast": contrast_each.mean(), "iadm": iadm, "ais": ais, "keys": k} | dict(zip(names, gradients, strict=True))
+
+
+def gradients(method: PPSSL, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return dict(zip(named, found, strict=True))
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 2e-5) -> bool:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return bool((actual - expected).abs().max() <= relative * expected.abs().max())
+
+
+def test_guided_equals_its_plain_recomputation() -> None:
+    method, given = build(), batch()
+    expected = plain_guided(method, given)
+    output = method(given)
+    assert near(output.total, expected["total"]) and near(output.keys, expected["keys"])
+    for name in ("contrast", "iadm", "ais"):
+        assert near(output.terms[name], expected[name]), name
+    for name, gradient in gradients(method, output.total).items():
+        assert near(gradient, expected[name], 1e-4), name
+
+
+def iadm_gradients(form: Form) -> dict[str, torch.Tensor]:
+    method = build(form, ais_weight=0.0)
+    output = method(batch())
+    bare = build(dataclasses.replace(form, iadm_weight=0.0), ais_weight=0.0)
+    return {n: g - b for (n, g), b in zip(gradients(method, output.total).items(), gradients(bare, bare(batch()).total).values(), strict=False)
+            if g is not None and b is not None}  # fmt: skip
+
+
+def test_published_guidance_sends_nothing_into_the_encoder_and_guided_does() -> None:
+    published = iadm_gradients(PUBLISHED)
+    assert all(float(g.abs().max()) < 1e-7 for n, g in published.items() if n.startswith("encoder_q."))
+    guided = iadm_gradients(GUIDED)
+    assert float(guided["encoder_q.trunk.second.weight"].abs().max()) > 1e-4
+
+
+def test_published_feature_depends_on_its_batch_mates_and_guided_does_not() -> None:
+    images = batch().x_q.detach()
+    images[2:] *= 4.0  # mates with stronger responses, so that the extremes of the batch lie among them
+    with torch.no_grad():
+        for form, depends in ((PUBLISHED, True), (GUIDED, False)):
+            network = build(form).network.eval()
+            network.mask.bn.bias.fill_(1.0)  # no cell is at the ReLU's zero, where every batch has the same minimum
+            together, alone = network(images)[:2], network(images[:2])
+            assert (float((together - alone).abs().max()) > 1e-4) == depends
+
+
+def test_published_target_is_uniform_to_three_digits_for_gradients_of_the_usual_size() -> None:
+    cam = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(0)) * 1e-4
+    assert float((F.softmax(cam, -1) - 1 / 7).abs().max()) < 1e-4
+    mask = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(1))
+    constant = spatial_kl(torch.zeros(4, 7, 7), mask, PUBLISHED)
+    assert float((spatial_kl(cam, mask, PUBLISHED) - constant).abs() / constant) < 1e-3
+
+
+def test_zero_cam_is_a_uniform_target() -> None:
+    mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    loss = spatial_kl(torch.zeros(3, 4, 4), mask, GUIDED)
+    expected = -(F.log_softmax(mask.flatten(1) / 0.4, 1).mean(1) + torch.log(torch.tensor(16.0))).mean()
+    assert torch.allclose(loss, expected, atol=1e-6) and torch.isfinite(torch.autograd.grad(loss, mask)[0]).all()
+
+
+# every switch of the form, alone: the value to turn it to from ``guided``, and the terms that it must and must not move
+SWITCHES = [
+    ("minmax", "batch", {"iadm", "ais"}),
+    ("iadm_weight", 2.0, set()),
+    ("sign", "plus", {"iadm"}),
+    ("temperature", 1.0, {"iadm"}),
+    ("softmax", "rows", {"iadm"}),
+    ("cam_scale", "none", {"iadm"}),
+    ("pool", "max", {"iadm"}),
+    ("mask", "image", {"iadm"}),
+    ("reduction", "sum", {"iadm"}),
+    ("teacher_view", "query", {"ais"}),
+]
+
+
+@pytest.mark.parametrize(("switch", "value", "moves"), SWITCHES, ids=[s[0] for s in SWITCHES])
+def test_each_switch_moves_its_own_term_only(switch: str, value: object, moves: set[str]) -> None:
+    before = build()(batch())
+    after = build(dataclasses.replace(GUIDED, **{switch: value}))(batch())
+    moved = {name for name in before.terms if not torch.equal(before.terms[name], after.terms[name])}
+    assert moved == moves
+    assert (before.total - after.total).abs() > 1e-6
+
+
+def test_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> None:
+    raw = dataclasses.replace(GUIDED, cam_scale="none")
+    cams = []
+    for loss in ("sum", "mean"):
+        method, given = build(dataclasses.replace(raw, cam_loss=loss)), batch()
+        maps = {"image": given.x_q, **method.encoder_q.trunk.maps(given.x_q)}
+        q = method.encoder_q.project(maps["layer4"].mean((2, 3)))
+        losses, _ = method.contrast(q, method.keys(given.x_k))
+        cams.append(method.cam(losses, maps, (4, 4)))
+    assert torch.allclose(cams[0], BATCH * cams[1], rtol=1e-5, atol=1e-9)
+
+
+def test_shared_image_batch_norm_moves_one_buffer_twice_and_an_own_one_is_apart() -> None:
+    shared, own = build(PUBLISHED), build(dataclasses.replace(PUBLISHED, image_bn="own"))
+    for method in (shared, own):
+        method(batch())
+    assert shared.image_mask.own_bn is None and not torch.equal(shared.mask.bn.running_mean, own.mask.bn.running_mean)
+    assert float(own.image_mask.own_bn.running_mean.abs().max()) > 0
+    assert not any("own_bn" in name for name in shared.state_dict())
+
+
+def test_sources_and_original_image() -> None:
+    layers = build(sources=("image", "layer1"))(batch())
+    image = build()(batch())
+    assert not torch.equal(layers.terms["iadm"], image.terms["iadm"])
+    orig = build(cam_image="orig")
+    assert orig.needs_original and orig.needs_image_grad == ("x_o",)
+    assert not torch.equal(orig(batch()).terms["iadm"], image.terms["iadm"])
+    assert build(sources=("layer1",)).needs_image_grad == ()
+    with pytest.raises(ValueError, match="layer9"):
+        build(sources=("layer9",))
+
+
+def test_contrast_mask_contrasts_the_masked_feature() -> None:
+    assert not torch.equal(build(contrast_mask=True)(batch()).terms["contrast"], build()(batch()).terms["contrast"])
+
+
+def test_warmup_raises_the_weight_with_the_share_of_the_run_done() -> None:
+    totals = []
+    for progress in (0.0, 0.1, 0.2, 0.9):
+        method = build(ais_warmup=0.2)
+        method.progress = torch.tensor(progress)
+        output = method(batch())
+        totals.append(float((output.total - output.terms["contrast"] - 1.28 * output.terms["iadm"]) / output.terms["ais"]))
+    assert totals == pytest.approx([0.0, 0.6, 1.2, 1.2], abs=1e-4)
+
+
+def test_weights_of_zero_turn_a_term_and_its_needs_off() -> None:
+    method = build(dataclasses.replace(GUIDED, iadm_weight=0.0), ais_weight=0.0)
+    assert method.needs_image_grad == () and not method.needs_teacher_embeddings
+    output = method(batch())
+    assert set(output.terms) == {"contrast"} and torch.equal(output.total, output.terms["contrast"])
+
+
+def test_the_teacher_view_query_needs_an_image_encoder() -> None:
+    with pytest.raises(ValueError, match=r"teacher\.view"):
+        build(PUBLISHED, embed=None)
+
+
+def test_config_switches_override_the_form() -> None:
+    from engine.config import Config, IadmConfig, MethodConfig
+
+    cfg = Config(method=MethodConfig(form="guided", minmax="batch"), iadm=IadmConfig(sign="plus"))
+    assert form_from_config(cfg) == dataclasses.replace(GUIDED, minmax="batch", sign="plus")
+    assert form_from_config(Config()) == PUBLISHED

@@ -1,0 +1,149 @@
+"""The form ``published`` against numbers that the published code produced: every ``published_*.json`` in PPSSL_FIXTURES (default:
+the copies beside this file). ``recipe.py`` there rebuilds weights and inputs and says what each quantity is."""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ppssl.encoder
+import ppssl.moco
+import ppssl.ppssl
+from engine import optim, precision
+from engine.step import Step
+from ppssl.encoder import FeatureNet, MaskBranch
+from ppssl.method import Batch
+from ppssl.ppssl import FORMS, PPSSL
+
+FIXTURES = Path(os.environ.get("PPSSL_FIXTURES") or Path(__file__).parent / "fixtures")
+CASES = sorted(FIXTURES.glob("published_*.json"))
+RELATIVE = 1e-5
+"""max |a - b| <= 1e-5 * max |b| per quantity, the tolerance of float32 on any execution path."""
+
+
+def rebuild(path: Path) -> dict:
+    spec = importlib.util.spec_from_file_location("recipe", FIXTURES / "recipe.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe.published_case(path)
+
+
+class PatchTrunk(nn.Module):
+    """The fixtures' stand-in trunk: one 32x32 convolution and ReLU."""
+
+    channels, stride = 2048, 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2048, 32, stride=32)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer4": F.relu(self.conv(images))}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps(images)["layer4"]
+
+
+# our parameter -> the fixtures' name
+NAMES = {
+    "encoder_q.trunk.conv.weight": "encoder_q.conv.weight",
+    "encoder_q.trunk.conv.bias": "encoder_q.conv.bias",
+    "encoder_q.head.0.weight": "encoder_q.fc.0.weight",
+    "encoder_q.head.0.bias": "encoder_q.fc.0.bias",
+    "encoder_q.head.2.weight": "encoder_q.fc.2.weight",
+    "encoder_q.head.2.bias": "encoder_q.fc.2.bias",
+    "mask.conv.weight": "conv16.weight",
+    "mask.bn.weight": "bn16.weight",
+    "mask.bn.bias": "bn16.bias",
+    "image_mask.conv.weight": "conv32.weight",
+    "to_text.weight": "text_fc.weight",
+    "to_text.bias": "text_fc.bias",
+}
+
+
+def build(case: dict) -> PPSSL:
+    expected, teacher = case["expected"], case["teacher"]
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(F.avg_pool2d(images.detach(), 32).flatten(1) @ teacher["w"], dim=1)
+
+    dim = expected["D"]
+    method = PPSSL(
+        FeatureNet(PatchTrunk(), MaskBranch(2048, 32, minmax="batch")),
+        nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, dim)),
+        teacher["text"],
+        form=FORMS["published"],
+        embed=embed,
+        teacher_logit_scale=teacher["logit_scale"],
+        dim=dim,
+        queue_size=expected["K"],
+        temperature=expected["T"],
+    )
+    own = method.state_dict()
+    for ours, theirs in NAMES.items():
+        own[ours].copy_(case["weights"][theirs])
+        key = theirs.replace("encoder_q", "encoder_k")
+        if key != theirs:
+            own[ours.replace("encoder_q", "encoder_k")].copy_(case["weights"][key])
+    method.queue.rows.copy_(case["queue"])
+    return method
+
+
+def close(name: str, actual, expected, relative: float = RELATIVE) -> None:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    error, size = np.abs(actual - expected).max(), np.abs(expected).max()
+    assert error <= relative * size, f"{name}: off by {error / size:.2e} of its size"
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
+def test_one_published_step(path: Path, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = rebuild(path)
+    expected = case["expected"]
+    for module, names in ((ppssl.moco, ["queue_infonce"]), (ppssl.encoder, ["maxout", "maxout_image"]), (ppssl.ppssl, ["gradcam"])):
+        for name in names:
+            monkeypatch.setattr(module, name, functools.partial(getattr(module, name), impl=impl))
+    seen = {}
+    spatial_kl = ppssl.ppssl.spatial_kl
+    monkeypatch.setattr(ppssl.ppssl, "spatial_kl", lambda cam, mask, form: seen.update(cam=cam, mask=mask.detach()) or spatial_kl(cam, mask, form))
+
+    method = build(case).train()
+    names = dict(method.named_parameters())
+    optimizer = optim.sgd([names[n] for n in NAMES], lr=0.03, momentum=0.9, weight_decay=1e-4)
+    norms = {}
+    optimizer.register_step_pre_hook(lambda *_: norms.update({theirs: float(names[ours].grad.norm()) for ours, theirs in NAMES.items()}))
+    step = Step(
+        method, optimizer, lr=lambda _: 0.0, decay=0.999,
+        precision=precision.resolve(None, torch.device("cpu")), total_steps=1,
+    )  # fmt: skip
+    output = step(Batch(case["x_q"], case["x_k"], torch.arange(expected["B"])))
+
+    close("loss_contrast", output.terms["contrast"], expected["loss_contrast"])
+    close("loss_iadm", output.terms["iadm"], expected["loss_iadm"])
+    close("loss_ais", output.terms["ais"], expected["loss_ais"])
+    close("loss_total", output.total.detach(), expected["loss_total"])
+    close("contrast_top1", output.stats["contrast_top1"], expected["contrast_top1"])
+    for name, norm in expected["grad_norm"].items():
+        close(f"gradient of {name}", norms[name], norm, RELATIVE if norm >= 1e-2 else 1e-4)
+    close("cam", seen["cam"], expected["cam"])
+    close("att", seen["mask"], expected["att"])
+    close("bn_running_mean", method.mask.bn.running_mean, expected["bn_running_mean"])
+    close("bn_running_var", method.mask.bn.running_var, expected["bn_running_var"])
+    close("queue_rows_written", method.queue.rows[: expected["B"]], expected["queue_rows_written"])
+    assert int(method.queue.pointer) == expected["B"] % expected["K"]
+
+    with torch.no_grad():
+        feature = method.network.eval()(case["x_eval"])
+    close("feature_head", feature[:, :64], expected["feature_head"])
+    close("feature_sum", feature.double().sum(1), expected["feature_sum"])
+
+
+def test_there_are_cases() -> None:
+    assert CASES, f"no published_*.json in {FIXTURES}"
