@@ -1,6 +1,6 @@
 """How it is computed fast: one op a file, each with an eager definition in ``reference`` as its specification.
 
-Imports torch only. Triton is imported when a kernel first runs, so the package works on machines with neither CUDA nor triton.
+Imports torch only: triton is imported when a kernel first runs, so this works on machines with neither CUDA nor triton.
 """
 
 from kernels import reference

@@ -1,8 +1,8 @@
 """GradCAM weighting: ``relu(sign sum_c act_c grad_c)``, or with ``mean_hw(grad_c)`` as the weight of channel c, pooled.
 
-Never in memory: the product [B, C, H, W]; each input is read once and only the map is written. The gradient to ``act`` is
-``dmap`` sent back through the pooling where the map is positive, times ``sign`` and the weights; ``grad`` is a constant.
-Products and sums are float32 (float64 for float64 inputs) whatever autocast says.
+Never in memory: the product [B, C, H, W]; each input is read once and only the map is written. The gradient to
+``act`` is ``dmap`` sent back through the pooling where the map is positive, times ``sign`` and the weights; ``grad`` is
+a constant. Products and sums are float32 (float64 for float64 inputs) whatever autocast says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from kernels.selection import check_floating, choose, refuse_double_backward
 
 Weighting = Literal["elementwise", "channel"]
 Pool = Literal["max", "mean"]
+
+FEW_CHANNELS = 8
+"""Up to so many channels the PyTorch path adds one product at a time to the map."""
+GROUP_ELEMENTS = 1 << 19
+"""Beyond, so many elements of the product are held at a time (2 MiB of float32: they stay in the cache)."""
 
 
 def gradcam(
@@ -147,17 +152,22 @@ _gradcam.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _cam(act: Tensor, grad: Tensor, weighting: str, sign: int) -> Tensor:
-    """relu(sign * sum_c act * weights): [B, H, W]; one image at a time, so that its product stays in the cache."""
+    """relu(sign * sum_c act * weights): [B, H, W]."""
     dtype = _compute_dtype(act, grad)
+    batch, channels, height, width = act.shape
     if weighting == "channel":
         weights = grad.to(dtype).mean(dim=(2, 3))  # [B, C]
-        cam = torch.bmm(weights[:, None], act.to(dtype).flatten(2)).view(act.shape[0], *act.shape[2:])
+        cam = torch.bmm(weights[:, None], act.to(dtype).flatten(2)).view(batch, height, width)
+    elif channels <= FEW_CHANNELS:
+        cam = torch.zeros((batch, height, width), dtype=dtype, device=act.device)
+        for channel in range(channels):
+            cam.addcmul_(act[:, channel].to(dtype), grad[:, channel].to(dtype))
     else:
-        cam = torch.empty((act.shape[0], *act.shape[2:]), dtype=dtype, device=act.device)
-        product = torch.empty_like(act[0], dtype=dtype)
-        for one, slope, out in zip(act, grad, cam, strict=True):
-            torch.sum(product.copy_(one).mul_(slope), 0, out=out)
-    return cam.mul_(sign).relu_()
+        group = max(1, GROUP_ELEMENTS // act[0].numel())
+        pairs = zip(act.split(group), grad.split(group), strict=True)
+        parts = [(some.to(dtype) * slopes).sum(1) for some, slopes in pairs]
+        cam = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (cam if sign == 1 else cam.neg_()).relu_()
 
 
 def _pool(cam: Tensor, height: int, width: int, pool: str) -> tuple[Tensor, Tensor | None]:

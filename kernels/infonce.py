@@ -1,11 +1,11 @@
 """InfoNCE against a queue: ``loss_i = lse(q_i.k_i / T, q_i.queue_j / T) - q_i.k_i / T`` in one pass over the queue.
 
-Never in memory: the logits [B, 1 + K]. The forward pass yields ``dq`` together with the loss, so the backward pass is a
-scale, the queue may be overwritten in place between the two, and nothing of size K is saved. With ``p_i = exp(-loss_i)`` the
-probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials are float32 (float64 for
-float64 inputs) whatever the dtype of the operands and whatever autocast says.
+Never in memory: the logits [B, 1 + K]. The forward pass yields ``dq`` together with the loss, so the backward pass is
+a scale, the queue may be overwritten in place between the two, and nothing of size K is saved. With ``p_i`` =
+``exp(-loss_i)`` the probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials are
+float32 (float64 for float64 inputs) whatever the dtype of the operands and whatever autocast says.
 
-Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in the cache.
+Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in cache.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def queue_infonce(
     """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
 
     Args:
-        q: [B, D] queries, or [V, B, D] for V stacked queries that read the queue once. float16, bfloat16, float32, float64.
-            Rows are used as they come: normalise them outside (rows that are not normalised are legal).
+        q: [B, D] queries, or [V, B, D] for V stacked queries that read the queue once. 16-bit floats, float32 or
+            float64. Rows are used as they come: normalise them outside (rows that are not normalised are legal).
         k: [B, D] keys of the positives; with stacked queries [B, D] (shared) or [V, B, D].
-        queue: [K, D] negatives, any K >= 1 and any strides. Never receives a gradient. The Triton path rounds q and k to
-            its dtype for the products.
+        queue: [K, D] negatives, any K >= 1 and any strides. Never receives a gradient. The Triton path rounds q and k
+            to its dtype for the products.
         temperature: T > 0.
         reduction: over the batch axis; ``"mean"`` and ``"sum"`` give a scalar, or [V] for stacked queries.
         return_rank: also return for each query the number of queue rows that score strictly above its positive
@@ -104,7 +104,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
         raise TypeError(f"enqueue: pointer must be int64, got {pointer.dtype}")
     if pointer.dim() != 0 or pointer.device != queue.device:
         raise ValueError(
-            f"enqueue: pointer must be a 0-d tensor on {queue.device}, got shape {list(pointer.shape)} on {pointer.device}"
+            f"enqueue: pointer must be a 0-d tensor on {queue.device}, got {list(pointer.shape)} on {pointer.device}"
         )
     size, count = queue.shape[0], keys.shape[0]
     kept = min(size, count)

@@ -1,11 +1,11 @@
-"""Max-out/Hadamard projection: 1x1 conv (C -> M), batch-norm, ReLU, max over M, min-max, times the feature, average pool.
+"""Max-out/Hadamard projection: 1x1 conv (C -> M), batch-norm, ReLU, max over M, min-max, times the feature, pooled.
 
 With rows ``x_s`` of the feature, ``u = x W^T``, ``v = gamma (u - mean) / sqrt(var + eps) + beta``:
 
     a_s = max_m relu(v_sm)      mask = (a - min a) / (1e-7 + max a - min a)      pooled = 1/S sum_s mask_s x_s
 
-Never in memory: the normalised projections, the product ``mask * feature``, nor anything else of the feature's size but its
-gradient. Saved: the feature (alive anyway), ``u`` [B S, M] and a few vectors. The backward pass recomputes ``v`` from ``u``:
+Never in memory: the normalised projections, the product ``mask * feature``, nor anything else of the feature's size but
+its gradient. Saved: the feature (alive anyway), ``u`` [B S, M] and a few vectors. The backward pass recomputes ``v``:
 
     t      = dmask + 1/S x . dpooled
     da     = t / den + [a = min] sum(t (mask - 1)) / den - [a = max] sum(t mask) / den        (ties share evenly)
@@ -225,9 +225,11 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
     if _is_rows(feature):
         u = x.transpose(1, 2).reshape(-1, channels) @ w.T
     else:
-        u = torch.matmul(w, x).transpose(1, 2).reshape(-1, w.shape[0])
+        # bmm, because matmul of a matrix with a batch may copy the batch to fold it into one product
+        u = torch.bmm(w.expand(batch, -1, -1), x).transpose(1, 2).reshape(-1, w.shape[0])
     if training:
-        var, mean = torch.var_mean(u, dim=0, correction=0)
+        mean = u.mean(0)
+        var = (u - mean).square_().mean(0)
     else:
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
     a = torch.relu(_normalise(u, gamma, beta, mean, var, eps).amax(1)).view(batch, -1)
@@ -246,7 +248,7 @@ def _normalise(u, gamma, beta, mean, var, eps):
 
 
 def minmax_backward(t: Tensor, mask: Tensor, den: Tensor) -> Tensor:
-    """Gradient to ``a`` of ``mask = (a - min a) / den``, from ``t = dmask``; both [B, S], one range per entry of ``den``."""
+    """Gradient to ``a`` of ``mask = (a - min a) / den``, from ``t = dmask`` [B, S]; one ``den`` a range."""
     shape = t.shape
     t, mask, den = t.reshape(den.numel(), -1), mask.reshape(den.numel(), -1), den[:, None]
     lowest, highest = mask == 0, mask == mask.amax(1, keepdim=True)
@@ -290,7 +292,7 @@ def _backward(
         du = du.view(batch, positions, -1)
         dw = torch.bmm(du.transpose(1, 2), x.transpose(1, 2)).sum(0)
         if need_feature:
-            grad_feature = torch.matmul(w.T, du.transpose(1, 2))
+            grad_feature = torch.bmm(w.T.expand(batch, -1, -1), du.transpose(1, 2))
             if grad_pooled is not None:
                 grad_feature.baddbmm_(grad_pooled[:, :, None], mask[:, None], alpha=1 / positions)
     if need_feature:

@@ -4,19 +4,19 @@ A 1x1 convolution of three channels is linear in them, ``u_m(p) = w_m . x(p)``, 
 
 1. Its batch-norm statistics are moments of the image: ``mean_m = w_m . mu`` and ``var_m = w_m S w_m`` with mu [3] and
    S [3, 3] the mean and biased covariance of all pixels. Nine numbers, accumulated in float64.
-2. So ``v_m(p) = A_m . x(p) + s_m`` with ``A_m = gamma_m rstd_m w_m`` and ``s_m = beta_m - A_m . mu`` is known before any
-   pixel is visited again, and relu(max_m v_m(p)) takes 3 M multiplications a pixel and no memory.
+2. So ``v_m(p) = A_m . x(p) + s_m`` with ``A_m = gamma_m rstd_m w_m`` and ``s_m = beta_m - A_m . mu`` is known before
+   any pixel is visited again, and relu(max_m v_m(p)) takes 3 M multiplications a pixel and no memory.
 3. ReLU, maximum, min-max and max-pooling are monotone, so a cell's value is that of one pixel, the one whose maximum is
    largest. A second pass over the image finds it, and the pixel of the smallest value for the min-max.
 4. The gradient of max and max-pool is that of the winner. Hence the backward pass needs the winners' three colours and
    channel, the smallest pixel's, and the derivative of mu and S through step 1:
-   with ``dA_m = sum_p dz_p x_p``, ``ds_m = sum_p dz_p`` over the winning pixels p of channel m, and ``G_m = dA_m - ds_m mu``,
+   with ``dA_m = sum_p dz_p x_p``, ``ds_m = sum_p dz_p`` over the pixels p that channel m won, ``G_m = dA_m - ds_m mu``,
 
        dbeta_m = ds_m,   dgamma_m = rstd_m G_m . w_m,
        dw_m = gamma_m rstd_m (G_m - rstd_m^2 (G_m . w_m) S w_m)      (the last term in training only)
 
-No step approximates: values and gradients are those of the plain form up to rounding. The same algorithm runs on CPU and,
-in ``maxout_image_triton.py``, on CUDA.
+No step approximates: values and gradients are those of the plain form up to rounding. The same algorithm runs on CPU
+and, in ``maxout_image_triton.py``, on CUDA.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def _maxout_image(
     image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3] float64).
+    """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3]).
 
-    ``winners`` and ``lowest`` are colours; row 0 of ``moments`` is mu, rows 1 to 3 are S. minmax "" stands for None.
+    ``winners`` and ``lowest`` are colours; ``moments`` (float64): mu, then the rows of S. minmax "" stands for None.
     """
     if impl == "triton":
         from kernels import maxout_image_triton
@@ -123,12 +123,12 @@ def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell
     rows, columns = height // cell, width // cell
     groups = minmax_groups(minmax, batch)
 
-    def new(*shape, dtype=compute_dtype(image)):
-        return image.new_empty(shape, dtype=dtype)
+    def new(*shape):
+        return image.new_empty(shape, dtype=compute_dtype(image))
 
     return (
         new(batch, rows, columns), new(weight.shape[0]), new(weight.shape[0]), new(batch * rows * columns, 3),
-        new(groups, 3), new(groups), new(4, 3, dtype=torch.float64),
+        new(groups, 3), new(groups), image.new_empty((4, 3), dtype=torch.float64),
     )
 
 

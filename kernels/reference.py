@@ -1,6 +1,6 @@
-"""The specification of every op in plain eager PyTorch: any floating dtype including float64, differentiable by autograd.
+"""The specification of every op in plain eager PyTorch: any floating dtype, float64 too, differentiable by autograd.
 
-Nothing here is fast. Tests and benchmarks compare the fused paths with these definitions; ``impl="reference"`` runs them.
+Nothing here is fast. Tests and benchmarks compare the fused paths with it, and ``impl="reference"`` runs it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _maxout_map(
     x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
     training: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """max over the M channels of relu(batch_norm(conv1x1(x))): [B, H, W], and the statistics that normalised, [M] each."""
+    """max over the M channels of relu(batch_norm(conv1x1(x))): [B, H, W], and the statistics used, [M] each."""
     projected = F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
     projected = projected.to(torch.promote_types(x.dtype, torch.float32))
     if training:
@@ -93,7 +93,7 @@ def maxout(
     feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *, running_mean: Tensor | None = None,
     running_var: Tensor | None = None, training: bool = True, eps: float = 1e-5, minmax: MinMax = None,
 ) -> MaxOut:
-    """Max-out/Hadamard projection: ``mask = minmax(max_m relu(bn(conv1x1(feature))))``, ``pooled = gap(mask * feature)``.
+    """Max-out projection: ``mask = minmax(max_m relu(bn(conv1x1(feature))))``, ``pooled = gap(mask * feature)``.
 
     Args:
         feature: [B, C, H, W].
@@ -112,7 +112,7 @@ def maxout_image(
     running_var: Tensor | None = None, training: bool = True, eps: float = 1e-5, cell: int = 32, minmax: MinMax = None,
     pool: Literal["max", "mean"] = "max",
 ) -> MaxOutImage:
-    """The same mask taken on the image [B, 3, H, W], min-max over pixels, then pooled over ``cell`` x ``cell`` pixels."""
+    """The same mask taken on the image [B, 3, H, W], min-max over pixels, then pooled over cells."""
     mask, mean, var = _maxout_map(image, weight, gamma, beta, running_mean, running_var, training, eps)
     mask = _minmax(mask, minmax)
     pooling = F.max_pool2d if pool == "max" else F.avg_pool2d

@@ -1,4 +1,4 @@
-"""Which implementation runs: ``impl="auto"`` looks at the tensors, an explicit choice is obeyed or refused, never replaced."""
+"""Which implementation runs: ``impl="auto"`` looks at the tensors, an explicit choice is obeyed or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before triton is imported)."""
+    """True when Triton runs in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -52,8 +52,8 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
             raise ImportError(f"{op}: impl='triton' needs the triton package; install it or use impl='auto'")
         if tensor.device.type != "cuda" and not interpreting():
             raise ValueError(
-                f"{op}: impl='triton' needs CUDA tensors, got {tensor.device}; use impl='{fast}', or set TRITON_INTERPRET=1 "
-                "before triton is imported to run the interpreter"
+                f"{op}: impl='triton' needs CUDA tensors, got {tensor.device}; use impl='{fast}', or set "
+                "TRITON_INTERPRET=1 before triton is imported to run the interpreter"
             )
         if unsupported:
             raise ValueError(f"{op}: impl='triton': {unsupported}; use impl='{fast}' or 'auto'")
