@@ -16,33 +16,14 @@ from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import ImageList
 from engine.data.colour import Normalise
 from engine.data.sampler import batch_at, steps_per_epoch
-from engine.data.views import ViewValues, view_values
+from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
-
-
-def original_resize(image_size: int) -> int:
-    """Short side of the un-augmented image before its centre crop: 256 for 224."""
-    return round(image_size * 256 / 224)
-
-
-def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """(height, width) of an image of ``size`` (height, width) whose short side becomes ``short``, as torchvision's Resize
-    rounds."""
-    height, width = size
-    if height <= width:
-        return short, int(short * width / height)
-    return int(short * height / width), short
-
-
-def centre_box(size: tuple[int, int], crop: int) -> tuple[int, int]:
-    """(top, left) of torchvision's CenterCrop of side ``crop``."""
-    return round((size[0] - crop) / 2), round((size[1] - crop) / 2)
 
 
 def clean_view(image: Image.Image, resize: int, crop: int, filter: Image.Resampling) -> Image.Image:
     """Short side to ``resize`` (antialiased), centre square of side ``crop``."""
     height, width = resized((image.height, image.width), resize)
-    top, left = centre_box((height, width), crop)
+    top, left = centre_crop((height, width), crop)
     return image.resize((width, height), filter).crop((left, top, left + crop, top + crop))
 
 
@@ -136,7 +117,7 @@ class _StepDataset(Dataset):
             for view in (0, 1):
                 pixels[view, b] = np.asarray(execute_view(image, values[view], b, self.side))
             if self.with_original:
-                resize = original_resize(self.side)
+                resize = clean_resize(self.side)
                 pixels[2, b] = np.asarray(clean_view(image, resize, self.side, Image.Resampling.BILINEAR))
         views = torch.from_numpy(pixels)
         return views[0], views[1], views[2] if self.with_original else None, torch.from_numpy(index.copy())

@@ -1,7 +1,7 @@
 """Every random number of a view as a value: pure functions of (seed, epoch, index, view) for loaders to execute.
 
-The recipe is MoCo v2's: random resized crop, colour jitter p 0.8, grey p 0.2, Gaussian blur p 0.5, horizontal flip p 0.5,
-in this order.
+The recipe is MoCo v2's: random resized crop, colour jitter p 0.8, grey p 0.2, Gaussian blur p 0.5, horizontal flip
+p 0.5, in this order. The un-augmented view, which has no random numbers, has its geometry here too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def philox4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDA
     """
     low = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
-    c0, c1, c2, c3 = (np.ascontiguousarray(counter[..., i], np.uint64) for i in range(4))
+    c0, c1, c2, c3 = np.ascontiguousarray(np.moveaxis(counter, -1, 0), np.uint64)
     k0, k1 = key
     for _ in range(10):
         p0 = c0 * np.uint64(0xD2511F53)
@@ -100,6 +100,25 @@ def view_values(
         grey=coins[:, 1] < GREY_PROBABILITY,
         blur_sigma=np.where(coins[:, 2] < BLUR_PROBABILITY, sigma, 0).astype(np.float32),
     )
+
+
+def clean_resize(image_size: int) -> int:
+    """Short side of the un-augmented image before its centre crop: 256 for 224."""
+    return round(image_size * 256 / 224)
+
+
+def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(height, width) of an image of ``size`` (height, width) whose short side becomes ``short``, as torchvision's Resize
+    rounds."""
+    height, width = size
+    if height <= width:
+        return short, int(short * width / height)
+    return int(short * height / width), short
+
+
+def centre_crop(size: tuple[int, int], crop: int) -> tuple[int, int]:
+    """(top, left) of torchvision's CenterCrop of side ``crop``."""
+    return round((size[0] - crop) / 2), round((size[1] - crop) / 2)
 
 
 def _random_resized_crop(uniform: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

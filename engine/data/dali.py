@@ -1,0 +1,288 @@
+"""The DALI loader: one pipeline that decodes each image once and executes the values of both views.
+
+Order and randomness are fed in by step number, so the pipeline holds no state worth saving and starts at any step.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from queue import Full, Queue
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from torch import Tensor
+
+from engine.config import Config
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
+from engine.data.catalog import ImageList
+from engine.data.colour import Colour
+from engine.data.sampler import batch_at, steps_per_epoch
+from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
+from ppssl.method import Batch
+
+HARDWARE_DECODER_SHARE = 0.65
+"""Share of a batch that the GPU's JPEG engine takes, where it has one; CUDA cores take the rest."""
+_PREFETCH = 2
+
+
+class DaliLoader:
+    """Loader over DALI, on a CPU or with decoding on the GPU.
+
+    ``data.aug=parity``: DALI decodes, crops, resizes and flips; colour.py does the rest by torchvision's formulas, on a CPU with
+    ``data.workers`` threads. ``data.aug=dali``: DALI's own colour operators, which differ in hue, contrast and order.
+    Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
+    """
+
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False):
+        self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
+        self._images, self._cfg, self._with_original = images, cfg, with_original
+        self._device = torch.device(device)
+        self._gpu = self._device.type == "cuda"
+        self.name = f"dali ({'gpu' if self._gpu else 'cpu'})"
+        self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
+        self._own_colour = cfg.data.aug == "dali"
+        self._colour = Colour(IMAGENET_MEAN, IMAGENET_STD)
+        self._pool = None if self._gpu or self._own_colour else _single_threaded_pool(self._workers)
+        self._pipeline = None
+        self._next = -1  # the step that the pipeline yields next
+
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        steps = self._steps(start_step, stop_step)
+        # On a GPU the pipeline itself runs ahead and colour is queued on the consumer's stream; on a CPU colour is work.
+        return steps if self._gpu else _ahead(steps, _PREFETCH)
+
+    def close(self) -> None:
+        self._pipeline = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _steps(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        if self._pipeline is None or self._next != start_step:
+            self._pipeline = self._build(start_step)
+            self._next = start_step
+        for step in range(start_step, stop_step):
+            pipeline, self._pipeline = self._pipeline, None  # an interrupted run leaves nothing half consumed behind
+            index, values = self._values(step)
+            outputs = self._run(pipeline, step)
+            original = outputs.pop().permute(0, 3, 1, 2) if self._with_original else None
+            if self._own_colour:
+                x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
+            elif self._gpu:
+                x_q, x_k = (self._colour.batch(o, v, torch.float16) for o, v in zip(outputs, values, strict=True))
+            else:
+                x_q, x_k = self._colour_on_cpu(outputs, values)
+            self._pipeline, self._next = pipeline, step + 1
+            position = torch.from_numpy(index.copy()).to(self._device, non_blocking=True)
+            yield Batch(x_q=x_q, x_k=x_k, index=position, x_o=original)
+
+    def _run(self, pipeline, step: int) -> list[Tensor]:
+        """One iteration's outputs as tensors that share DALI's memory (and keep it)."""
+        try:
+            outputs = pipeline.run(torch.cuda.current_stream(self._device)) if self._gpu else pipeline.run()
+        except RuntimeError:
+            for ahead in range(step, step + _PREFETCH + 1):  # DALI does not say which file it was
+                for i in self._values(ahead)[0].tolist():
+                    self._images.read(i)
+            raise
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _values(self, step: int) -> tuple[np.ndarray, tuple[ViewValues, ViewValues]]:
+        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size)
+        sizes = self._images.sizes[index]
+        query, key = (view_values(self._cfg.seed, epoch, index, view, sizes) for view in (0, 1))
+        return index, (query, key)
+
+    def _colour_on_cpu(self, outputs: list[Tensor], values: tuple[ViewValues, ViewValues]) -> list[Tensor]:
+        results = [torch.empty(o.shape, dtype=torch.float32).permute(0, 3, 1, 2) for o in outputs]
+        jobs = [(view, b) for b in range(self._cfg.batch_size) for view in (0, 1)]
+
+        def colour(part: list[tuple[int, int]]) -> None:
+            for view, b in part:
+                self._colour.one(outputs[view][b], values[view], b, results[view][b])
+
+        parts = 4 * self._workers  # more than threads, since images differ in cost
+        list(self._pool.map(colour, [jobs[p::parts] for p in range(parts)]))
+        return results
+
+    def _build(self, start_step: int) -> Pipeline:
+        images, side = self._images, self._cfg.data.image_size
+        paths = [np.frombuffer(os.fsencode(images.path(i)), np.uint8) for i in range(len(images))]
+        all_plain = bool(images.plain.all())
+        nothing = np.zeros((1, 1, 3), np.uint8)
+
+        def feed(iteration: int) -> list:
+            index, values = self._values(start_step + iteration)
+            fed: list = [[paths[i] for i in index]]
+            if not all_plain:
+                plain = images.plain[index]
+                pixels = [nothing if p else np.asarray(images.read(i)) for i, p in zip(index, plain, strict=True)]
+                fed += [plain, pixels]
+            for view in values:
+                fed += _boxes(view) + (_twists(view) if self._own_colour else [])
+            return fed + (_centres(images.sizes[index], side) if self._with_original else [])
+
+        decode: dict = {"device": "cpu"}
+        if self._gpu:
+            height, width = np.quantile(images.sizes, 0.99, axis=0, method="higher").tolist()
+            decode = {
+                "device": "mixed",
+                "hw_decoder_load": HARDWARE_DECODER_SHARE,
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+            }
+        pipeline = _pipeline(
+            feed,
+            side,
+            all_plain,
+            self._own_colour,
+            self._with_original,
+            decode,
+            batch_size=self._cfg.batch_size,
+            num_threads=self._workers,
+            device_id=self._device.index or 0 if self._gpu else None,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        pipeline.build()
+        return pipeline
+
+
+@pipeline_def(enable_conditionals=True)
+def _pipeline(feed, side: int, all_plain: bool, own_colour: bool, with_original: bool, decode: dict):
+    """Query view, key view and, if asked for, the original, each [B, side, side, 3]: uint8 views where colour is still to
+    come, else normalised, float32 on a CPU and float16 on a GPU."""
+    gpu = decode["device"] == "mixed"
+    view_inputs = 9 if own_colour else 2
+    count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_original else 0)
+    fed = fn.external_source(source=feed, num_outputs=count, batch=True)
+    if all_plain:
+        image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
+    elif fed[1]:
+        image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
+    else:
+        image = fn.reshape(fed[2].gpu() if gpu else fed[2], layout="HWC")
+    outputs = []
+    for view in range(2):
+        first = (1 if all_plain else 3) + view * view_inputs
+        pixels = _resize(image, fed[first], fed[first + 1], side)
+        if own_colour:
+            pixels = _dali_colour(pixels, *fed[first + 2 : first + view_inputs])
+            pixels = _normalise(pixels, gpu)
+        outputs.append(pixels)
+    if with_original:
+        outputs.append(_normalise(_resize(image, fed[-2], fed[-1], side), gpu))
+    return tuple(outputs)
+
+
+def _resize(image, start, end, side: int):
+    """The box of an image, mirrored where its end lies left of its start, to ``side`` x ``side``."""
+    return fn.resize(
+        image, size=[side, side], roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True
+    )
+
+
+def _dali_colour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma):
+    if twist:
+        pixels = fn.color_twist(pixels, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+    if blur:
+        pixels = fn.gaussian_blur(pixels, sigma=sigma)
+    return pixels
+
+
+def _normalise(pixels, gpu: bool):
+    return fn.crop_mirror_normalize(
+        pixels,
+        dtype=types.FLOAT16 if gpu else types.FLOAT,
+        output_layout="HWC",
+        mean=[255 * m for m in IMAGENET_MEAN],
+        std=[255 * s for s in IMAGENET_STD],
+    )
+
+
+def _boxes(values: ViewValues) -> list[np.ndarray]:
+    """Start and end (y, x) of the crops [B, 2]; a flip swaps left and right, which DALI's resize then mirrors for nothing."""
+    top, left, height, width = values.crop.astype(np.float32).T
+    right = left + width
+    start = np.stack((top, np.where(values.flip, right, left)), 1)
+    end = np.stack((top + height, np.where(values.flip, left, right)), 1)
+    return [start, end]
+
+
+def _twists(values: ViewValues) -> list[np.ndarray]:
+    """What ``_dali_colour`` takes, [B] each. A grey image is one without saturation."""
+    brightness, contrast, saturation, hue = np.ascontiguousarray(values.factors.T)
+    saturation = np.where(values.grey, np.float32(0), saturation)
+    blur = values.blur_sigma > 0
+    return [values.jitter | values.grey, brightness, contrast, saturation, hue * 360, blur, values.blur_sigma]
+
+
+def _centres(sizes: np.ndarray, side: int) -> list[np.ndarray]:
+    """Start and end (y, x) [B, 2], in pixels of the source, of the centre crop of the resized image."""
+    boxes = []
+    for height, width in sizes.tolist():
+        new_height, new_width = resized((height, width), clean_resize(side))
+        top, left = centre_crop((new_height, new_width), side)
+        y, x = height / new_height, width / new_width
+        boxes.append((top * y, left * x, (top + side) * y, (left + side) * x))
+    start, end = np.split(np.array(boxes, np.float32), 2, axis=1)
+    return [np.ascontiguousarray(start), np.ascontiguousarray(end)]
+
+
+def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that run torch operators without threads of their own."""
+    kept = torch.get_num_threads()
+    started = threading.Barrier(workers)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread takes the process's setting at its first use, and would undo the next line
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="colour")
+    for future in [pool.submit(start) for _ in range(workers)]:
+        future.result()
+    torch.set_num_threads(kept)  # the setting is a thread's own, but threads that start later copy the last one made
+    return pool
+
+
+def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same items, made up to ``depth`` ahead in a thread; its exceptions arrive here, closing this ends it."""
+    queue: Queue = Queue(depth)
+    stop = threading.Event()
+
+    def put(kind: str, item: object) -> bool:
+        while not stop.is_set():
+            try:
+                queue.put((kind, item), timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            with closing(items):
+                for item in items:
+                    if not put("item", item):
+                        return
+            put("end", None)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            put("error", error)
+
+    thread = threading.Thread(target=produce, name="data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = queue.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

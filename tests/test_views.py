@@ -1,0 +1,125 @@
+"""View values: the generator against its published vectors, the recipe against torchvision's own samplers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision import transforms as T
+
+from engine.data import views
+from engine.data.views import philox4x32, view_values
+
+DRAWS = 4000
+
+
+def values(height: int, width: int, n: int = DRAWS, **changed):
+    given = {"seed": 3, "epoch": 5, "index": np.arange(n), "view": 0, **changed}
+    return view_values(sizes=np.tile(np.array([[height, width]], np.int32), (n, 1)), **given)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # kat_vectors of Random123, lines "philox4x32 10"
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_published_vectors(counter, key, expected):
+    assert philox4x32(np.array(counter, np.uint32), key).tolist() == list(expected)
+    many = np.tile(np.array(counter, np.uint32), (2, 3, 1))
+    assert (philox4x32(many, key) == np.array(expected, np.uint32)).all()
+
+
+def test_values_depend_on_seed_epoch_index_and_view_only():
+    alone = values(375, 500, 1, index=np.array([17]))
+    among = values(375, 500, 3, index=np.array([4, 17, 9]))
+    for a, b in zip(alone, among, strict=True):
+        np.testing.assert_array_equal(a[0], b[1])
+    for change in ({"seed": 4}, {"epoch": 6}, {"view": 1}, {"index": np.arange(1, 51)}, {"seed": 3 + 2**32}):
+        other = values(375, 500, 50, **change)
+        assert (other.crop != values(375, 500, 50).crop).any(1).mean() > 0.9, change
+
+
+def test_types_and_shapes():
+    got = values(375, 500, 7)
+    assert [(a.dtype.name, a.shape) for a in got] == [
+        ("int32", (7, 4)),
+        ("bool", (7,)),
+        ("bool", (7,)),
+        ("float32", (7, 4)),
+        ("uint8", (7, 4)),
+        ("bool", (7,)),
+        ("float32", (7,)),
+    ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (120, 700), (24, 20)])
+def test_crops_are_distributed_as_torchvision_draws_them(height, width):
+    crop = values(height, width).crop
+    top, left, h, w = crop.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    assert (h > 0).all() and (w > 0).all()
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([T.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(DRAWS)])
+    measures = {
+        "area": lambda c: c[:, 2] * c[:, 3],
+        "aspect": lambda c: np.log(c[:, 3] / c[:, 2]),
+        "top": lambda c: c[:, 0] / np.maximum(height - c[:, 2], 1),
+        "left": lambda c: c[:, 1] / np.maximum(width - c[:, 3], 1),
+    }
+    for name, measure in measures.items():
+        assert stats.ks_2samp(measure(crop), measure(theirs)).pvalue > 1e-3, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 400), (400, 3), (7, 9), (30, 30)])
+def test_where_no_try_fits_the_box_is_torchvisions_central_one(height, width, monkeypatch):
+    never = np.full((views.CROP_TRIES, 1, 4), 0.999999)  # an area of the whole image at the widest aspect
+    if height > width:
+        never[..., 1] = 0.0
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, low, high: self.fill_(high if width >= height else low))
+    theirs = T.RandomResizedCrop.get_params(torch.empty(3, height, width), (1.0, 1.0), (3 / 4, 4 / 3))
+    ours = views._random_resized_crop(never, np.array([[height, width]]))
+    assert ours.tolist() == [list(theirs)]
+
+
+def test_jitter_is_distributed_as_torchvision_draws_it():
+    got = values(375, 500)
+    factors, order = got.factors[got.jitter], got.order[got.jitter]
+    torch.manual_seed(0)
+    jitter = T.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(DRAWS)]
+    for column in range(4):
+        assert stats.ks_2samp(factors[:, column], [d[column + 1] for d in drawn]).pvalue > 1e-3, column
+    assert (np.sort(order, 1) == np.arange(4)).all()
+    counts = np.unique(order, axis=0, return_counts=True)[1]
+    assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3
+    assert (got.factors[~got.jitter] == [1, 1, 1, 0]).all()
+
+
+def test_probabilities_and_blur():
+    got = values(375, 500, 20000)
+    for chosen, p in ((got.jitter, 0.8), (got.grey, 0.2), (got.blur_sigma > 0, 0.5), (got.flip, 0.5)):
+        assert stats.binomtest(int(chosen.sum()), chosen.size, p).pvalue > 1e-3
+    sigma = got.blur_sigma[got.blur_sigma > 0]
+    assert stats.kstest(sigma, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
+    coins = np.stack((got.jitter, got.grey, got.blur_sigma > 0, got.flip)).astype(float)
+    assert np.abs(np.corrcoef(coins) - np.eye(4)).max() < 0.03  # one does not follow from another
+
+
+def test_centre_geometry_is_torchvisions():
+    for size in ((375, 500), (500, 333), (101, 100), (99, 640)):
+        image = torch.arange(size[0] * size[1], dtype=torch.float32).view(1, *size)
+        small = T.functional.resize(image, [64], antialias=True)
+        assert small.shape[1:] == views.resized(size, 64)
+        top, left = views.centre_crop(views.resized(size, 64), 56)
+        assert torch.equal(T.functional.center_crop(small, [56, 56]), small[:, top : top + 56, left : left + 56])
+    assert views.clean_resize(224) == 256
