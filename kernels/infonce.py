@@ -2,8 +2,8 @@
 
 Never in memory: the logits [B, 1 + K]. The forward pass yields ``dq`` together with the loss, so the backward pass is
 a scale, the queue may be overwritten in place between the two, and nothing of size K is saved. With ``p_i`` =
-``exp(-loss_i)`` the probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials are
-float32 (float64 for float64 inputs) whatever the dtype of the operands and whatever autocast says.
+``exp(-loss_i)`` the probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials
+are float32 (float64 for float64 inputs) whatever the dtype of the operands and whatever autocast says.
 
 Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in cache.
 """
