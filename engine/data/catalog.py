@@ -1,4 +1,4 @@
-"""From a data set's folder to its image lists: layouts are read, every file is decoded once and checked, the result cached.
+"""From a data set's folder to its image lists: layouts are read, every file is decoded once, the result is cached.
 
 Unreadable files leave the list here, before any order is drawn over it.
 """
@@ -32,22 +32,23 @@ _FOLDER_LAYOUT = (
     "data.name=folder expects ROOT/train/<class>/*.jpg and, optionally, ROOT/test/<class>/*.jpg (or ROOT/val), "
     "or a flat ROOT/*.jpg without labels"
 )
+_CUB_FILES = "images.txt, image_class_labels.txt, train_test_split.txt, images/<class>/*.jpg"
 _LAYOUTS = {
-    "birds": "images.txt, image_class_labels.txt, train_test_split.txt, images/ (the demo world draws them itself)",
-    "cub": "CUB_200_2011.tgz: images.txt, image_class_labels.txt, train_test_split.txt, images/<class>/*.jpg",
-    "cars": "car_ims.tgz and devkit: cars_train/*.jpg, cars_test/*.jpg, devkit/cars_train_annos.mat, "
-    "cars_test_annos_withlabels.mat",
-    "aircraft": "fgvc-aircraft-2013b.tar.gz: data/images/*.jpg, data/images_variant_trainval.txt, "
+    "birds": f"{_CUB_FILES} (the demo world draws them itself)",
+    "cub": f"the content of CUB_200_2011.tgz: {_CUB_FILES}",
+    "cars": "the content of car_ims and the devkit: cars_train/*.jpg, cars_test/*.jpg, devkit/cars_train_annos.mat, "
+    "devkit/cars_test_annos_withlabels.mat",
+    "aircraft": "the content of fgvc-aircraft-2013b.tar.gz: data/images/*.jpg, data/images_variant_trainval.txt, "
     "data/images_variant_test.txt",
-    "nabirds": "nabirds.tar.gz: images.txt, image_class_labels.txt, train_test_split.txt, images/<class>/*.jpg",
-    "flowers": "102flowers.tgz, imagelabels.mat, setid.mat: jpg/*.jpg, imagelabels.mat, setid.mat",
-    "butterfly": "Butterfly200.zip: images/<class>/*.jpg, Butterfly200_train_release.txt, Butterfly200_val_release.txt, "
-    "Butterfly200_test_release.txt",
-    "dogs": "images.tar and lists.tar: Images/<class>/*.jpg, train_list.mat, test_list.mat",
+    "nabirds": f"the content of nabirds.tar.gz: {_CUB_FILES}",
+    "flowers": "102flowers.tgz unpacked and two lists: jpg/*.jpg, imagelabels.mat, setid.mat",
+    "butterfly": "the content of Butterfly200's archives: images/<class>/*.jpg, Butterfly200_train_release.txt, "
+    "Butterfly200_val_release.txt, Butterfly200_test_release.txt",
+    "dogs": "the content of images.tar and lists.tar: Images/<class>/*.jpg, train_list.mat, test_list.mat",
     "folder": "your own photos: train/<class>/*.jpg and optionally test/<class>/*.jpg or val/<class>/*.jpg, "
     "or a flat folder without labels",
 }
-"""Archive and files of every known set."""
+"""What the folder of every known set holds."""
 _CUB_LIKE = ("birds", "cub")
 
 
@@ -149,18 +150,16 @@ def load(
 
     workers: decoding threads of the first check; None takes the machine's cores.
     cache_dir: where the check of every file is kept, by name, size and modification time; None writes nothing.
-    Raises FileNotFoundError for a missing folder or a listed file that is not there, ValueError for a wrong layout, an unknown
-    name or a set without any readable training image, LayoutNotSupported for a set this version has no reader for.
+    Raises FileNotFoundError for a missing folder or a listed file that is not there, ValueError for a wrong layout, an
+    unknown name or a set without any readable training image, LayoutNotSupported for a set this version has no reader for.
     """
     if name not in _LAYOUTS:
         raise ValueError(f"data.name={name}: unknown; known are {', '.join(_LAYOUTS)}")
     supported = name in _CUB_LIKE or name == "folder"
     if root is None or not Path(root).is_dir():
-        where = "is not set" if root is None else f"={root} is not a folder"
-        more = "" if supported else f". The reader of {name} is not part of this version: {_FOLDER_LAYOUT}"
-        raise FileNotFoundError(
-            f"data.root{where}; data.name={name} expects there what comes from {_LAYOUTS[name]}{more}"
-        )
+        where = "data.root is not set" if root is None else f"data.root={root} is not a folder"
+        more = "" if supported else f". The reader of {name} is not part of this version; {_FOLDER_LAYOUT}"
+        raise FileNotFoundError(f"{where}; data.name={name} expects there {_LAYOUTS[name]}{more}")
     if not supported:
         raise LayoutNotSupported(
             f"data.name={name}: its reader is not part of this version (the layout will be {_LAYOUTS[name]}). "
@@ -179,7 +178,8 @@ def load(
     train = _finish(root, layout.classes, layout.train, checks, bad)
     test = None if layout.test is None else _finish(root, layout.classes, layout.test, checks, bad)
     if not len(train):
-        found = f"{len(layout.train.names)} training files, none readable" if layout.train.names else "no training files"
+        listed = len(layout.train.names)
+        found = f"{listed} training files, none readable" if listed else "no training files"
         first = f" (first: {bad[0].name}: {bad[0].reason})" if bad else ""
         raise ValueError(f"data.root={root}: {found}{first}; expected {_LAYOUTS[name]}")
     return Catalog(train, test, tuple(bad))
@@ -251,7 +251,7 @@ def _printable(text: str) -> str:
 def _check_files(
     name: str, root: Path, names: list[str], workers: int | None, cache_dir: Path | None, progress: bool
 ) -> dict[str, _Check]:
-    """Every file's size and readability; what the cache knows by byte size and modification time is not opened again."""
+    """Size and readability of every file; one that the cache knows by byte size and modification time is not opened."""
     cache = None
     known: dict[str, list] = {}
     if cache_dir is not None:
@@ -353,7 +353,8 @@ def _finish(
 def _read_cub(root: Path, name: str) -> _Layout:
     """CUB-200-2011's own lists; every line is ``<image id> <value>``."""
     lists = {n: root / n for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt")}
-    missing = [n for n, path in lists.items() if not path.is_file()] + ([] if (root / "images").is_dir() else ["images/"])
+    missing = [n for n, path in lists.items() if not path.is_file()]
+    missing += [] if (root / "images").is_dir() else ["images/"]
     if missing:
         raise ValueError(f"data.root={root} has no {', '.join(missing)}; data.name={name} expects {_LAYOUTS[name]}")
     images, labels, split = (_read_pairs(path) for path in lists.values())
@@ -363,7 +364,8 @@ def _read_cub(root: Path, name: str) -> _Layout:
             raise ValueError(f"{path}: no line for image {without[0]} ({images[without[0]]}), which images.txt lists")
     for i, value in split.items():
         if value not in ("0", "1"):
-            raise ValueError(f"{lists['train_test_split.txt']}: image {i} has {value!r}; expected 1 (train) or 0 (test)")
+            where = lists["train_test_split.txt"]
+            raise ValueError(f"{where}: image {i} has {value!r}; expected 1 (train) or 0 (test)")
     for i, value in labels.items():
         if not value.isdecimal():
             raise ValueError(f"{lists['image_class_labels.txt']}: image {i} has class {value!r}; expected a number")
@@ -427,7 +429,7 @@ def _read_folder(root: Path) -> _Layout:
     if not train_classes:
         train = _Split(_image_names(root / "train", root, bad), None, {})
         if test_classes:
-            raise ValueError(f"data.root={root}: train/ has no class folders but {held_out.name}/ has; {_FOLDER_LAYOUT}")
+            raise ValueError(f"data.root={root}: {held_out.name}/ has class folders but train/ has none; {_FOLDER_LAYOUT}")
         return _Layout((), train, None, bad)
     classes = tuple(sorted({*train_classes, *test_classes}))
     position = {c: p for p, c in enumerate(classes)}
@@ -454,8 +456,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_names(folder: Path, root: Path, bad: list[BadFile]) -> list[str]:
-    """Sorted posix names, relative to ``root``, of the image files below ``folder``; hidden files are passed over, files with
-    another suffix are added to ``bad``. Links to folders are followed, each folder once."""
+    """Sorted posix names, relative to ``root``, of the image files below ``folder``; hidden files are passed over, files
+    with another suffix are added to ``bad``. Links to folders are followed, each folder once."""
     names: list[str] = []
     visited: set[tuple[int, int]] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
