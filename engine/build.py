@@ -40,13 +40,6 @@ def resolve(cfg: Config, device: torch.device) -> Config:
         raise ValueError("WORLD_SIZE: more than one process is not available in this version; start without torchrun")
     if cfg.method.name not in METHODS:
         raise ValueError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
-    if cfg.queue.size < cfg.batch_size:
-        raise ValueError(
-            f"queue.size: {cfg.queue.size} is smaller than batch_size {cfg.batch_size}, so keys would be overwritten before they are "
-            f"ever used; raise queue.size or lower batch_size"
-        )
-    if cfg.batch_size % cfg.bn.groups:
-        raise ValueError(f"bn.groups: {cfg.bn.groups} does not divide batch_size {cfg.batch_size}; choose a divisor")
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -58,7 +51,7 @@ def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catal
     if cfg.data.root is None:
         raise ValueError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
-    if cfg.data.name == "birds":
+    if cfg.data.name == "birds" and not (root / "images.txt").is_file():
         birds.ensure(root, progress=progress)
     return catalog.load(cfg.data.name, root, workers=cfg.data.workers, cache_dir=cache_dir, progress=progress)
 

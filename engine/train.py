@@ -93,7 +93,7 @@ def dry_run(cfg: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = build.resolve(cfg, device)
     with tempfile.TemporaryDirectory() as scratch:
-        if cfg.data.name == "birds" and not (Path(cfg.data.root or "") / "images.txt").is_file():
+        if cfg.data.name == "birds" and not (Path(cfg.data.root or ".") / "images.txt").is_file():
             cfg = replace(cfg, data=replace(cfg.data, root=str(Path(scratch) / "birds")))
             each = -(-cfg.batch_size // len(birds.SPECIES))
             birds.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
@@ -113,7 +113,7 @@ def dry_run(cfg: Config) -> None:
         finally:
             trainer.loader.close()
     terms = ", ".join(f"{name} {float(value):.4f}" for name, value in output.terms.items())
-    say(f"one step on {len(batch.index)} images: loss {float(output.total):.4f} ({terms})")
+    say(f"one step on {len(batch.index)} images: loss {float(output.total.detach()):.4f} ({terms})")
     say(f"a run would take {trainer.total_steps} steps: {cfg.epochs} epochs of {trainer.loader.steps_per_epoch}; nothing was written")
 
 
@@ -191,8 +191,7 @@ def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.de
         return lambda trainer: None
 
     def judge(trainer: Trainer) -> None:
-        with trainer.precision.autocast():
-            result = evaluate(trainer.method.network, images.test, cfg, device)
+        result = evaluate(trainer.method.network, images.test, cfg, device)
         log.append(out, {"kind": "eval", "step": trainer.step.step, "epoch": trainer.epoch} | result)
         say(f"epoch {trainer.epoch}: " + "  ".join(f"{name} {100 * result[name]:.1f} %" for name in _SHOWN))
 

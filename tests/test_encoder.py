@@ -1,0 +1,133 @@
+"""Trunk, heads, mask branch, grouped batch-norm, and the network that is kept."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from ppssl.encoder import (
+    FeatureNet,
+    GroupedBatchNorm2d,
+    MaskBranch,
+    Trunk,
+    group_batch_norm,
+    projection_head,
+    scale_to_unit,
+)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_trunk_is_torchvisions_resnet_by_name_and_value(arch: str) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, arch)().eval()
+    ours = Trunk(arch).eval()
+    expected = {n: t for n, t in theirs.state_dict().items() if not n.startswith("fc.")}
+    assert ours.state_dict().keys() == expected.keys()
+    ours.load_state_dict(expected)
+    images = torch.randn(1, 3, 64, 64)
+    maps = {}
+    theirs.layer4.register_forward_hook(lambda _m, _i, out: maps.update(layer4=out))
+    theirs.layer2.register_forward_hook(lambda _m, _i, out: maps.update(layer2=out))
+    with torch.no_grad():
+        theirs(images)
+        found = ours.maps(images)
+    assert torch.equal(found["layer4"], maps["layer4"]) and torch.equal(found["layer2"], maps["layer2"])
+    assert ours.channels == maps["layer4"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "side"), [("resnet18_w8", 64, 3), ("resnet18_w8_s16", 64, 6), ("resnet18_w8_s8", 64, 12), ("resnet50_w8_s16", 256, 6)]
+)
+def test_width_and_output_stride(arch: str, channels: int, side: int) -> None:
+    trunk = Trunk(arch)
+    assert trunk(torch.zeros(2, 3, 96, 96)).shape == (2, channels, side, side)
+    assert trunk.channels == channels and 96 // trunk.stride == side
+
+
+@pytest.mark.parametrize("arch", ["resnet", "vgg16", "resnet18_s4", "resnet18_s16_w8"])
+def test_unknown_architectures_are_named(arch: str) -> None:
+    with pytest.raises(ValueError, match=rf"encoder\.arch.*{arch}"):
+        Trunk(arch)
+
+
+def test_heads() -> None:
+    x = torch.randn(4, 16)
+    kinds = {"mlp2": [nn.Linear, nn.ReLU, nn.Linear], "mlp3_bn": [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]}
+    for kind, layers in kinds.items():
+        head = projection_head(kind, 16, 5)
+        assert [type(m) for m in head] == layers and head(x).shape == (4, 5)
+    with pytest.raises(ValueError, match="mlp9"):
+        projection_head("mlp9", 16, 5)
+
+
+@pytest.mark.parametrize("minmax", ["batch", "image"])
+def test_mask_branch_is_conv_bn_relu_max_minmax_hadamard_pool(minmax: str) -> None:
+    torch.manual_seed(0)
+    branch, feature = MaskBranch(12, 7, minmax=minmax), torch.randn(5, 12, 4, 4)
+    plain = nn.BatchNorm2d(7)
+    for training in (True, False):
+        branch.train(training)
+        plain.train(training)
+        out = branch(feature)
+        mask = scale_to_unit(torch.relu(plain(branch.conv(feature))).max(1).values, minmax)
+        assert torch.allclose(out.mask, mask, atol=1e-6)
+        assert torch.allclose(out.pooled, (mask[:, None] * feature).mean((2, 3)), atol=1e-6)
+        assert torch.allclose(branch.bn.running_mean, plain.running_mean, atol=1e-6)
+        assert torch.allclose(branch.bn.running_var, plain.running_var, atol=1e-6)
+
+
+def test_scale_to_unit_ranges_over_the_batch_or_each_image() -> None:
+    z = torch.tensor([[[1.0, 2.0]], [[3.0, 5.0]]])
+    assert torch.allclose(scale_to_unit(z, "batch"), torch.tensor([[[0.0, 0.25]], [[0.5, 1.0]]]), atol=1e-6)
+    assert torch.allclose(scale_to_unit(z, "image"), torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]]), atol=1e-6)
+    assert torch.equal(scale_to_unit(torch.ones(2, 1, 2), "image"), torch.zeros(2, 1, 2))
+
+
+def test_grouped_batch_norm_equals_one_batch_norm_per_part() -> None:
+    torch.manual_seed(0)
+    x, parts = torch.randn(6, 4, 3, 3), []
+    grouped = group_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), 3)[0]
+    assert isinstance(grouped, GroupedBatchNorm2d)
+    means = []
+    for part in x.chunk(3):
+        alone = nn.BatchNorm2d(4)
+        parts.append(alone(part))
+        means.append((alone.running_mean, alone.running_var))
+    assert torch.allclose(grouped(x), torch.cat(parts), atol=1e-6)
+    for own, theirs in zip((grouped.running_mean, grouped.running_var), zip(*means, strict=True), strict=True):
+        assert torch.allclose(own, torch.stack(theirs).mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match=r"bn\.groups"):
+        grouped(x[:5])
+    assert torch.allclose(grouped.eval()(x), nn.functional.batch_norm(x, *means_of(grouped), grouped.weight, grouped.bias), atol=1e-6)
+
+
+def means_of(bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    return bn.running_mean, bn.running_var
+
+
+def test_grouped_mask_branch_normalises_by_part_and_scales_over_all() -> None:
+    torch.manual_seed(0)
+    feature = torch.randn(6, 12, 4, 4)
+    grouped = MaskBranch(12, 7, minmax="batch", groups=2)
+    phi = []
+    for part in feature.chunk(2):
+        phi.append(torch.relu(nn.BatchNorm2d(7)(grouped.conv(part))).max(1).values)
+    mask = scale_to_unit(torch.cat(phi), "batch")
+    out = grouped(feature)
+    assert torch.allclose(out.mask, mask, atol=1e-6)
+    assert torch.allclose(out.pooled, (mask[:, None] * feature).mean((2, 3)), atol=1e-6)
+
+
+def test_feature_net_gives_unit_rows_and_its_weights_round_trip() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 32, 32)
+    for masked in (False, True):
+        net, other = (
+            FeatureNet(t := Trunk("resnet18_w8_s16"), MaskBranch(t.channels, 4, minmax="image") if masked else None).eval() for _ in range(2)
+        )
+        with torch.no_grad():
+            feature = net(images)
+            assert torch.allclose(feature.norm(dim=1), torch.ones(3)) and not torch.allclose(feature, other(images))
+            other.load_weights(net.weights())
+            assert torch.equal(other(images), feature)
+        assert ("mask.conv.weight" in net.weights()) == masked and "conv1.weight" in net.weights()

@@ -1,0 +1,77 @@
+"""MoCo v2: the loss, the key network, the queue; and a method as a library."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from engine import Trainer
+from ppssl import METHODS, Batch, MoCo
+from ppssl.encoder import FeatureNet, Trunk, projection_head
+from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
+
+
+def build(queue_size: int = 12) -> MoCo:
+    torch.manual_seed(0)
+    trunk = Trunk("resnet18_w8_s16")
+    return MoCo(FeatureNet(trunk), projection_head("mlp2", trunk.channels, 6), dim=6, queue_size=queue_size, temperature=0.2)
+
+
+class Noise:
+    """A loader of noise images: any object with these two names is a loader."""
+
+    steps_per_epoch = 5
+
+    def batches(self, start_step: int, stop_step: int):
+        for step in range(start_step, stop_step):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(2, 8, 3, 32, 32, generator=generator)
+            yield Batch(x[0], x[1], torch.arange(8))
+
+
+def test_the_loss_is_cross_entropy_over_the_key_and_the_queue() -> None:
+    method = build().train()
+    x_q, x_k = torch.randn(2, 4, 3, 32, 32)
+    twin = copy.deepcopy(method)
+    output = method(Batch(x_q, x_k, torch.arange(4)))
+    q = F.normalize(twin.encoder_q.head(twin.encoder_q.trunk(x_q).mean((2, 3))), dim=1)
+    with torch.no_grad():
+        k = F.normalize(twin.encoder_k.head(twin.encoder_k.trunk(x_k).mean((2, 3))), dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ twin.queue.rows.T], 1) / 0.2
+    expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.long))
+    assert torch.allclose(output.total, expected, rtol=1e-5) and torch.allclose(output.keys, k, atol=1e-6)
+    assert float(output.stats["contrast_top1"]) == float((logits.argmax(1) == 0).float().mean())
+    assert not any(p.requires_grad for p in method.encoder_k.parameters())
+
+
+def test_key_copy_and_pairs() -> None:
+    method = build()
+    online, target = method.ema_pairs()
+    assert len(online) == len(list(method.encoder_q.parameters())) and all(torch.equal(a, b) for a, b in zip(online, target, strict=True))
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(online, target, strict=True))
+    assert parameter_pairs(method.encoder_q, key_copy(method.encoder_q))[1][0].requires_grad is False
+
+
+def test_queue_is_a_ring_of_the_last_keys() -> None:
+    torch.manual_seed(0)
+    queue = KeyQueue(5, 2)
+    assert torch.allclose(queue.rows.norm(dim=1), torch.ones(5))
+    keys = torch.arange(14, dtype=torch.float32).view(7, 2)
+    queue.push(keys[:3])
+    assert torch.equal(queue.rows[:3], keys[:3]) and int(queue.pointer) == 3
+    queue.push(keys[3:])  # wraps around
+    assert torch.equal(queue.rows, torch.cat([keys[5:7], keys[2:5]])) and int(queue.pointer) == 2
+    assert set(queue.state_dict()) == {"rows", "pointer"}  # a resumed run keeps its negatives
+
+
+def test_a_method_trains_as_a_library_without_files() -> None:
+    method = build(queue_size=16)
+    before = copy.deepcopy(method.state_dict())
+    epochs = []
+    summary = Trainer(method, Noise(), epochs=2, lr=0.1, ema_decay=0.5, hooks=[lambda t: epochs.append(t.epoch)]).fit()
+    assert summary.steps == 10 and epochs == [1, 2]
+    after = method.state_dict()
+    for name in ("encoder_q.trunk.conv1.weight", "encoder_k.trunk.conv1.weight", "queue.rows", "encoder_k.trunk.bn1.running_mean"):
+        assert not torch.equal(before[name], after[name]), name
+    assert int(after["queue.pointer"]) == 80 % 16
+    assert METHODS["moco"] is MoCo

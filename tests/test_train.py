@@ -1,0 +1,199 @@
+"""``python -m engine.train`` from JPEG files to numbers: runs, resumes to the bit, stops on signals, refuses what is wrong."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint, log
+from engine.config import from_yaml
+from engine.data import birds
+from engine.train import main
+from engine.trainer import Trainer
+from ppssl.moco import MoCo
+
+TINY = """\
+epochs: 2
+batch_size: 8
+method: {name: moco}
+encoder: {arch: resnet18_w8_s16, weights: none, dim: 8}
+queue: {size: 20}
+ema: {decay: 0.9}
+data: {name: cub, root: ROOT, image_size: 32, workers: 1, loader: torch}
+run: {log_every: 2, save_every_steps: 3}
+eval: {batch_size: 40}
+"""
+STEPS = 10  # 40 images, 2 epochs, batches of 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return birds.generate(tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False)
+
+
+@pytest.fixture()
+def recipe(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("ROOT", str(world)))
+    return path
+
+
+def states(out: Path) -> tuple[dict, dict]:
+    newest = checkpoint.load(checkpoint.list_checkpoints(out / "checkpoints")[-1])
+    return newest["method"], newest["optimizer"]["state"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    (method_a, optimizer_a), (method_b, optimizer_b) = states(a), states(b)
+    assert method_a.keys() == method_b.keys()
+    assert [n for n in method_a if not torch.equal(method_a[n], method_b[n])] == []
+    for i, state in optimizer_a.items():
+        assert torch.equal(state["momentum_buffer"], optimizer_b[i]["momentum_buffer"])
+    # a line is the mean since the line before it: those that began after the interruption are equal
+    losses = [[r["loss"] for r in log.read(out) if r["kind"] == "train" and r["step"] >= 6] for out in (a, b)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe), "--amp"]) == 0
+    out = Path("runs/tiny")  # the recipe's name
+    assert from_yaml(out / "config.yaml").queue.size == 20
+    records = log.read(out)
+    kinds = [r["kind"] for r in records]
+    assert kinds[0] == "start" and kinds[-1] == "summary" and kinds.count("eval") == 2 and kinds.count("train") == STEPS // 2
+    judged = [r for r in records if r["kind"] == "eval"]
+    assert [r["epoch"] for r in judged] == [0, 2] and all(0 <= r[m] <= 1 for r in judged for m in ("rank1", "rank5", "mAP"))
+    trained = [r for r in records if r["kind"] == "train"]
+    assert all(r[name] >= 0 for r in trained for name in ("loss", "contrast", "contrast_top1", "grad_norm", "images_per_s", "data_wait"))
+    assert len(checkpoint.list_checkpoints(out / "checkpoints")) == 2  # run.keep
+    assert (out / "weights.safetensors").is_file() and (out / "bad_files.txt").is_file() and any((out / "tensorboard").iterdir())
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--cfg", str(recipe), "--out", "whole"]) == 0
+    save, seen = Trainer.save, []
+
+    def save_then_ctrl_c(self: Trainer) -> None:
+        save(self)
+        if not seen:
+            seen.append(self.step.step)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "save", save_then_ctrl_c)
+    assert main(["--cfg", str(recipe), "--out", "parts"]) == 130
+    assert seen == [3] and len(checkpoint.list_checkpoints(Path("parts/checkpoints"))) >= 1
+    assert main(["--cfg", str(recipe), "--out", "parts"]) == 0
+    assert_same_run(Path("whole"), Path("parts"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(number: int, code: int, recipe: Path) -> None:
+    def send_when_training() -> None:
+        while not (Path("stopped") / "checkpoints").is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    assert main(["--cfg", str(recipe), "--out", "stopped", "epochs=2000"]) == code
+    sender.join()
+    newest = checkpoint.list_checkpoints(Path("stopped/checkpoints"))[-1]
+    assert checkpoint.load(newest)["step"] == int(newest.stem.split("_")[1]) > 0
+
+
+def test_a_finished_run_is_shown_again_not_trained_again(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(recipe)]) == 0
+    capfd.readouterr()
+    assert main(["--cfg", str(recipe)]) == 0
+    assert f"at step {STEPS} of {STEPS}" in capfd.readouterr().err
+    assert [r["kind"] for r in log.read(Path("runs/tiny"))].count("train") == STEPS // 2
+
+
+def test_resume_none_moves_an_earlier_run_aside(recipe: Path) -> None:
+    for _ in range(2):
+        assert main(["--cfg", str(recipe), "--resume", "none", "epochs=1"]) == 0
+    assert Path("runs/tiny/weights.safetensors").is_file() and Path("runs/tiny.1/weights.safetensors").is_file()
+
+
+def test_dry_run_runs_one_step_and_writes_nothing(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    before = sorted(Path().rglob("*"))
+    assert main(["--cfg", str(recipe), "--dry-run"]) == 0
+    assert sorted(Path().rglob("*")) == before
+    assert f"{STEPS} steps" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    forward, calls = MoCo.forward, []
+
+    def poisoned(self: MoCo, batch):
+        calls.append(1)
+        output = forward(self, batch)
+        return output._replace(total=output.total * float("nan")) if len(calls) == 5 else output
+
+    monkeypatch.setattr(MoCo, "forward", poisoned)
+    assert main(["--cfg", str(recipe), "--out", "bad"]) == 1
+    error = capfd.readouterr().err.replace("\n", " ")
+    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000003.pt" in error
+    kept = checkpoint.list_checkpoints(Path("bad/checkpoints"))
+    assert [p.name for p in kept] == ["step_000000003.pt"]
+    assert all(torch.isfinite(t).all() for t in checkpoint.load(kept[0])["method"].values() if t.is_floating_point())
+
+
+def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str) -> None:
+    """The command ends with code 1 and one error line that holds ``words``, without a traceback."""
+    assert main(argv) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    assert "error:" in error and "Traceback" not in error
+    for word in words:
+        assert word in error, f"{word!r} is not in {error!r}"
+
+
+def test_a_checkpoint_of_another_config_or_method_is_refused(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    fails(["--cfg", str(recipe), "epochs=1", "contrast.temperature=0.1"], capfd, "contrast.temperature", "0.2", "0.1", "--resume none")
+    fails(["--cfg", str(recipe), "epochs=1", "method.name=ppssl"], capfd, "method.name", "moco", "ppssl")
+    assert main(["--cfg", str(recipe), "epochs=1", "run.log_every=1", "data.workers=0"]) == 0  # how it is executed may change
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    Path("half.pt").write_bytes(b"PK\x03\x04half a file")
+    fails(["--cfg", str(recipe), "--resume", "half.pt"], capfd, "half.pt")
+    torch.save({"state_dict": {}}, "foreign.pt")
+    fails(["--cfg", str(recipe), "--resume", "foreign.pt"], capfd, "foreign.pt", "encoder.weights")
+    fails(["--cfg", str(recipe), "--resume", "absent.pt"], capfd, "absent.pt")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size=64 queue.size=64", ("64", "40", "batch_size")),
+        ("data.root=/not/there", ("/not/there",)),
+        ("data.root=null", ("data.root",)),
+        ("encoder.arch=resnet19", ("encoder.arch", "resnet19")),
+        ("encoder.weights=absent.safetensors", ("encoder.weights", "absent.safetensors")),
+        ("encoder.weights=IMAGENET1K_V9", ("encoder.weights", "resnet18_w8_s16")),
+        ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
+        ("data.name=cars", ("cars",)),
+        ("queue.sharded=true", ("queue.sharded",)),
+        ("run.compile=step", ("run.compile",)),
+        ("optim.backend=apex", ("optim.backend", "apex")),
+    ],
+)
+def test_bad_input_gives_one_clear_error(override: str, words: tuple[str, ...], recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    fails(["--cfg", str(recipe), *override.split(), "--out", "never"], capfd, *words)
+    assert not (Path("never") / "checkpoints").exists()
+
+
+def test_records_are_json_lines(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
