@@ -36,8 +36,9 @@ OPS = [
 
 @pytest.mark.parametrize(("ours", "theirs", "factor"), OPS, ids=[f"{o.__name__}-{f}" for o, _, f in OPS])
 def test_an_operator_equals_torchvisions_on_floats_and_nearly_on_pil(ours, theirs, factor, pictures):
-    """Levels of 0..255: 0.05 at most against float tensors, whose grey weights have four digits. Against PIL, which truncates
-    to integers, 1.1 in the mean and 3 at most; for hue, where PIL has 256 steps of hue and saturation, 2.5 and 15."""
+    """Levels of 0..255: 0.05 at most against float tensors, whose grey weights have four digits. Against PIL, which
+    truncates to integers, 1.1 in the mean and 3 at most; for hue, where PIL has 256 steps of hue and saturation, 2.5
+    and 15."""
     got = ours(pictures.float(), factor)
     expected = theirs(pictures.float() / 255, factor) * 255
     assert (got - expected).abs().max() < 0.05

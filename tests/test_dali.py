@@ -28,8 +28,8 @@ def images(tmp_path_factory) -> ImageList:
     root = tmp_path_factory.mktemp("photos é")
     rng = np.random.default_rng(0)
     for i in range(24):
-        picture(rng, (180 + 5 * i, 150 if i % 2 else 240), i).save(root / f"{i:02d}.jpg", exif=turned(1 + i % 8), quality=92)
-    return load("folder", root, progress=False).train
+        picture(rng, (180 + 5 * i, 150 if i % 2 else 240), i).save(root / f"{i:02d}.jpg", exif=turned(1 + i % 8),
+        quality=92) return load("folder", root, progress=False).train
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,9 @@ def test_one_loader_goes_on_and_jumps(images):
 
 
 def test_parity_with_the_torchvision_loader(images):
-    """Same values, same pictures: 2 levels in the mean over all views, where the torchvision loader runs PIL (integers between
-    operators, 256 hues, a blur of boxes, another resize), at most 6 for any view; the original, which only resizes, 0.5."""
+    """Same values, same pictures: 2 levels in the mean over all views, where the torchvision loader runs PIL (integers
+    between operators, 256 hues, a blur of boxes, another resize), at most 6 for any view; the original, which only
+    resizes, 0.5."""
     ours = run(images, config(), 0, 6, with_original=True)
     theirs = run(images, config(loader="torch"), 0, 6, with_original=True)
     views = torch.cat([levels(a.x_q, b.x_q) for a, b in zip(ours, theirs, strict=True)])

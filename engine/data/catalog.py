@@ -151,7 +151,8 @@ def load(
     workers: decoding threads of the first check; None takes the machine's cores.
     cache_dir: where the check of every file is kept, by name, size and modification time; None writes nothing.
     Raises FileNotFoundError for a missing folder or a listed file that is not there, ValueError for a wrong layout, an
-    unknown name or a set without any readable training image, LayoutNotSupported for a set this version has no reader for.
+    unknown name or a set without any readable training image, LayoutNotSupported for a set this version has no reader
+    for.
     """
     if name not in _LAYOUTS:
         raise ValueError(f"data.name={name}: unknown; known are {', '.join(_LAYOUTS)}")
@@ -429,7 +430,9 @@ def _read_folder(root: Path) -> _Layout:
     if not train_classes:
         train = _Split(_image_names(root / "train", root, bad), None, {})
         if test_classes:
-            raise ValueError(f"data.root={root}: {held_out.name}/ has class folders but train/ has none; {_FOLDER_LAYOUT}")
+            raise ValueError(
+                f"data.root={root}: {held_out.name}/ has class folders but train/ has none; {_FOLDER_LAYOUT}"
+            )
         return _Layout((), train, None, bad)
     classes = tuple(sorted({*train_classes, *test_classes}))
     position = {c: p for p, c in enumerate(classes)}
@@ -456,8 +459,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _image_names(folder: Path, root: Path, bad: list[BadFile]) -> list[str]:
-    """Sorted posix names, relative to ``root``, of the image files below ``folder``; hidden files are passed over, files
-    with another suffix are added to ``bad``. Links to folders are followed, each folder once."""
+    """Sorted posix names, relative to ``root``, of the image files below ``folder``; hidden files are passed over,
+    files with another suffix are added to ``bad``. Links to folders are followed, each folder once."""
     names: list[str] = []
     visited: set[tuple[int, int]] = set()
     for here, folders, files in os.walk(folder, followlinks=True):

@@ -1,8 +1,8 @@
 """Colour of views executed from their values in torch: jitter, grey, blur and normalisation by torchvision's formulas.
 
-The operators take planar float images in 0..255 and neither round nor truncate between each other, as torchvision does for
-float tensors. On a CPU the images are taken one by one, small enough for the cache and each with only the operators that its
-values ask for; on a GPU every operator runs once over all the images that ask for it.
+The operators take planar float images in 0..255 and neither round nor truncate between each other, as torchvision does
+for float tensors. On a CPU the images are taken one by one, small enough for the cache and each with only the operators
+that its values ask for; on a GPU every operator runs once over all the images that ask for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor | float) -> Tensor:
-    """clamp(factor * x), in place. x: [N, 3, H, W] float, 0..255; factor: a number or [N, 1, 1, 1]; so for all below."""
+    """clamp(factor * x), in place. x: [N, 3, H, W] float, 0..255; factor: a number or [N, 1, 1, 1]; so for all
+    below."""
     return x.mul_(factor).clamp_(0, 255)
 
 
@@ -42,8 +43,8 @@ def adjust_saturation(x: Tensor, factor: Tensor | float) -> Tensor:
 def adjust_hue(x: Tensor, turns: Tensor | float) -> Tensor:
     """Turn the hue of HSV by ``turns`` (1 is the full circle), in place.
 
-    Value and saturation stay, so a pixel's largest and smallest channel keep their values and only who holds them changes:
-    with t the new hue, R = min + (max - min) * clamp(|6t - 3| - 1, 0, 1), and G, B alike at other angles.
+    Value and saturation stay, so a pixel's largest and smallest channel keep their values and only who holds them
+    changes: with t the new hue, R = min + (max - min) * clamp(|6t - 3| - 1, 0, 1), and G, B alike at other angles.
     """
     r, g, b = x.unbind(1)
     top = torch.maximum(torch.maximum(r, g), b)
@@ -72,7 +73,8 @@ def to_grey(x: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Sequence[float]) -> Tensor:
     """Gaussian blur with one sigma (> 0, pixels) an image, mirrored at the borders without repeating the edge.
 
-    The window reaches 4 sigma, at most BLUR_RADIUS. Each direction is a product with a banded Toeplitz matrix, in blocks of
+    The window reaches 4 sigma, at most BLUR_RADIUS. Each direction is a product with a banded Toeplitz matrix, in
+    blocks of
     rows: on a CPU that is several times faster than a depthwise convolution, on a GPU one batched product.
     """
     h, w = x.shape[-2:]
@@ -113,7 +115,8 @@ def _grey_of(x: Tensor) -> Tensor:
 
 
 class Normalise:
-    """uint8 [B, H, W, 3] on any device -> (x / 255 - mean) / std: [B, 3, H, W] channels_last of ``dtype`` on ``device``."""
+    """uint8 [B, H, W, 3] on any device -> (x / 255 - mean) / std: [B, 3, H, W] channels_last of ``dtype`` on
+    ``device``."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype):
         self._scale = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device))
@@ -136,7 +139,8 @@ class Colour:
         self._shift = -torch.tensor(mean, dtype=torch.float32).view(3, 1, 1) * 255 * self._scale
 
     def one(self, pixels: Tensor, values: ViewValues, b: int, out: Tensor) -> None:
-        """Image ``b`` of a view on a CPU. pixels: uint8 [H, W, 3]; out: float32 [3, H, W] of any strides, overwritten."""
+        """Image ``b`` of a view on a CPU. pixels: uint8 [H, W, 3]; out: float32 [3, H, W] of any strides,
+        overwritten."""
         x = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)[None]
         if values.jitter[b]:
             factors = values.factors[b].tolist()
@@ -156,7 +160,9 @@ class Colour:
         for place in range(4):
             for op, adjust in enumerate(_JITTER):
                 chosen = np.flatnonzero(values.jitter & (values.order[:, place] == op))
-                _on_subset(x, chosen, lambda part, i, op=op, adjust=adjust: adjust(part, factors[i, op].view(-1, 1, 1, 1)))
+                _on_subset(
+                    x, chosen, lambda part, i, op=op, adjust=adjust: adjust(part, factors[i, op].view(-1, 1, 1, 1))
+                )
         _on_subset(x, np.flatnonzero(values.grey), lambda part, i: to_grey(part))
         chosen = np.flatnonzero(values.blur_sigma > 0)
         _on_subset(x, chosen, lambda part, i: gaussian_blur(part, values.blur_sigma[chosen].tolist()))
@@ -165,7 +171,8 @@ class Colour:
 
 
 def _on_subset(x: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """``x[chosen] = change(x[chosen], chosen)``; which images are chosen is known on the host, so nothing waits for the GPU."""
+    """``x[chosen] = change(x[chosen], chosen)``; which images are chosen is known on the host, so nothing waits for the
+    GPU."""
     if len(chosen):
         index = torch.from_numpy(chosen).to(x.device, non_blocking=True)
         x.index_copy_(0, index, change(x.index_select(0, index), index))

@@ -33,9 +33,9 @@ _PREFETCH = 2
 class DaliLoader:
     """Loader over DALI, on a CPU or with decoding on the GPU.
 
-    ``data.aug=parity``: DALI decodes, crops, resizes and flips; colour.py does the rest by torchvision's formulas, on a CPU with
-    ``data.workers`` threads. ``data.aug=dali``: DALI's own colour operators, which differ in hue, contrast and order.
-    Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
+    ``data.aug=parity``: DALI decodes, crops, resizes and flips; colour.py does the rest by torchvision's formulas, on a
+    CPU with ``data.workers`` threads. ``data.aug=dali``: DALI's own colour operators, which differ in hue, contrast and
+    order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
 
     def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False):
@@ -53,7 +53,8 @@ class DaliLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         steps = self._steps(start_step, stop_step)
-        # On a GPU the pipeline itself runs ahead and colour is queued on the consumer's stream; on a CPU colour is work.
+        # On a GPU the pipeline itself runs ahead and colour is queued on the consumer's stream; on a CPU colour is
+        # work.
         return steps if self._gpu else _ahead(steps, _PREFETCH)
 
     def close(self) -> None:
@@ -153,8 +154,8 @@ class DaliLoader:
 
 @pipeline_def(enable_conditionals=True)
 def _pipeline(feed, side: int, all_plain: bool, own_colour: bool, with_original: bool, decode: dict):
-    """Query view, key view and, if asked for, the original, each [B, side, side, 3]: uint8 views where colour is still to
-    come, else normalised, float32 on a CPU and float16 on a GPU."""
+    """Query view, key view and, if asked for, the original, each [B, side, side, 3]: uint8 views where colour is still
+    to come, else normalised, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
     view_inputs = 9 if own_colour else 2
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_original else 0)
@@ -204,7 +205,8 @@ def _normalise(pixels, gpu: bool):
 
 
 def _boxes(values: ViewValues) -> list[np.ndarray]:
-    """Start and end (y, x) of the crops [B, 2]; a flip swaps left and right, which DALI's resize then mirrors for nothing."""
+    """Start and end (y, x) of the crops [B, 2]; a flip swaps left and right, which DALI's resize then mirrors for
+    nothing."""
     top, left, height, width = values.crop.astype(np.float32).T
     right = left + width
     start = np.stack((top, np.where(values.flip, right, left)), 1)

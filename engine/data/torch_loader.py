@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 
 from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
-from engine.data.catalog import ImageList
+from engine.data.catalog import BrokenFile, ImageList
 from engine.data.colour import Normalise
 from engine.data.sampler import batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
@@ -28,8 +28,8 @@ def clean_view(image: Image.Image, resize: int, crop: int, filter: Image.Resampl
 
 
 def execute_view(image: Image.Image, values: ViewValues, b: int, side: int) -> Image.Image:
-    """Row ``b`` of ``values`` applied to one upright RGB image by torchvision's PIL operators and PIL's Gaussian blur, which is
-    what MoCo v2 runs. Returns a ``side`` x ``side`` image."""
+    """Row ``b`` of ``values`` applied to one upright RGB image by torchvision's PIL operators and PIL's Gaussian blur,
+    which is what MoCo v2 runs. Returns a ``side`` x ``side`` image."""
     top, left, height, width = values.crop[b].tolist()
     view = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
     if values.jitter[b]:
@@ -47,10 +47,11 @@ _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust
 
 
 class TorchLoader:
-    """Loader over torch's DataLoader: one step's batch is the work of one worker, batches come in the order of the steps.
+    """Loader over torch's DataLoader: one step's batch is the work of one worker, batches come in the order of the
+    steps.
 
-    ``data.workers`` processes (None: the machine's cores; 0: this process) live until ``close``. They hand over 8-bit pixels,
-    which are normalised here on the device.
+    ``data.workers`` processes (None: the machine's cores; 0: this process) live until ``close``. They hand over 8-bit
+    pixels, which are normalised here on the device.
     """
 
     def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False):
@@ -75,7 +76,7 @@ class TorchLoader:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._steps.range = range(start_step, stop_step)
-        for x_q, x_k, x_o, index in self._loader:
+        for x_q, x_k, x_o, index in _checked(self._loader):
             yield Batch(
                 x_q=self._normalise(x_q),
                 x_k=self._normalise(x_k),
@@ -85,6 +86,15 @@ class TorchLoader:
 
     def close(self) -> None:
         self._loader = None  # its last reference: DataLoader ends persistent workers when it goes
+
+
+def _checked(items: Iterable[tuple | str]) -> Iterator[tuple]:
+    """Workers hand a broken file over as a message: DataLoader would bury the file's name under the worker's
+    traceback."""
+    for item in items:
+        if isinstance(item, str):
+            raise BrokenFile(item)
+        yield item
 
 
 class _Steps(Sampler[int]):
@@ -100,13 +110,20 @@ class _Steps(Sampler[int]):
 
 
 class _StepDataset(Dataset):
-    """Step -> (x_q, x_k, x_o | None, index): uint8 [B, S, S, 3] and int64 [B]; a pure function of the step."""
+    """Step -> (x_q, x_k, x_o | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
+    function of the step."""
 
     def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_original: bool):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
         self.with_original = with_original
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | str:
+        try:
+            return self._batch(step)
+        except BrokenFile as error:
+            return str(error)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes) for view in (0, 1)]
@@ -145,12 +162,12 @@ def iterate_clean(
     normalise = Normalise(mean, std, torch.device(device), torch.float32)
     workers = min(workers, len(dataset))
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
-    for pixels, index in loader:
+    for pixels, index in _checked(loader):
         yield normalise(pixels), index.to(device)
 
 
 class _CleanDataset(Dataset):
-    """Batch number -> (uint8 [b, crop, crop, 3], index int64 [b]) in file order."""
+    """Batch number -> (uint8 [b, crop, crop, 3], index int64 [b]) in file order, or what is wrong with a file."""
 
     def __init__(self, images: ImageList, resize: int, crop: int, filter: Image.Resampling, batch_size: int):
         self.images, self.resize, self.crop, self.filter, self.batch_size = images, resize, crop, filter, batch_size
@@ -158,9 +175,12 @@ class _CleanDataset(Dataset):
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor] | str:
         if not 0 <= batch < len(self):
             raise IndexError(batch)
         index = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
-        views = [np.asarray(clean_view(self.images.read(i), self.resize, self.crop, self.filter)) for i in index]
+        try:
+            views = [np.asarray(clean_view(self.images.read(i), self.resize, self.crop, self.filter)) for i in index]
+        except BrokenFile as error:
+            return str(error)
         return torch.from_numpy(np.stack(views)), torch.arange(index.start, index.stop)

@@ -108,8 +108,8 @@ def clean_resize(image_size: int) -> int:
 
 
 def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """(height, width) of an image of ``size`` (height, width) whose short side becomes ``short``, as torchvision's Resize
-    rounds."""
+    """(height, width) of an image of ``size`` (height, width) whose short side becomes ``short``, as torchvision's
+    Resize rounds."""
     height, width = size
     if height <= width:
         return short, int(short * width / height)
@@ -122,8 +122,9 @@ def centre_crop(size: tuple[int, int], crop: int) -> tuple[int, int]:
 
 
 def _random_resized_crop(uniform: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """torchvision's RandomResizedCrop.get_params for B images: the first of ten tries that fits, else the largest central
-    box within the aspect limits. uniform: [tries, B, 4]; sizes: [B, 2]. Returns [B, 4] top, left, height, width."""
+    """torchvision's RandomResizedCrop.get_params for B images: the first of ten tries that fits, else the largest
+    central box within the aspect limits. uniform: [tries, B, 4]; sizes: [B, 2]. Returns [B, 4] top, left, height,
+    width."""
     height, width = sizes[:, 0], sizes[:, 1]
     area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * uniform[..., 0])
     log_low, log_high = np.log(CROP_ASPECT)
