@@ -28,8 +28,9 @@ def images(tmp_path_factory) -> ImageList:
     root = tmp_path_factory.mktemp("photos é")
     rng = np.random.default_rng(0)
     for i in range(24):
-        picture(rng, (180 + 5 * i, 150 if i % 2 else 240), i).save(root / f"{i:02d}.jpg", exif=turned(1 + i % 8),
-        quality=92) return load("folder", root, progress=False).train
+        size = (180 + 5 * i, 150 if i % 2 else 240)
+        picture(rng, size, i).save(root / f"{i:02d}.jpg", exif=turned(1 + i % 8), quality=92)
+    return load("folder", root, progress=False).train
 
 
 @pytest.fixture(scope="module")

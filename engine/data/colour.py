@@ -74,8 +74,7 @@ def gaussian_blur(x: Tensor, sigma: Sequence[float]) -> Tensor:
     """Gaussian blur with one sigma (> 0, pixels) an image, mirrored at the borders without repeating the edge.
 
     The window reaches 4 sigma, at most BLUR_RADIUS. Each direction is a product with a banded Toeplitz matrix, in
-    blocks of
-    rows: on a CPU that is several times faster than a depthwise convolution, on a GPU one batched product.
+    blocks of rows: on a CPU that is several times faster than a depthwise convolution, on a GPU one batched product.
     """
     h, w = x.shape[-2:]
     radius = min(BLUR_RADIUS, math.ceil(4 * max(sigma)), h - 1, w - 1)
