@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from engine.config import Config, DataConfig
-from engine.data import IMAGENET_STD, build_loader
+from engine.data import IMAGENET_STD, build_loader, clean_batches
 from engine.data.catalog import BrokenFile, ImageList, load
 from engine.data.sampler import batch_at
 
@@ -149,6 +149,20 @@ def test_dali_s_own_colour_differs_in_colour_only(images):
         grey = [(x * TO_LEVELS + 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) for x in (a.x_q, b.x_q)]
         spread = [(g.amax(1) - g.amin(1)).amax((1, 2)) < 1.5 for g in grey]
         assert torch.equal(*spread)
+
+
+def test_other_processes_start_and_end_while_it_runs(images):
+    """Evaluation between two steps forks its workers beside DALI's threads."""
+    whole = run(images, config(), 0, 3)
+    loader = build_loader(images, config(), "cpu")
+    batches = loader.batches(0, 3)
+    got = [next(batches)]
+    clean = list(clean_batches(images, resize=40, crop=32, batch_size=8, workers=2))
+    assert torch.cat([index for _, index in clean]).tolist() == list(range(24))
+    got += batches
+    loader.close()
+    for a, b in zip(whole, got, strict=True):
+        assert torch.equal(a.x_q, b.x_q) and torch.equal(a.index, b.index)
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "gone"])

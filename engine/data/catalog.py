@@ -81,7 +81,7 @@ class ImageList:
     sizes: npt.NDArray[np.int32]
     """[N, 2] height and width in pixels after EXIF rotation."""
     plain: npt.NDArray[np.bool_]
-    """[N] 8-bit RGB or grey JPEG or PNG, which every decoder reads alike; all else is left to PIL."""
+    """[N] RGB or grey JPEG, or 8-bit PNG without palette: read alike by every decoder; all else is left to PIL."""
     fingerprint: str
     """sha256 over names, byte sizes and modification times."""
 
@@ -211,7 +211,8 @@ def read_image(path: Path) -> tuple[Image.Image, bool]:
             turn = _orientation(image)
             upright = ImageOps.exif_transpose(image) if turn != 1 else image
             simple_png = image.format == "PNG" and raw_mode == image.mode and turn == 1
-            return _to_rgb(upright), image.mode in ("RGB", "L") and (jpeg or simple_png)
+            plain = (jpeg and image.mode in ("RGB", "L")) or (simple_png and image.mode in ("RGB", "L", "RGBA", "LA"))
+            return _to_rgb(upright), plain
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except Image.UnidentifiedImageError as error:

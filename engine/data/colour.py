@@ -50,8 +50,8 @@ def adjust_hue(x: Tensor, turns: Tensor | float) -> Tensor:
     top = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = top - low
-    # With channels scaled to (x - min) / c the hue lies 1 + g + b - r sextants from red: in each sextant one of the three
-    # varies while the others are 0 or 1. Its side of red is the sign of g - b.
+    # With channels scaled to (x - min) / c the hue lies 1 + g + b - r sextants from red: in each sextant one of the
+    # three varies while the others are 0 or 1. The sign of g - b tells the side of red.
     hue = torch.add(g, b).sub_(r).sub_(low).div_(torch.clamp(chroma, min=1e-6)).add_(1).copysign_(g - b)
     turns = turns if isinstance(turns, float) else turns[:, 0]
     hue.mul_(1 / 6).add_(turns + 1).frac_().mul_(6)

@@ -43,6 +43,8 @@ class DaliLoader:
         self._images, self._cfg, self._with_original = images, cfg, with_original
         self._device = torch.device(device)
         self._gpu = self._device.type == "cuda"
+        if self._gpu and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"dali ({'gpu' if self._gpu else 'cpu'})"
         self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
         self._own_colour = cfg.data.aug == "dali"
@@ -145,7 +147,7 @@ class DaliLoader:
             decode,
             batch_size=self._cfg.batch_size,
             num_threads=self._workers,
-            device_id=self._device.index or 0 if self._gpu else None,
+            device_id=self._device.index if self._gpu else None,
             prefetch_queue_depth=_PREFETCH,
         )
         pipeline.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -69,6 +70,7 @@ class TorchLoader:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_interrupts,
             pin_memory=self._device.type == "cuda",
         )
 
@@ -95,6 +97,11 @@ def _checked(items: Iterable[tuple | str]) -> Iterator[tuple]:
         if isinstance(item, str):
             raise BrokenFile(item)
         yield item
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the run decides when its workers end, after the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Steps(Sampler[int]):
@@ -161,7 +168,13 @@ def iterate_clean(
     dataset = _CleanDataset(images, resize, crop, filters[interpolation], batch_size)
     normalise = Normalise(mean, std, torch.device(device), torch.float32)
     workers = min(workers, len(dataset))
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_leave_interrupts,
+    )
     for pixels, index in _checked(loader):
         yield normalise(pixels), index.to(device)
 
