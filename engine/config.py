@@ -475,6 +475,8 @@ def validate(config: Config) -> None:
         refuse("seed", "must be below 2**63")
     if not config.iadm.sources or len(set(config.iadm.sources)) < len(config.iadm.sources):
         refuse("iadm.sources", f"must name at least one of {expected_type(key_types()['iadm.sources'])}, each once")
+    if not config.eval.protocols:
+        refuse("eval.protocols", f"must name {expected_type(key_types()['eval.protocols'])}")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): a batch's keys must fit")
     if config.batch_size % config.bn.groups:
