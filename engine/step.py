@@ -1,8 +1,10 @@
-"""One training step of a method: momentum update, forward, gradients, optimiser, enqueue. It owns what changes the weights."""
+"""One training step of a method: momentum update, forward, gradients, optimiser, enqueue. It owns what changes the weights, and is
+the only file that knows ``torch.compile``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +12,17 @@ from torch import Tensor
 from engine.precision import Precision
 from ppssl.method import Batch, Method, Output
 
+MODES = ("off", "encoder", "step")
+
 
 class Step:
     """Callable that trains ``method`` on one batch.
 
-    optimizer: over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum update;
+    optimizer: SGD over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum update;
     total_steps: the whole run's, for warm-ups. ``step`` is the number of steps done.
+    compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
+    update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
+    of torch.compile.
 
     Nothing here waits for the device. A non-finite loss or gradient is remembered on the device (``first_bad``, ``bad_terms``) and
     read by whoever synchronises next.
@@ -30,7 +37,13 @@ class Step:
         decay: float,
         precision: Precision,
         total_steps: int,
+        compile: str = "off",
+        backend: Any = "inductor",
     ):
+        if compile not in MODES:
+            raise ValueError(f"run.compile: {compile!r} is not known; use {', '.join(MODES)}")
+        if compile == "step" and precision.scales:
+            raise ValueError("run.compile: step does not scale fp16 losses; use amp=bf16, or run.compile=encoder")
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
@@ -39,32 +52,94 @@ class Step:
         self.online, self.target = method.ema_pairs()
         device = precision.device
         method.progress = torch.zeros((), device=device)
+        self.rate = torch.zeros((), device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_terms: dict[str, Tensor] = {}
+        self.compile = compile
+        self.buffers: list[Tensor] = []
+        self.run = self._eager
+        if compile == "encoder":
+            self._compile_encoders(backend)
+        elif compile == "step":
+            self.buffers = [torch.zeros_like(p) for p in self.parameters]
+            self._keep_buffers()
+            self.run = self._compiled(backend)
 
     def __call__(self, batch: Batch) -> Output:
-        """Trains on ``batch``; returns the method's output, its ``stats`` with ``grad_norm`` added, all on the device."""
-        method = self.method
+        """Trains on ``batch``; returns the method's output, its ``stats`` with ``grad_norm`` added, all detached on the device."""
         self.set_schedule()
-        if self.target:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.target, self.online, 1.0 - self.decay)  # the key network first moves (MoCo)
-        batch = self.prepare(batch)
         if self.precision.scales:
-            method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
-        with self.precision.autocast():
-            output = method(batch)
-        # not backward(): it would compute the gradient of the images a second time
-        gradients = torch.autograd.grad(self.scaler.scale(output.total), self.parameters, allow_unused=True)
+            self.method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
+        output = self.run(self.prepare(batch))
+        self.watch(output)
+        self.step += 1
+        return output
+
+    def _eager(self, batch: Batch) -> Output:
+        output, gradients = self.gradients(batch)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        method.enqueue(output.keys)
-        output = output._replace(stats=output.stats | {"grad_norm": self.watch(output, gradients)})
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.method.enqueue(output.keys)
         return output
+
+    def gradients(self, batch: Batch) -> tuple[Output, Sequence[Tensor | None]]:
+        """Moves the key network, runs the method and differentiates by the parameters alone (gradients are scaled in fp16)."""
+        if self.target:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.target, self.online, 1.0 - self.decay)  # the key network first moves (MoCo)
+        with self.precision.autocast():
+            output = self.method(batch)
+        scaled = output.total * self.method.loss_scale if self.precision.scales else output.total
+        # not backward(): it would compute the gradient of the images a second time
+        gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        norms = torch._foreach_norm([g for g in gradients if g is not None])
+        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        if self.precision.scales:
+            norm = norm / self.method.loss_scale
+        output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
+        return output, gradients
+
+    def _keep_buffers(self) -> None:
+        """Puts the momentum buffers of the compiled update where the optimiser saves them. They begin as zeros: the first update
+        of a zero buffer is the gradient itself, as in ``torch.optim.SGD``."""
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
+        """The whole step as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes
+        and the update are part of it."""
+        (group,) = self.optimizer.param_groups
+        momentum, decay = group["momentum"], group["weight_decay"]
+
+        def whole(*images: Tensor | None) -> tuple:
+            output, gradients = self.gradients(Batch(*images))
+            with torch.no_grad():
+                used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
+                parameters, found, buffer = map(list, zip(*used, strict=True))
+                found = torch._foreach_add(found, parameters, alpha=decay)
+                torch._foreach_mul_(buffer, momentum)
+                torch._foreach_add_(buffer, found)
+                torch._foreach_sub_(parameters, torch._foreach_mul(buffer, self.rate))
+                self.method.enqueue(output.keys)
+            return tuple(output)
+
+        compiled = torch.compile(whole, fullgraph=True, dynamic=False, backend=backend)
+
+        def run(batch: Batch) -> Output:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                return Output(*compiled(*batch))
+
+        return run
+
+    def _compile_encoders(self, backend: Any) -> None:
+        """Compiles every trunk of the method in place, so that the names in its state dict stay. The CAM keeps the graph alive
+        for the loss's pass, so the compiled backward may not donate its buffers."""
+        for module in self.method.modules():
+            if type(module).__name__ == "Trunk":
+                module.maps = torch.compile(module.maps, dynamic=False, backend=backend)
 
     def prepare(self, batch: Batch) -> Batch:
         """Float32 leaves where the method differentiates by an image (a 16-bit gradient of size 1e-5 would lose its digits), and
@@ -82,26 +157,25 @@ class Step:
 
     def set_schedule(self) -> None:
         """Puts this step's learning rate and the share of the run that is done where they are read."""
+        rate = self.lr(self.step)
         self.method.progress.fill_(self.step / self.total_steps)
+        self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.step)
+            group["lr"] = rate
 
     @torch.no_grad()
-    def watch(self, output: Output, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        """The gradient's norm; the first step whose loss or gradient is not finite is kept, with its terms."""
-        norms = torch._foreach_norm([g for g in gradients if g is not None])
-        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+    def watch(self, output: Output) -> None:
+        """Keeps the first step whose loss or gradient is not finite, with its terms."""
         finite = torch.isfinite(output.total)
-        if self.precision.scales:
-            norm = norm / self.method.loss_scale  # an overflow is the scaler's business: it skips that step
-        else:
-            finite = finite & torch.isfinite(norm)
+        if not self.precision.scales:  # a gradient that overflows fp16 is the scaler's business: it skips that step
+            finite = finite & torch.isfinite(output.stats["grad_norm"])
+        terms = output.terms | {"total": output.total, "grad_norm": output.stats["grad_norm"]}
+        if not self.bad_terms:
+            self.bad_terms = {name: torch.zeros_like(value) for name, value in terms.items()}
         newly = ~finite & (self.first_bad < 0)
-        self.first_bad = torch.where(newly, self.step, self.first_bad)
-        terms = output.terms | {"total": output.total.detach(), "grad_norm": norm}
-        before = self.bad_terms or terms
-        self.bad_terms = {name: torch.where(newly, value, before[name]) for name, value in terms.items()}
-        return norm
+        self.first_bad.copy_(torch.where(newly, self.step, self.first_bad))
+        for name, value in terms.items():
+            self.bad_terms[name].copy_(torch.where(newly, value, self.bad_terms[name]))
 
     def raise_if_bad(self) -> None:
         """Waits for the device; raises ``FloatingPointError`` naming the first bad step and its terms."""
@@ -116,4 +190,9 @@ class Step:
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.buffers:  # the compiled graph holds these very tensors
+            for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+                saved = self.optimizer.state[parameter].get("momentum_buffer")
+                buffer.zero_() if saved is None else buffer.copy_(saved)
+            self._keep_buffers()
         self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,181 @@
+"""``run.compile``: the whole step is one graph in which no pass is wasted, and every mode computes what eager computes.
+
+No GPU is needed: a counting backend sees the graph that Inductor would get.
+"""
+
+import collections
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from engine import optim, precision
+from engine.step import Step
+from ppssl import PPSSL, Batch, MoCo
+from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
+from ppssl.method import Method
+from ppssl.ppssl import FORMS
+
+DIM, QUEUE = 16, 64
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build_ppssl(arch: str, form: str, **options) -> PPSSL:
+    torch.manual_seed(0)
+    trunk = Trunk(arch)
+    network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax=FORMS[form].minmax))
+    options = {"embed": lambda x: F.normalize(x.detach().float().mean((2, 3)) @ torch.ones(3, 5), dim=1)} | options
+    head = projection_head("mlp2", trunk.channels, DIM)
+    return PPSSL(network, head, torch.randn(8, 5), form=FORMS[form], dim=DIM, queue_size=QUEUE, **options)
+
+
+def build_moco(arch: str) -> MoCo:
+    torch.manual_seed(0)
+    trunk = Trunk(arch)
+    return MoCo(FeatureNet(trunk), projection_head("mlp2", trunk.channels, DIM), dim=DIM, queue_size=QUEUE)
+
+
+def step_of(method: Method, **options) -> Step:
+    frozen = {id(p) for p in method.ema_pairs()[1]}
+    trained = [p for p in method.train().parameters() if p.requires_grad and id(p) not in frozen]
+    optimizer = optim.sgd(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    amp = options.pop("amp", None)
+    return Step(
+        method, optimizer, lr=lambda s: 0.1 / (s + 1), decay=0.99,
+        precision=precision.resolve(amp, torch.device("cpu")), total_steps=10, **options,
+    )  # fmt: skip
+
+
+def batch(size: int = 4, side: int = 64, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, size, 3, side, side, generator=generator)
+    teacher = F.normalize(torch.randn(size, 5, generator=generator), dim=1)
+    return Batch(x[0], x[1], torch.arange(size), x[2], teacher)
+
+
+def count_convolutions(method: Method, amp: str | None = None) -> collections.Counter:
+    """Convolution passes of one step by kind: forward, or the (data, weight) gradients that a backward computes."""
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, inference_compiler=counting)
+    step_of(method, compile="step", backend=backend, amp=amp)(batch(2))
+    assert len(graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
+    counts = collections.Counter()
+    for node in graphs[0].graph.nodes:
+        if node.target is torch.ops.aten.convolution.default:
+            counts["forward"] += 1
+        elif node.target is torch.ops.aten.convolution_backward.default:
+            counts[tuple(node.args[-1][:2])] += 1
+    return counts
+
+
+DATA, BOTH, WEIGHT = (True, False), (True, True), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        # query and key forward; CAM: data gradients down to the image; loss: both, but no data gradient of the first layer
+        (lambda: build_ppssl("resnet50_w4", "published"), {"forward": 106, DATA: 53, BOTH: 52, WEIGHT: 1}),
+        (lambda: build_ppssl("resnet50_w4", "guided"), {"forward": 106, DATA: 53, BOTH: 52, WEIGHT: 1}),
+        (lambda: build_moco("resnet50_w4"), {"forward": 106, BOTH: 52, WEIGHT: 1}),
+        # CAM at layer4: its gradient passes the head alone
+        (lambda: build_ppssl("resnet18_w8", "guided", sources=("layer4",)), {"forward": 40, BOTH: 19, WEIGHT: 1}),
+        # the original as a third image: its CAM pass and its loss pass (through the mask that is fitted)
+        (lambda: build_ppssl("resnet18_w8", "guided", cam_image="orig"), {"forward": 60, DATA: 20, BOTH: 38, WEIGHT: 2}),
+    ],
+    ids=["ppssl published", "ppssl guided", "moco", "cam at layer4", "cam of the original"],
+)
+def test_the_step_is_one_graph_without_a_wasted_pass(build, expected: dict) -> None:
+    assert count_convolutions(build()) == expected
+
+
+def test_bf16_changes_no_pass() -> None:
+    if not precision.cpu_has_bf16():
+        pytest.skip("this CPU has no native bf16, so amp is float32 here")
+    assert count_convolutions(build_ppssl("resnet18_w8", "published"), amp="bf16") == {"forward": 40, DATA: 20, BOTH: 19, WEIGHT: 1}
+
+
+def run(method: Method, steps: int, **options) -> tuple[list[float], dict[str, torch.Tensor], Step]:
+    step = step_of(copy.deepcopy(method), **options)
+    totals = [float(step(batch(side=32, seed=s)).total) for s in range(steps)]
+    return totals, step.method.state_dict(), step
+
+
+@pytest.mark.parametrize("mode", ["encoder", "step"])
+@pytest.mark.parametrize("name", ["moco", "published", "guided"])
+def test_every_mode_computes_the_eager_step(mode: str, name: str) -> None:
+    arch = "resnet18_w8_s16"
+    method = build_moco(arch) if name == "moco" else build_ppssl(arch, name)
+    totals, state, _ = run(method, 3)
+    compiled_totals, compiled_state, step = run(method, 3, compile=mode, backend="aot_eager")
+    assert compiled_totals == pytest.approx(totals, rel=1e-5)
+    assert compiled_state.keys() == state.keys()  # no compile prefix in the names
+    for key, value in state.items():
+        if value.is_floating_point():
+            error = (compiled_state[key] - value).abs().max()
+            assert error <= 2e-4 * value.abs().max() + 1e-7, f"{key}: {float(error):.2e}"
+    assert int(compiled_state["queue.pointer"]) == 12
+    assert step.state_dict()["step"] == 3
+
+
+class OneConvolution(torch.nn.Module):
+    """The smallest trunk, for the compiler that takes seconds a layer."""
+
+    channels, stride = 8, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 8, stride=8)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer4": F.relu(self.conv(images))}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps(images)["layer4"]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_computes_the_eager_step() -> None:
+    torch.manual_seed(0)
+    network = FeatureNet(OneConvolution(), MaskBranch(8, 4, minmax="image"))
+    head = projection_head("mlp2", 8, DIM)
+    method = PPSSL(network, head, torch.randn(8, 5), form=FORMS["guided"], dim=DIM, queue_size=QUEUE)
+    totals, _, _ = run(method, 2)
+    compiled_totals, _, _ = run(method, 2, compile="step")
+    assert compiled_totals == pytest.approx(totals, rel=1e-4)
+
+
+def test_a_run_may_change_its_mode_at_a_checkpoint() -> None:
+    """Eager's momentum is what the compiled step continues, and the reverse."""
+    method = build_moco("resnet18_w8_s16")
+    totals, _, _ = run(method, 4)
+    for first, second in (("off", "step"), ("step", "off")):
+        a = step_of(copy.deepcopy(method), compile=first, backend="aot_eager")
+        mixed = [float(a(batch(side=32, seed=s)).total) for s in range(2)]
+        other = copy.deepcopy(method)
+        b = step_of(other, compile=second, backend="aot_eager")
+        other.load_state_dict(copy.deepcopy(a.method.state_dict()))
+        b.load_state_dict(copy.deepcopy(a.state_dict()))
+        mixed += [float(b(batch(side=32, seed=s)).total) for s in range(2, 4)]
+        assert mixed == pytest.approx(totals, rel=1e-5)
+
+
+def test_unknown_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"run\.compile: 'fast'"):
+        step_of(build_moco("resnet18_w8"), compile="fast")
