@@ -25,7 +25,7 @@ from engine.data.views import clean_resize
 from engine.log import console, say
 
 PROTOCOL = "retrieval: leave-one-out inside the test split, cosine"
-# Rows are taken in blocks of about this much scratch: smaller ones make the matrix product re-pack its right side too often.
+# Rows are taken in blocks of about this much scratch; smaller ones make the matrix product re-pack its right side more.
 _BLOCK_BYTES = 128 * 2**20
 # Scratch per entry of a block: similarity, its ordered bits, the 64-bit key and the temporaries between them.
 _ENTRY_BYTES = 32
