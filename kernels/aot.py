@@ -1,0 +1,204 @@
+"""Compiles every shipped kernel for sm_80, sm_90 and sm_100 without a GPU, and judges the machine code.
+
+    python -m kernels.aot [--arch sm_80,sm_90,sm_100] [--check | --update]
+
+prints one row a variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
+instruction count. ``--check`` fails on a spill, a 16-bit product without tensor cores, shared memory over the limit, a
+streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``, which ``--update``
+rewrites. What is let through is in ``EXCEPTIONS``, with the reason, and is marked in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from kernels.configs import ARCHITECTURES, Variant
+
+COMMITTED = Path(__file__).with_name("aot.json")
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+"""Bytes of shared memory a block may use."""
+TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
+GROWTH = 1.10
+"""An instruction count may exceed the committed one by this factor."""
+
+EXCEPTIONS: dict[tuple[str, str, str], str] = {}
+"""(variant pattern, architecture pattern, check) -> why it is let through."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one variant became on one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core: str
+    """The instruction that multiplies, with its count, or "-"."""
+    load_bytes: int
+    """Widest global load a thread issues."""
+    instructions: int
+
+
+def _modules() -> list:
+    from kernels import gradcam_triton, infonce_triton, maxout_image_triton, maxout_triton
+
+    return [infonce_triton, maxout_triton, maxout_image_triton, gradcam_triton]
+
+
+def variants(arch: str) -> list[Variant]:
+    """Every form that is shipped for ``arch``."""
+    return [variant for module in _modules() for variant in module.variants(arch)]
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    import triton.backends.nvidia as nvidia
+
+    return str(Path(nvidia.__file__).parent / "bin" / "cuobjdump")
+
+
+def compile_variant(variant: Variant, arch: str) -> Report:
+    """Compile and disassemble."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(names)
+        if name in variant.aligned or signature[name].startswith("*")
+    }
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+    target = GPUTarget("cuda", int(arch[3:]), 32)
+    compiled = triton.compile(
+        source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+
+        def dump(option: str) -> str:
+            command = [_cuobjdump(), option, str(binary)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    # LOCAL reads 0 even when the compiler spilled: the stack and the local loads and stores tell.
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    local = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    products = {name: len(re.findall(rf"\b{name}\b", code)) for name in TENSOR_CORE}
+    tensor_core = next((f"{name} {count}" for name, count in products.items() if count), "-")
+    widths = [int(bits) // 8 for bits in re.findall(r"\bLDG\.E[\w.]*?\.(64|128)\b", code)]
+    widths += [int(bits or 32) // 8 for bits in re.findall(r"\bLDGSTS\.E[\w.]*?(?:\.(64|128))?\b", code)]
+    widths += [16] if "UTMALDG" in code else []
+    return Report(
+        name=variant.name,
+        arch=arch,
+        registers=registers,
+        spill_bytes=max(stack, 4 * local) if stack or local else 0,
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=tensor_core,
+        load_bytes=max(widths, default=4),
+        instructions=code.count(";"),
+    )
+
+
+def faults(report: Report, kind: str, committed: dict[str, int]) -> dict[str, str]:
+    """Check -> what is wrong, before exceptions."""
+    found = {}
+    if report.spill_bytes:
+        found["spill"] = f"spills {report.spill_bytes} bytes"
+    if report.shared_bytes > SHARED_LIMIT[report.arch]:
+        found["shared"] = f"{report.shared_bytes} bytes of shared memory, limit {SHARED_LIMIT[report.arch]}"
+    if kind == "dot" and report.tensor_core == "-":
+        found["tensor cores"] = "no tensor-core instruction"
+    if kind == "stream" and report.load_bytes < 16:
+        found["loads"] = f"widest load {report.load_bytes} bytes"
+    expected = committed.get(f"{report.arch}/{report.name}")
+    if expected is None:
+        found["growth"] = "not in aot.json, run --update"
+    elif report.instructions > GROWTH * expected:
+        found["growth"] = f"{report.instructions} instructions, committed {expected}"
+    return found
+
+
+def exception(report: Report, check: str) -> str | None:
+    """Why this fault is let through, or None."""
+    for (name, arch, excepted), reason in EXCEPTIONS.items():
+        if excepted == check and fnmatch(report.name, name) and fnmatch(report.arch, arch):
+            return reason
+    return None
+
+
+def _compile_named(job: tuple[str, int]) -> tuple[Report, str]:
+    arch, position = job
+    variant = variants(arch)[position]
+    return compile_variant(variant, arch), variant.kind
+
+
+def run(archs: list[str]) -> list[tuple[Report, str]]:
+    """(report, kind) of every variant, compiled on all cores."""
+    jobs = [(arch, position) for arch in archs for position in range(len(variants(arch)))]
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(_compile_named, jobs))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="comma-separated, default: %(default)s")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--check", action="store_true", help="exit 1 on a fault that has no exception")
+    group.add_argument("--update", action="store_true", help="rewrite aot.json's instruction counts")
+    options = parser.parse_args(arguments)
+    archs = options.arch.split(",")
+    if unknown := sorted(set(archs) - set(ARCHITECTURES)):
+        parser.error(f"--arch: unknown {', '.join(unknown)}; choose from {', '.join(ARCHITECTURES)}")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
+
+    results = run(archs)
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    if options.update:
+        committed |= {f"{report.arch}/{report.name}": report.instructions for report, _ in results}
+        known = {f"{arch}/{variant.name}" for arch in ARCHITECTURES for variant in variants(arch)}
+        committed = {key: committed[key] for key in sorted(committed) if key in known}
+        COMMITTED.write_text(json.dumps(committed, indent=1) + "\n")
+    failures = _print(results, committed)
+    print(f"{len(results)} variants, {failures} faults")
+    return 1 if options.check and failures else 0
+
+
+def _print(results: list[tuple[Report, str]], committed: dict[str, int]) -> int:
+    columns = ["variant", "arch", "regs", "spill", "shared", "tensor cores", "load", "instr", ""]
+    rows, failures = [columns], 0
+    for report, kind in results:
+        remarks = []
+        for check, fault in faults(report, kind, committed).items():
+            reason = exception(report, check)
+            failures += reason is None
+            remarks.append(f"{fault}: {reason}" if reason else f"FAULT {fault}")
+        values = asdict(report) | {"load": f"{report.load_bytes} B"}
+        cells = ["name", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core", "load", "instructions"]
+        rows.append([str(values[cell]) for cell in cells] + ["; ".join(remarks)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Launch configurations of the Triton kernels, looked up in a committed table; nothing is tuned while a model trains.
+
+``configs.json`` is keyed by architecture, kernel, operand type, width bucket and batch bucket. A bucket is the largest
+size it serves, so a lookup takes the smallest bucket that is not below the size. ``bench/sweep.py`` writes the table.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("configs.json")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+class Config(NamedTuple):
+    """How one kernel is cut up and launched."""
+
+    rows: int
+    """Rows of a program's tile (queries, positions); what they are is the kernel's business."""
+    cols: int
+    """Columns of the tile that a loop advances by (queue rows, channels)."""
+    warps: int
+    stages: int
+
+
+@functools.cache
+def table() -> dict:
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The newest tabulated architecture that is not newer than the device's."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [name for name in ARCHITECTURES if int(name[3:]) <= 10 * major + minor]
+    return known[-1] if known else ARCHITECTURES[0]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def bucket(buckets: dict, size: int) -> str:
+    """The key of the smallest bucket that holds ``size``; beyond the largest, that one."""
+    fitting = [int(key) for key in buckets if int(key) >= size]
+    return str(min(fitting)) if fitting else max(buckets, key=int)
+
+
+@functools.cache
+def lookup(arch: str, kernel: str, operand: str, width: int, batch: int) -> Config:
+    """The configuration of ``kernel`` for operands of type ``operand`` (bfloat16, float16, ieee, tf32)."""
+    by_width = table()[arch][kernel][operand]
+    by_batch = by_width[bucket(by_width, width)]
+    return Config(**by_batch[bucket(by_batch, batch)])
+
+
+class Variant(NamedTuple):
+    """One compiled form of a kernel, as :mod:`kernels.aot` builds it without a GPU."""
+
+    name: str
+    kernel: object
+    """The ``triton.jit`` function."""
+    types: dict[str, str]
+    """Argument name -> Triton type, in the kernel's order, constants left out."""
+    constants: dict[str, object]
+    aligned: tuple[str, ...]
+    """Integer arguments that are multiples of 16, as in real launches (pointers always are)."""
+    warps: int
+    stages: int
+    kind: str
+    """What is demanded of the code: dot (tensor cores), ieee (products without them), stream (wide loads), small."""
