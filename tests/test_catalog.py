@@ -327,6 +327,12 @@ def test_the_cache_opens_a_file_again_only_when_it_changed(folder, tmp_path, mon
         assert len(open_set("folder", folder, cache_dir=cache).train) == 3 and len(opened) == 6
 
 
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(folder, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(UserWarning, match="could not be kept in .*cache"):
+        assert len(open_set("folder", folder, cache_dir=tmp_path / "cache").train) == 3
+
+
 def test_nothing_is_written_without_a_cache_folder(folder, tmp_path):
     before = sorted(p for p in tmp_path.rglob("*"))
     open_set("folder", folder)

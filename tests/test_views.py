@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from torchvision import transforms as T
 
@@ -78,6 +80,15 @@ def test_crops_are_distributed_as_torchvision_draws_them(height, width):
     }
     for name, measure in measures.items():
         assert stats.ks_2samp(measure(crop), measure(theirs)).pvalue > 1e-3, name
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1), sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1)
+)
+def test_every_crop_lies_inside_its_image(seed, sizes):
+    sizes = np.array(sizes, np.int32)
+    crop = view_values(seed, 0, np.arange(len(sizes)), 1, sizes).crop
+    assert (crop[:, :2] >= 0).all() and (crop[:, 2:] >= 1).all() and (crop[:, :2] + crop[:, 2:] <= sizes).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 400), (400, 3), (7, 9), (30, 30)])

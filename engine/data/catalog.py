@@ -287,7 +287,12 @@ def _check_files(
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; what matters becomes a reason
         checks.update(_with_progress(pool.map(check, todo), len(todo), f"checking {name}", progress))
     if cache is not None:
-        _write_cache(cache, {**known, **{n: list(checks[n]) for n, _ in todo}})
+        try:
+            _write_cache(cache, {**known, **{n: list(checks[n]) for n, _ in todo}})
+        except OSError as error:
+            warnings.warn(
+                f"the check of {root} could not be kept in {cache} ({error}); it will be repeated", stacklevel=3
+            )
     return checks
 
 

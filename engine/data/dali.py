@@ -47,9 +47,9 @@ class DaliLoader:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"dali ({'gpu' if self._gpu else 'cpu'})"
         self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
-        self._own_colour = cfg.data.aug == "dali"
+        self._dali_colour = cfg.data.aug == "dali"
         self._colour = Colour(IMAGENET_MEAN, IMAGENET_STD)
-        self._pool = None if self._gpu or self._own_colour else _single_threaded_pool(self._workers)
+        self._pool = None if self._gpu or self._dali_colour else _single_threaded_pool(self._workers)
         self._pipeline = None
         self._next = -1  # the step that the pipeline yields next
 
@@ -73,7 +73,7 @@ class DaliLoader:
             index, values = self._values(step)
             outputs = self._run(pipeline, step)
             original = outputs.pop().permute(0, 3, 1, 2) if self._with_original else None
-            if self._own_colour:
+            if self._dali_colour:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
             elif self._gpu:
                 x_q, x_k = (self._colour.batch(o, v, torch.float16) for o, v in zip(outputs, values, strict=True))
@@ -126,7 +126,7 @@ class DaliLoader:
                 pixels = [nothing if p else np.asarray(images.read(i)) for i, p in zip(index, plain, strict=True)]
                 fed += [plain, pixels]
             for view in values:
-                fed += _boxes(view) + (_twists(view) if self._own_colour else [])
+                fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
             return fed + (_centres(images.sizes[index], side) if self._with_original else [])
 
         decode: dict = {"device": "cpu"}
@@ -142,7 +142,7 @@ class DaliLoader:
             feed,
             side,
             all_plain,
-            self._own_colour,
+            self._dali_colour,
             self._with_original,
             decode,
             batch_size=self._cfg.batch_size,
@@ -155,11 +155,11 @@ class DaliLoader:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed, side: int, all_plain: bool, own_colour: bool, with_original: bool, decode: dict):
+def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_original: bool, decode: dict):
     """Query view, key view and, if asked for, the original, each [B, side, side, 3]: uint8 views where colour is still
     to come, else normalised, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
-    view_inputs = 9 if own_colour else 2
+    view_inputs = 11 if dali_colour else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_original else 0)
     fed = fn.external_source(source=feed, num_outputs=count, batch=True)
     if all_plain:
@@ -171,24 +171,32 @@ def _pipeline(feed, side: int, all_plain: bool, own_colour: bool, with_original:
     outputs = []
     for view in range(2):
         first = (1 if all_plain else 3) + view * view_inputs
-        pixels = _resize(image, fed[first], fed[first + 1], side)
-        if own_colour:
-            pixels = _dali_colour(pixels, *fed[first + 2 : first + view_inputs])
+        # cut out first: a resize of the box alone would look across its borders, which torchvision's does not
+        pixels = fn.slice(image, fed[first], fed[first + 1], axes=[0, 1])
+        pixels = _resize(pixels, side, fed[first + 2], fed[first + 3], roi_relative=True)
+        if dali_colour:
+            pixels = _recolour(pixels, *fed[first + 4 : first + view_inputs])
             pixels = _normalise(pixels, gpu)
         outputs.append(pixels)
     if with_original:
-        outputs.append(_normalise(_resize(image, fed[-2], fed[-1], side), gpu))
+        outputs.append(_normalise(_resize(image, side, fed[-2], fed[-1]), gpu))
     return tuple(outputs)
 
 
-def _resize(image, start, end, side: int):
-    """The box of an image, mirrored where its end lies left of its start, to ``side`` x ``side``."""
+def _resize(image, side: int, start, end, **options):
+    """What lies between two corners of an image, antialiased, to ``side`` x ``side``."""
     return fn.resize(
-        image, size=[side, side], roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True
+        image,
+        size=[side, side],
+        roi_start=start,
+        roi_end=end,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        **options,
     )
 
 
-def _dali_colour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma):
+def _recolour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma):
     if twist:
         pixels = fn.color_twist(pixels, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
     if blur:
@@ -207,17 +215,16 @@ def _normalise(pixels, gpu: bool):
 
 
 def _boxes(values: ViewValues) -> list[np.ndarray]:
-    """Start and end (y, x) of the crops [B, 2]; a flip swaps left and right, which DALI's resize then mirrors for
-    nothing."""
-    top, left, height, width = values.crop.astype(np.float32).T
-    right = left + width
-    start = np.stack((top, np.where(values.flip, right, left)), 1)
-    end = np.stack((top + height, np.where(values.flip, left, right)), 1)
-    return [start, end]
+    """Start and shape (y, x) of the crops, int32 [B, 2], and the corners between which a crop is resized, as shares of
+    it: DALI's resize mirrors for nothing where the end lies left of the start."""
+    flip = values.flip.astype(np.float32)
+    zero = np.zeros_like(flip)
+    near, far = np.stack((zero, flip), 1), np.stack((zero + 1, 1 - flip), 1)
+    return [np.ascontiguousarray(values.crop[:, :2]), np.ascontiguousarray(values.crop[:, 2:]), near, far]
 
 
 def _twists(values: ViewValues) -> list[np.ndarray]:
-    """What ``_dali_colour`` takes, [B] each. A grey image is one without saturation."""
+    """What ``_recolour`` takes, [B] each. A grey image is one without saturation."""
     brightness, contrast, saturation, hue = np.ascontiguousarray(values.factors.T)
     saturation = np.where(values.grey, np.float32(0), saturation)
     blur = values.blur_sigma > 0
