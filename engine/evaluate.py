@@ -27,8 +27,8 @@ from engine.log import console, say
 PROTOCOL = "retrieval: leave-one-out inside the test split, cosine"
 # Rows are taken in blocks of about this much scratch; smaller ones make the matrix product re-pack its right side more.
 _BLOCK_BYTES = 128 * 2**20
-# Scratch per entry of a block: similarity, its ordered bits, the 64-bit key and the temporaries between them.
-_ENTRY_BYTES = 32
+# Scratch per entry of a block: the similarity and a temporary of its size, or the similarity and the 64-bit key.
+_ENTRY_BYTES = 12
 
 
 class Retrieval(NamedTuple):
@@ -77,7 +77,7 @@ def retrieval(features: Tensor, labels: Tensor | Sequence[int]) -> Retrieval:
     rows = max(1, _BLOCK_BYTES // (_ENTRY_BYTES * len(unit)))
     with _full_precision(unit.device.type):
         for query in queries.split(rows):
-            keys = _ranking_keys(unit[query] @ unit.T)
+            keys = _ranking_keys(unit[query].neg_() @ unit.T)
             # The query's class, as columns: padded to the largest class of the block, itself taken out.
             slot = torch.arange(int(sizes[group[query]].max()), device=unit.device)
             same = members[(starts[group[query]][:, None] + slot).clamp(max=len(unit) - 1)]
@@ -99,12 +99,16 @@ def retrieval(features: Tensor, labels: Tensor | Sequence[int]) -> Retrieval:
 _LAST = torch.iinfo(torch.int64).max
 
 
-def _ranking_keys(similarity: Tensor) -> Tensor:
-    """[b, N] float32 -> int64 keys in ranking order: falling similarity, then rising column. IEEE floats compare like
-    their bits once the magnitude bits of negative ones are flipped; the column fills the low half."""
-    bits = (0.0 - similarity).view(torch.int32)  # 0 - s also turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32).add_(torch.arange(similarity.shape[1], device=similarity.device))
+def _ranking_keys(distance: Tensor) -> Tensor:
+    """[b, N] float32, negated similarities (spent as scratch) -> int64 keys that rise with distance, then with column.
+    IEEE floats compare like their bits once the magnitude bits of negative ones are flipped; the column fills the low
+    half. In place where it can be: fresh memory costs more here than the arithmetic."""
+    bits = distance.add_(0.0).view(torch.int32)  # -0.0 + 0.0 = 0.0
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    keys = bits.long()
+    keys <<= 32
+    keys += torch.arange(keys.shape[1], device=keys.device)
+    return keys
 
 
 def _sort_rows(keys: Tensor) -> Tensor:
