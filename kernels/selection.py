@@ -13,10 +13,8 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@functools.cache
-def has_triton() -> bool:
-    """True when the triton package can be imported (asked without importing it)."""
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether the triton package can be imported (asked without importing it; a constant, so that tracing can read it)."""
 
 
 def interpreting() -> bool:
@@ -48,7 +46,7 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
     if tensor.dtype == torch.float64:
         unsupported = f"float64 is not supported (got {tensor.dtype})"
     if impl == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             raise ImportError(f"{op}: impl='triton' needs the triton package; install it or use impl='auto'")
         if tensor.device.type != "cuda" and not interpreting():
             raise ValueError(
@@ -62,7 +60,7 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
         raise ValueError(f"{op}: impl must be 'auto', 'triton', '{fast}' or 'reference', got {impl!r}")
     if tensor.device.type != "cuda" or unsupported:
         return fast
-    if not has_triton():
+    if not HAS_TRITON:
         _say_once(f"{op}: triton is not installed, CUDA tensors take the '{fast}' path")
         return fast
     return "triton"
