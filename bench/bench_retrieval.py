@@ -58,7 +58,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def test_blocked_over_loop(benchmark, one_thread):
-    x, labels = features(1500, 2048, 50)
+    x, labels = features(1000, 2048, 40)
     assert retrieval(x, labels)[:3] == pytest.approx(loop(x, labels), abs=1e-6)
 
     def ratio() -> float:
@@ -76,6 +76,6 @@ def test_blocked_over_loop(benchmark, one_thread):
 
 def test_cub_sized(benchmark):
     x, labels = features(5794, 2048, 200)
-    result = benchmark.pedantic(retrieval, (x, labels), rounds=3)
+    result = benchmark.pedantic(retrieval, (x, labels), rounds=1, warmup_rounds=1)
     assert isinstance(result, Retrieval) and result.queries == 5794
     benchmark.extra_info["goal_seconds_on_2_cores"] = GUARDS["cub_sized"]["goal_seconds"]
