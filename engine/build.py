@@ -30,8 +30,6 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     absent = {
         "queue.sharded": cfg.queue.sharded,
         "queue.mask_own": cfg.queue.mask_own,
-        "run.compile": cfg.run.compile if cfg.run.compile in ("encoder", "step") else False,
-        "run.cuda_graph": cfg.run.cuda_graph == "on",
     }
     for key, value in absent.items():
         if value:

@@ -4,15 +4,47 @@ the only file that knows ``torch.compile``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.graph import CapturedStep
 from engine.precision import Precision
+from ppssl.encoder import Trunk
 from ppssl.method import Batch, Method, Output
 
 MODES = ("off", "encoder", "step")
+
+
+class Execution(NamedTuple):
+    """How the step is run: ``compile`` one of MODES, ``graph`` whether it is captured as a CUDA graph, ``note`` what was chosen
+    and why."""
+
+    compile: str
+    graph: bool
+    note: str
+
+
+def choose(compile: str, cuda_graph: str, precision: Precision) -> Execution:
+    """What ``run.compile`` and ``run.cuda_graph`` become. Raises ``ValueError`` for an explicit choice that cannot be had."""
+    on_gpu = precision.device.type == "cuda"
+    if compile not in ("auto", *MODES):
+        raise ValueError(f"run.compile: {compile!r} is not known; use auto, {', '.join(MODES)}")
+    if compile == "step" and precision.scales:
+        raise ValueError("run.compile: step does not scale fp16 losses; use amp=bf16, or run.compile=encoder")
+    if cuda_graph == "on" and (not on_gpu or precision.scales or compile == "encoder"):
+        raise ValueError("run.cuda_graph: on needs a GPU, no fp16 loss scaling, and run.compile=off or step")
+    why = "as asked"
+    if compile == "auto":
+        if not on_gpu:
+            compile, why = "off", "compiling makes the step of a CPU slower"
+        elif precision.scales:
+            compile, why = "encoder", "fp16 losses are scaled outside the graph"
+        else:
+            compile, why = "step", "on a GPU"
+    # auto leaves graphs off: what they gain over the compiled step has not been measured
+    return Execution(compile, cuda_graph == "on", f"compile {compile} ({why}), CUDA graph {'on' if cuda_graph == 'on' else 'off'}")
 
 
 class Step:
@@ -22,7 +54,7 @@ class Step:
     total_steps: the whole run's, for warm-ups. ``step`` is the number of steps done.
     compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
     update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
-    of torch.compile.
+    of torch.compile. graph: capture the step as a CUDA graph.
 
     Nothing here waits for the device. A non-finite loss or gradient is remembered on the device (``first_bad``, ``bad_terms``) and
     read by whoever synchronises next.
@@ -39,11 +71,9 @@ class Step:
         total_steps: int,
         compile: str = "off",
         backend: Any = "inductor",
+        graph: bool = False,
     ):
-        if compile not in MODES:
-            raise ValueError(f"run.compile: {compile!r} is not known; use {', '.join(MODES)}")
-        if compile == "step" and precision.scales:
-            raise ValueError("run.compile: step does not scale fp16 losses; use amp=bf16, or run.compile=encoder")
+        choose(compile, "on" if graph else "off", precision)  # refuses what cannot be had
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
@@ -55,15 +85,20 @@ class Step:
         self.rate = torch.zeros((), device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_terms: dict[str, Tensor] = {}
+        for module in method.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.num_batches_tracked = None  # one more kernel a layer, and unused with a fixed momentum
         self.compile = compile
         self.buffers: list[Tensor] = []
         self.run = self._eager
-        if compile == "encoder":
-            self._compile_encoders(backend)
-        elif compile == "step":
+        if compile == "step" or graph:
             self.buffers = [torch.zeros_like(p) for p in self.parameters]
             self._keep_buffers()
-            self.run = self._compiled(backend)
+            self.run = self._compiled(backend) if compile == "step" else self._whole
+        elif compile == "encoder":
+            self._compile_encoders(backend)
+        if graph:
+            self.run = CapturedStep(self.run)
 
     def __call__(self, batch: Batch) -> Output:
         """Trains on ``batch``; returns the method's output, its ``stats`` with ``grad_norm`` added, all detached on the device."""
@@ -108,25 +143,24 @@ class Step:
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
-    def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
-        """The whole step as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes
-        and the update are part of it."""
+    def _whole(self, batch: Batch) -> Output:
+        """Everything from the momentum update to the enqueue, with the learning rate read from the device."""
+        output, gradients = self.gradients(batch)
         (group,) = self.optimizer.param_groups
-        momentum, decay = group["momentum"], group["weight_decay"]
+        with torch.no_grad():
+            used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
+            parameters, found, buffers = map(list, zip(*used, strict=True))
+            found = torch._foreach_add(found, parameters, alpha=group["weight_decay"])
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, found)
+            torch._foreach_sub_(parameters, torch._foreach_mul(buffers, self.rate))
+            self.method.enqueue(output.keys)
+        return output
 
-        def whole(*images: Tensor | None) -> tuple:
-            output, gradients = self.gradients(Batch(*images))
-            with torch.no_grad():
-                used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
-                parameters, found, buffer = map(list, zip(*used, strict=True))
-                found = torch._foreach_add(found, parameters, alpha=decay)
-                torch._foreach_mul_(buffer, momentum)
-                torch._foreach_add_(buffer, found)
-                torch._foreach_sub_(parameters, torch._foreach_mul(buffer, self.rate))
-                self.method.enqueue(output.keys)
-            return tuple(output)
-
-        compiled = torch.compile(whole, fullgraph=True, dynamic=False, backend=backend)
+    def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
+        """``_whole`` as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes and
+        the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
+        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, dynamic=False, backend=backend)
 
         def run(batch: Batch) -> Output:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -135,11 +169,22 @@ class Step:
         return run
 
     def _compile_encoders(self, backend: Any) -> None:
-        """Compiles every trunk of the method in place, so that the names in its state dict stay. The CAM keeps the graph alive
-        for the loss's pass, so the compiled backward may not donate its buffers."""
+        """Compiles the trunks in place, so that the names in the state dict stay. The CAM keeps the graph alive for the loss's
+        pass, so a compiled backward may not donate its buffers to its own results."""
+        functorch = torch._functorch.config
+
+        def compiled(maps: Callable) -> Callable:
+            inner = torch.compile(maps, dynamic=False, backend=backend)
+
+            def run(images: Tensor) -> dict[str, Tensor]:
+                with functorch.patch(donated_buffer=False):
+                    return inner(images)
+
+            return run
+
         for module in self.method.modules():
-            if type(module).__name__ == "Trunk":
-                module.maps = torch.compile(module.maps, dynamic=False, backend=backend)
+            if isinstance(module, Trunk):
+                module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:
         """Float32 leaves where the method differentiates by an image (a 16-bit gradient of size 1e-5 would lose its digits), and

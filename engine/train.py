@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(cfg: Config, out: Path, started: float) -> Summary:
     """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))  # a second start is warm
     cfg = build.resolve(cfg, device)
     source, state = find_checkpoint(cfg, out)
     cache = build.cache_folder()
@@ -137,6 +139,7 @@ def assemble(
         ema_decay=cfg.ema.decay,
         amp=cfg.amp,
         compile=cfg.run.compile,
+        cuda_graph=cfg.run.cuda_graph,
         device=device,
         teacher=rows,
         out=out,
@@ -147,7 +150,7 @@ def assemble(
     )
     say(f"method: {cfg.method.name} ({cfg.method.form}), {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
-    say(f"precision: {trainer.precision.note}; device {device}; step: eager")
+    say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     return trainer
 
 
@@ -226,7 +229,7 @@ def report(out: Path, record: dict[str, float]) -> None:
     if record["steps"]:
         say(
             f"{record['steps']} steps in {record['seconds']:.0f} s ({record['images_per_s']:.0f} img/s, data wait "
-            f"{100 * record['data_wait']:.0f} %, checkpoints {record['checkpoint_seconds']:.1f} s), cold start "
+            f"{100 * record['data_wait']:.0f} %, compile {record['compile_seconds']:.0f} s, checkpoints {record['checkpoint_seconds']:.1f} s), cold start "
             f"{record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
     say(f"run folder: {out}")

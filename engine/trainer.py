@@ -14,8 +14,8 @@ from torch import Tensor
 from engine import checkpoint, optim, precision
 from engine.data import Loader
 from engine.log import RunLog, rewind, say
-from engine.step import Step
-from ppssl.method import Batch, Method
+from engine.step import Step, choose
+from ppssl.method import Batch, Method, Output
 
 
 class Summary(NamedTuple):
@@ -23,6 +23,7 @@ class Summary(NamedTuple):
 
     steps: int
     seconds: float
+    compile_seconds: float
     images_per_s: float
     data_wait: float
     checkpoint_seconds: float
@@ -64,6 +65,7 @@ class Trainer:
         ema_decay: float = 0.999,
         amp: str | None = None,
         compile: str = "auto",
+        cuda_graph: str = "auto",
         device: torch.device | str | None = None,
         teacher: Tensor | None = None,
         out: str | Path | None = None,
@@ -73,8 +75,6 @@ class Trainer:
         info: dict[str, Any] | None = None,
         hooks: Sequence[Callable[[Trainer], None]] = (),
     ):
-        if compile not in ("auto", "off"):
-            raise ValueError(f"run.compile: {compile} is not available in this version; use off (auto is the same)")
         if method.needs_teacher_embeddings and teacher is None:
             raise ValueError("this method needs teacher embeddings; pass teacher=[N, E]")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,6 +82,7 @@ class Trainer:
         self.loader, self.teacher, self.hooks = loader, teacher, list(hooks)
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
+        self.execution = choose(compile, cuda_graph, self.precision)
         frozen = {id(p) for p in method.ema_pairs()[1]}
         trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
         self.step = Step(
@@ -91,6 +92,8 @@ class Trainer:
             decay=ema_decay,
             precision=self.precision,
             total_steps=self.total_steps,
+            compile=self.execution.compile,
+            graph=self.execution.graph,
         )
         self.out = None if out is None else Path(out)
         self.log_every, self.keep, self.info = log_every, keep, info or {}
@@ -107,12 +110,16 @@ class Trainer:
         """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` on a non-finite loss, naming step, terms
         and the last good checkpoint."""
         step, began = self.step, self.step.step
-        batch_size, saving, hooking, started = 0, 0.0, 0.0, time.perf_counter()
+        batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         with _Signals() as asked, self.log as log:
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.step)
-                output = step(self.with_teacher(batch))
+                batch = self.with_teacher(batch)
+                if step.step == began and self.execution.compile != "off":
+                    output, compiling = self.first_step(batch)
+                else:
+                    output = step(batch)
                 log.add(output, images=len(batch.index))
                 batch_size = len(batch.index)
                 last = step.step == self.total_steps
@@ -128,8 +135,19 @@ class Trainer:
                     raise Stopped(asked.number, self.saved)
         seconds = time.perf_counter() - started
         images = (step.step - began) * batch_size
-        training = max(seconds - saving - hooking, 1e-9)
-        return Summary(step.step - began, seconds, images / training, log.waited_total / training, saving, hooking)
+        training = max(seconds - compiling - saving - hooking, 1e-9)
+        return Summary(step.step - began, seconds, compiling, images / training, log.waited_total / training, saving, hooking)
+
+    def first_step(self, batch: Batch) -> tuple[Output, float]:
+        """The step that compiles: shown as such, its seconds left out of the speed."""
+        say(f"compiling ({self.execution.compile}): minutes with a cold cache, seconds with a warm one")
+        started = time.perf_counter()
+        output = self.step(batch)
+        float(output.total)  # waits for the device
+        seconds = time.perf_counter() - started
+        say(f"compiled in {seconds:.0f} s")
+        self.log.leave_out(seconds)
+        return output, seconds
 
     def timed(self, *calls: Callable[[], None]) -> float:
         """Makes ``calls``, which are not training, and returns their seconds; the log leaves them out of the speed."""

@@ -217,7 +217,6 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         if x.shape[0] % self.groups:
             raise ValueError(f"bn.groups: {self.groups} does not divide the batch of {x.shape[0]}; choose a divisor")
-        self.num_batches_tracked.add_(1)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         parts = []
         for part in x.chunk(self.groups):

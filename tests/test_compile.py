@@ -14,7 +14,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from engine import optim, precision
-from engine.step import Step
+from engine.step import Step, choose
 from ppssl import PPSSL, Batch, MoCo
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
@@ -179,3 +179,27 @@ def test_a_run_may_change_its_mode_at_a_checkpoint() -> None:
 def test_unknown_modes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"run\.compile: 'fast'"):
         step_of(build_moco("resnet18_w8"), compile="fast")
+
+
+def test_auto_picks_by_device_and_says_why() -> None:
+    cpu = precision.Precision(torch.device("cpu"), torch.bfloat16, False, "")
+    gpu = precision.Precision(torch.device("cuda"), torch.bfloat16, False, "")
+    scaled = precision.Precision(torch.device("cuda"), torch.float16, True, "")
+    assert choose("auto", "auto", cpu)[:2] == ("off", False) and "CPU" in choose("auto", "auto", cpu).note
+    assert choose("auto", "auto", gpu)[:2] == ("step", False)
+    assert choose("auto", "auto", scaled)[:2] == ("encoder", False)
+    assert choose("off", "on", gpu)[:2] == ("off", True)
+    for compile, graph, where in (("step", "off", scaled), ("off", "on", cpu), ("encoder", "on", gpu), ("auto", "on", scaled)):
+        with pytest.raises(ValueError, match=r"run\.(compile|cuda_graph)"):
+            choose(compile, graph, where)
+
+
+def test_the_update_that_a_graph_replays_is_the_optimisers() -> None:
+    """A CUDA graph reads the learning rate from the device; run as it is, that update equals the optimiser's own."""
+    method = build_moco("resnet18_w8_s16")
+    totals, state, _ = run(method, 3)
+    step = step_of(copy.deepcopy(method))
+    step.buffers = [torch.zeros_like(p) for p in step.parameters]
+    step.run = step._whole
+    assert [float(step(batch(side=32, seed=s)).total) for s in range(3)] == pytest.approx(totals, rel=1e-6)
+    assert torch.allclose(step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5)

@@ -184,7 +184,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(recipe: Path, capfd: pytest
         ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
         ("data.name=cars", ("cars",)),
         ("queue.sharded=true", ("queue.sharded",)),
-        ("run.compile=step", ("run.compile",)),
+        ("run.cuda_graph=on", ("run.cuda_graph", "GPU")),
         ("optim.backend=apex", ("optim.backend", "apex")),
     ],
 )

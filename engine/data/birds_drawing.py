@@ -14,12 +14,18 @@ from PIL import Image, ImageDraw
 
 SIDE = 128
 """Width and height of a finished image, in pixels."""
+import os
+MODE=os.environ.get("BMODE","gg")
+PALE=float(os.environ.get("BPALE",".3"))
+COAT=int(os.environ.get("BCOAT","0"))
+BIG=float(os.environ.get("BBIG","1"))
+CLUT=float(os.environ.get("BCLUT","1"))
 SUPERSAMPLE = 3
 
 Colour = tuple[float, float, float]
 
 # Three plumages for ten genera and three accents for all parts: colour alone must not tell the species.
-HUES: dict[str, Colour] = {"rust": (148, 98, 66), "slate": (98, 108, 124), "olive": (122, 118, 78)}
+HUES: dict[str, Colour] = {"rust": (158, 88, 52), "slate": (84, 104, 132), "olive": (138, 132, 74)}
 ACCENTS: dict[str, Colour] = {"cream": (240, 234, 214), "gold": (232, 178, 60), "ember": (206, 78, 48)}
 INK: Colour = (30, 28, 30)
 
@@ -90,8 +96,6 @@ class Brush:
 class Plan:
     """The build that all species of a genus share. Lengths in figure units, angles in degrees."""
 
-    hue: str
-    accent: str
     parts: tuple[str, str]
     """The two parts that tell its four species apart: absent or present each."""
     body: tuple[float, float] = (0.62, 0.36)
@@ -106,6 +110,9 @@ class Plan:
     tail_angle: float = 0.0
     legs: float = 0.25
     wing: tuple[float, float] = (0.62, 0.26)
+    accent: str = "cream"
+    hues: tuple[str, str, str] = ("slate", "rust", "slate")
+    """Head, body and wing."""
     coat: str = "plain"
     """Pattern of the whole genus: plain, streaked, spotted, barred, scaled."""
 
@@ -128,12 +135,12 @@ class Pose:
 def random_pose(rng: np.random.Generator, size: int) -> Pose:
     """A pose whose figure stays inside the image, though rarely at its centre."""
     return Pose(
-        scale=rng.uniform(0.34, 0.40) * size,
+        scale=rng.uniform(0.34, 0.40) * size * BIG,
         angle=np.deg2rad(rng.uniform(-14, 14)),
         flip=bool(rng.random() < 0.5),
         centre=tuple(size * (0.5 + rng.uniform(-0.13, 0.13, 2))),
-        tint=tuple(rng.normal(0, 9, 3)),
-        light=rng.uniform(0.85, 1.15),
+        tint=tuple(rng.normal(0, 4, 3)),
+        light=rng.uniform(0.92, 1.08),
         head=tuple(rng.normal(0, 0.025, 2)),
         wing=rng.normal(0, 0.06),
         tail=rng.normal(0, 0.08),
@@ -147,20 +154,42 @@ def _coat(
     a, b = half
 
     def paint(layer: Brush) -> None:
+        def bar(points: Sequence[Sequence[float]], width: float) -> None:
+            layer.line(turned(points, axis), dark, width)
+
+        def blob(u: float, v: float, x: float, y: float, angle: float = 0.0) -> None:
+            layer.polygon(turned(ellipse(u, v, x, y, angle), axis), dark)
+
         if kind == "streaked":
-            for v in np.linspace(-b, b, 6):
-                layer.line(turned([(-a, v), (a, v)], axis), dark, 0.045)
+            for v in np.arange(-b, b, 0.16):
+                bar([(-a, v), (a, v)], 0.08)
         elif kind == "barred":
-            for u in np.linspace(-a, a, 9):
-                layer.line(turned([(u, -b), (u - 0.06, 0), (u, b)], axis), dark, 0.05)
+            for u in np.arange(-a, a, 0.17):
+                bar([(u, -b), (u, b)], 0.085)
+        elif kind == "slanted":
+            for u in np.arange(-2 * a, 2 * a, 0.2):
+                bar([(u - b, -b), (u + b, b)], 0.08)
+        elif kind == "chevrons":
+            for u in np.arange(-a - 0.3, a + 0.3, 0.2):
+                bar([(u - 0.25, -b), (u + 0.1, 0.05), (u - 0.25, b)], 0.09)
         elif kind == "spotted":
-            for i, v in enumerate(np.linspace(-b, b, 6)):
-                for u in np.linspace(-a, a, 9) + (i % 2) * a / 8:
-                    layer.polygon(turned(ellipse(u, v, 0.045, 0.045), axis), dark)
+            for i, v in enumerate(np.arange(-b, b, 0.15)):
+                for u in np.arange(-a, a, 0.2) + (i % 2) * 0.1:
+                    blob(u, v, 0.06, 0.06)
+        elif kind == "blotched":
+            for i, v in enumerate(np.arange(-b, b + 0.2, 0.3)):
+                for u in np.arange(-a, a + 0.2, 0.42) + (i % 2) * 0.21:
+                    blob(u, v, 0.14, 0.1)
         elif kind == "scaled":
-            for i, v in enumerate(np.linspace(-b, b, 6)):
-                for u in np.linspace(-a, a, 7) + (i % 2) * a / 6:
-                    layer.line(turned(ellipse(u, v, 0.11, 0.09, 0, -1.2, 1.2), axis), dark, 0.03)
+            for i, v in enumerate(np.arange(-b, b + 0.1, 0.17)):
+                for u in np.arange(-a, a + 0.1, 0.26) + (i % 2) * 0.13:
+                    bar(ellipse(u, v, 0.13, 0.11, 0, -1.4, 1.4), 0.05)
+        elif kind == "checked":
+            for i, v in enumerate(np.arange(-b, b + 0.1, 0.15)):
+                for u in np.arange(-a, a + 0.3, 0.3) + (i % 2) * 0.15:
+                    layer.polygon(turned([(u, v), (u + 0.15, v), (u + 0.15, v + 0.15), (u, v + 0.15)], axis), dark)
+        elif kind == "pied":
+            layer.polygon(turned([(-2 * a, -2 * b), (0.05 * a, -2 * b), (0.05 * a, 2 * b), (-2 * a, 2 * b)], axis), dark)
 
     if kind != "plain":
         brush.clipped(outline, paint)
@@ -239,9 +268,11 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     if unknown := parts.difference(PARTS):
         raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
-    base = tuple((c + t) * pose.light for c, t in zip(HUES[plan.hue], pose.tint, strict=True))
-    accent = shade(ACCENTS[plan.accent], 0.55 + 0.45 * pose.light)
-    dark, darker, pale = shade(base, 0.68), shade(base, 0.45), mix(base, (235, 225, 205), 0.42)
+    crown, base, cover = (
+        tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in (plan.hues if MODE[0]=='g' else ('slate','rust','slate'))
+    )
+    accent = shade(ACCENTS[plan.accent if MODE[1]=='g' else 'cream'], 0.55 + 0.45 * pose.light)
+    dark, darker, pale = shade(cover, 0.8), shade(base, 0.5), mix(base, (235, 225, 205), PALE)
     tilt = -np.deg2rad(plan.tilt)
     a, b = plan.body
     front = turned([(a * 0.72, -b * 0.2)], tilt)[0]
@@ -280,9 +311,12 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     )
     body = turned(ellipse(0, 0, a, b), tilt)
     brush.polygon(body, base)
-    brush.polygon(neck, base)
+    brush.polygon(neck, crown)
     belly = turned(ellipse(0.1, b * 0.52, a * 0.8, b * 0.62), tilt)
-    brush.clipped(body, lambda layer: layer.polygon(belly, pale))
+    if not COAT:
+        brush.clipped(body, lambda layer: layer.polygon(belly, pale))
+    else:
+        brush.polygon(body, pale)
     _coat(brush, body, tilt, (a, b), plan.coat, darker)
 
     def body_marks(layer: Brush) -> None:
@@ -333,7 +367,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
             outline = outline * (1, 1.35)
         brush.polygon(outline + head, accent if "beak" in parts else (58, 52, 50))
     skull = ellipse(*head, r, r * 0.95)
-    brush.polygon(skull, shade(base, 1.06))
+    brush.polygon(skull, shade(crown, 1.06))
     eye = head + (r * 0.35, -r * 0.12)
 
     def head_marks(layer: Brush) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import engine.data.birds_drawing as D
+import os
+HUE=float(os.environ.get("BHUE",".08"))
+SAT=float(os.environ.get("BSAT",".2"))
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from engine.data.birds_drawing import (
@@ -27,17 +31,18 @@ CATEGORIES = ("bird", "dog", "bus", "snake", "crocodile", "car", "flower", "huma
 
 # Narrow, muted palettes: where backgrounds are loud, two views of one image agree on the background and nothing is learnt.
 PLACES: dict[str, tuple[Colour, Colour]] = {
-    "forest": ((88, 100, 80), (106, 108, 86)),
-    "meadow": ((112, 118, 88), (122, 118, 92)),
-    "shore": ((104, 114, 118), (118, 118, 108)),
-    "field": ((124, 114, 94), (110, 104, 88)),
+    "forest": ((100, 108, 90), (106, 110, 92)),
+    "meadow": ((108, 112, 90), (112, 112, 94)),
+    "shore": ((104, 110, 98), (110, 112, 98)),
+    "field": ((112, 110, 92), (108, 108, 90)),
 }
-LIGHTS: dict[str, Colour] = {
-    "overcast": (0.95, 0.98, 1.0),
-    "sunny": (1.16, 1.12, 1.05),
-    "evening": (1.04, 0.94, 0.86),
-    "dim": (0.8, 0.82, 0.86),
+LIGHTS: dict[str, tuple[float, float]] = {
+    "dim": (0.5, 0.7),
+    "overcast": (0.7, 0.95),
+    "soft": (0.95, 1.2),
+    "bright": (1.2, 1.45),
 }
+"""Range of the exposure that each word stands for."""
 OCCLUDERS = ("none", "twigs", "leaves")
 _FOLIAGE: tuple[Colour, ...] = ((88, 112, 66), (70, 96, 60), (122, 124, 78))
 _CLUTTER = (*HUES.values(), *HUES.values(), *_FOLIAGE, *ACCENTS.values())
@@ -86,15 +91,15 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     small = size // 3
     near, far = PLACES[place]
     y = np.linspace(0, 1, small)[:, None, None]
-    ground = np.array(far) * (1 - y) + np.array(near) * y + rng.normal(0, 4, 3)
+    ground = np.array(far) * (1 - y) + np.array(near) * y + rng.normal(0, 1.5, 3)
     noise = Image.fromarray((rng.random((10, 10)) * 255).astype(np.uint8)).resize(
         (small, small), Image.Resampling.BICUBIC
     )
-    ground = ground * rng.uniform(0.92, 1.08) + (np.asarray(noise, float)[..., None] - 128) * 0.16
+    ground = ground + (np.asarray(noise, float)[..., None] - 128) * 0.16
     image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(10, 18)):
-        _leaf(pen, rng, small, mix(_CLUTTER[rng.integers(len(_CLUTTER))], near, rng.uniform(0.1, 0.6)), 0.03, 0.12)
+    for _ in range(int(rng.integers(10, 18)*D.CLUT)):
+        _leaf(pen, rng, small, mix(_CLUTTER[rng.integers(len(_CLUTTER))], near, rng.uniform(0.1, 0.6) if D.CLUT>=1 else rng.uniform(.4,.8)), 0.03, 0.12)
     for _ in range(rng.integers(1, 4)):
         _twig(pen, rng, small, 0.025)
     if rng.random() < 0.25:
@@ -102,7 +107,7 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
         middle = small * (0.5 + rng.choice((-0.36, 0.36), 2) + rng.normal(0, 0.04, 2))
         pose = Pose(**{**vars(pose), "scale": pose.scale * 0.4, "centre": tuple(middle)})
         draw_other(image, CATEGORIES[rng.integers(1, len(CATEGORIES))], pose, rng)
-    image = image.filter(ImageFilter.GaussianBlur(small * rng.uniform(0.01, 0.022)))
+    image = image.filter(ImageFilter.GaussianBlur(small * 0.016))
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -124,10 +129,26 @@ def finish(scene: Image.Image, empty: Image.Image, nuisance: Nuisance, rng: np.r
     angle = rng.uniform(0, 2 * np.pi)
     u = np.linspace(-1, 1, SIDE, dtype=np.float32)
     ramp = 1 + rng.uniform(0, 0.15) * (np.cos(angle) * u[None] + np.sin(angle) * u[:, None])
-    gain = ramp * (1 + 0.38 * relief) * rng.uniform(0.9, 1.1)
-    pixels = pixels * gain[..., None] * np.asarray(LIGHTS[nuisance.light], np.float32)
-    pixels += rng.normal(0, rng.uniform(1, 4), pixels.shape)
+    pixels = _develop(pixels * (ramp * (1 + 0.38 * relief))[..., None], rng.uniform(*LIGHTS[nuisance.light]), rng)
+    pixels += rng.normal(0, 2.5, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
+
+
+def _develop(pixels: np.ndarray, exposure: float, rng: np.random.Generator) -> np.ndarray:
+    """Exposure, contrast, saturation and white balance of one photograph.
+
+    These are the changes that self-supervised views are trained to ignore: strong here, they blind a colour histogram and
+    give a learner nothing to recognise an image by.
+    """
+    turn = rng.uniform(-1, 1) * 2 * np.pi * HUE
+    saturation, contrast = rng.uniform(SAT, 1.35), rng.uniform(0.6, 1.3)
+    c, s = saturation * np.cos(turn), saturation * np.sin(turn)
+    matrix = np.linalg.inv(_TO_YIQ) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32) @ _TO_YIQ
+    mean = pixels.mean()
+    return ((pixels - mean) * contrast + mean) @ matrix.T * exposure
 
 
 def _stripes(brush: Brush, outline: np.ndarray, colour: Colour, at: np.ndarray, width: float) -> None:
