@@ -4,8 +4,8 @@
 
 prints one row a variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
 instruction count. ``--check`` fails on a spill, a 16-bit product without tensor cores, shared memory over the limit, a
-streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``, which ``--update``
-rewrites. What is let through is in ``EXCEPTIONS``, with the reason, and is marked in the table.
+streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``. ``--update``
+rewrites that. What is let through is in ``EXCEPTIONS``, with the reason, and is marked in the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ GROWTH = 1.10
 """An instruction count may exceed the committed one by this factor."""
 
 EXCEPTIONS: dict[tuple[str, str, str], str] = {
-    ("infonce ieee D512*", "*", "spill"): "float32 without tensor cores at D 512; exact but slow, tf32 is the fast form",
+    ("infonce ieee D512*", "*", "spill"): "float32 without tensor cores at D 512: exact but slow, use tf32",
+    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes a thread keep the nine float64 sums at 112 registers",
     ("maxout_image * nhwc", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
     ("gradcam image * nhwc *", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
 }

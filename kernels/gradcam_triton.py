@@ -1,7 +1,7 @@
 """GradCAM weighting on CUDA, each input read once.
 
 Few channels (an image): a program is one row of cells; it adds up the products of its channels pixel by pixel, applies
-the ReLU and pools in registers, so the full-size map is never written. Many channels (a feature map): a program is a few
+the ReLU and pools in registers, so the full-size map is never written. Many channels (a feature map): a program is some
 positions and walks over the channels; the map is small and pooled afterwards. ``"channel"`` weights are the means of
 ``grad``, taken by a kernel of their own, the only one that reads ``grad`` then. Sums are float32.
 """

@@ -2,7 +2,7 @@
 
 Program (m, s) walks over chunk s of the queue with BLOCK_B queries. For each block of queue rows it takes the scores,
 the running maximum, the exponentials and their product with the same rows, which is the gradient's sum: two matrix
-products a row loaded. It stores the maximum, the sum, the count of rows that beat the positive and the weighted rows, all
+products a row loaded. It stores the maximum, the sum, the count of rows that beat the positive and the weighted rows,
 relative to its own maximum; the merge rescales them, adds the positive once and divides. Scores are in log2, for exp2.
 
 Accumulation is float32. The weights go into the second product in the operands' dtype. Wider than 256, the weighted
@@ -53,7 +53,7 @@ def _tile(ptr, row, n_rows, first_d, dim, stride_row, stride_d, ROWS: tl.constex
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16, so there the operands go up first."""
+    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16: there the operands go up first."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -248,18 +248,17 @@ def operand_key(dtype: torch.dtype, precision: str) -> str:
 
 
 def forward(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str,
-    config: Config | None = None,
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0]); ``config`` overrides the table, for the sweep."""
+    """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
     batch, dim = q.shape
     size = queue.shape[0]
     interpreted = interpreting()
-    if config is None:
-        config = INTERPRETED if interpreted else lookup(
-            architecture(q.device), "infonce", operand_key(queue.dtype, precision), dim, batch
-        )
-    programs = INTERPRETED_SPLITS if interpreted else multiprocessors(q.device)
+    if interpreted:
+        config, programs = INTERPRETED, INTERPRETED_SPLITS
+    else:
+        config = lookup(architecture(q.device), "infonce", operand_key(queue.dtype, precision), dim, batch)
+        programs = multiprocessors(q.device)
     splits, chunk = plan(batch, size, config.rows, config.cols, programs)
     columns = block_d(dim)
     parts = triton.cdiv(dim, columns)

@@ -1,8 +1,8 @@
 """The image's max-out mask on CUDA: moments, their merge, the search, the range; backward, cells and parameters.
 
 The proof is in ``maxout_image.py``. A program of the two passes over the image is one row of cells of one picture, cut
-into tiles of a few pixel rows. Pass 1 adds up colours and products of colours in float64. Pass 2 keeps, for each lane of
-the tile, the best value seen and its step, and picks each cell's winner once at the end; the smallest value likewise.
+into tiles of a few pixel rows. Pass 1 adds up colours and their products in float64. Pass 2 keeps, for each lane of the
+tile, the best value seen and its step, and picks each cell's winner once at the end; the smallest value likewise.
 Nothing larger than three colours a cell is written. Reductions are deterministic, all that follows the passes is tiny.
 """
 

@@ -5,7 +5,7 @@ Chan's rule (2), the mask before scaling with its range (3), scaling and pooling
 (5), through min-max, maximum and batch-norm's sums (6), then the gradients to feature and weight together (7). Every
 reduction over tiles is a buffer of partial results that is added up afterwards: no atomics, equal bits every time.
 
-Projections and all that derives from them are float32. The products take operands in the feature's dtype. A NaN in a row
+Projections and all that derives from them are float32. Products take operands in the feature's dtype. A NaN in a row
 of projections is carried past the maximum, which would drop it, by adding the sum of the row times zero.
 
 A tile's statistics are (mean, sum of squared deviations): batch-norm over processes is a merge over all their tiles.
@@ -33,7 +33,7 @@ MERGE_TILES = 64
 
 @triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
-    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16, so there the operands go up first."""
+    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16: there the operands go up first."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")

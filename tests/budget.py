@@ -1,4 +1,4 @@
-"""How far a fused op may be from the truth: twice as far as eager code in the same dtype, plus a few units of rounding."""
+"""How far a fused op may be from the truth: twice as far as eager code in its dtype, plus a few units of rounding."""
 
 from __future__ import annotations
 

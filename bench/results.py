@@ -1,0 +1,129 @@
+"""Result files: pytest-benchmark's output into one small JSON a GPU and commit, and those into a table and a plot.
+
+    python bench/results.py collect RAW.json                      -> bench/results/<gpu>/<date>_<commit>.json
+    python bench/results.py table [RESULT.json ...]               Markdown for the README, newest file a GPU
+    python bench/results.py plot OUT.png [RESULT.json ...]        speed over eager, one bar a provider
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
+KEPT = ("cold_ms", "cold_ms_p20", "cold_ms_p80", "replayed_ms", "gb_s", "tflop_s", "percent_of_gb_s",
+        "percent_of_tflop_s", "peak_extra_mib", "ratios", "not_captured")  # fmt: skip
+FACTS = ("device", "threads", "torch", "triton", "cuda", "python", "commit")
+
+
+def collect(raw: Path) -> Path:
+    """Write or extend the result file of this device and commit; returns its path.
+
+    Raises:
+        ValueError: the raw file holds no benchmark.
+    """
+    source = json.loads(raw.read_text())
+    if not source["benchmarks"]:
+        raise ValueError(f"{raw}: no benchmark in it; every test failed or was deselected")
+    facts, rows = {}, {}
+    for bench in source["benchmarks"]:
+        info = bench["extra_info"]
+        facts |= {name: info[name] for name in FACTS if name in info}
+        row = {name: info[name] for name in KEPT if name in info}
+        rows[bench["name"]] = {"wall_ms": 1e3 * bench["stats"]["min"]} | row
+    folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", facts.get("device", "unknown")).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{source['datetime'][:10]}_{facts.get('commit', 'unknown')}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"facts": {}, "rows": {}}
+    merged = {"facts": before["facts"] | facts, "rows": before["rows"] | rows}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return path
+
+
+def newest() -> list[Path]:
+    """The latest file of each device."""
+    return [sorted(folder.glob("*.json"))[-1] for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
+
+
+def cases(result: dict) -> dict[str, dict[str, float]]:
+    """case -> provider -> milliseconds, for every case that an eager form and ours both ran."""
+    found: dict[str, dict[str, float]] = {}
+    for name, row in result["rows"].items():
+        match = re.fullmatch(r"test_(\w+)\[(.+)\]", name)
+        parts = match[2].split("-") if match else []
+        provider = next((part for part in parts if part in ("eager", "tuned", "compile", "ours")), None)
+        if provider:
+            case = " ".join([match[1], *(part for part in parts if part != provider)])
+            found.setdefault(case, {})[provider] = row.get("cold_ms", row["wall_ms"])
+    return {case: times for case, times in found.items() if {"eager", "ours"} <= set(times)}
+
+
+def table(paths: list[Path]) -> str:
+    """Markdown, one section a device; a dash where a provider did not run."""
+    lines = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        facts = result["facts"]
+        versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "commit") if name in facts)
+        lines += [f"{facts.get('device', path.parent.name)} ({versions}), ms", ""]
+        lines += ["| op | eager | tuned | compiled | ours | over eager |", "|---|---|---|---|---|---|"]
+        for case, times in cases(result).items():
+            cells = [f"{times[name]:.3g}" if name in times else "–" for name in ("eager", "tuned", "compile", "ours")]
+            lines.append(f"| {case} | {' | '.join(cells)} | {times['eager'] / times['ours']:.1f}× |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(out: Path, paths: list[Path]) -> None:
+    """Horizontal bars of speed over eager."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(json.loads(path.read_text()), path) for path in paths]
+    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, sum(1 + 0.35 * len(cases(r)) for r, _ in panels)))
+    for axis, (result, path) in zip(axes[:, 0], panels, strict=True):
+        found = cases(result)
+        for position, (name, colour) in enumerate((("tuned", "#b9c0c8"), ("compile", "#7f8fa3"), ("ours", "#c8553d"))):
+            bars = [(row + 0.27 * (1 - position), times["eager"] / times[name])
+                    for row, times in enumerate(found.values()) if name in times]  # fmt: skip
+            if bars:
+                axis.barh(*zip(*bars, strict=True), height=0.25, color=colour, label=name)
+        axis.set_yticks(range(len(found)), list(found), fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel("times as fast as eager")
+        axis.set_title(f"{result['facts'].get('device', path.parent.name)}, {path.stem}", fontsize=9)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("collect").add_argument("raw", type=Path)
+    commands.add_parser("table").add_argument("results", type=Path, nargs="*")
+    drawing = commands.add_parser("plot")
+    drawing.add_argument("out", type=Path)
+    drawing.add_argument("results", type=Path, nargs="*")
+    options = parser.parse_args(arguments)
+    if options.command == "collect":
+        print(collect(options.raw))
+        return 0
+    paths = options.results or (newest() if RESULTS.exists() else [])
+    if not paths:
+        parser.error("no result files: run bench/run_gpu.sh on a GPU, or name files")
+    if options.command == "table":
+        print(table(paths))
+    else:
+        plot(options.out, paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that a GPU can prove, in stages of under nine minutes each.
+#
+#   bench/run_gpu.sh             all stages
+#   bench/run_gpu.sh --stage N   one of: 1 correctness, 2 sweep, 3 op benchmarks, 4 data path and retrieval
+#
+# Stages 3 and 4 leave bench/results/<gpu>/<date>_<commit>.json; send that file. Stage 2 may change kernels/configs.json:
+# run `python -m kernels.aot --update` and stage 1 again before committing it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+limit="timeout --signal=INT 530"
+raw=$(mktemp -d)
+trap 'rm -rf "$raw"' EXIT
+
+stage_1() {
+  $limit python -m pytest -q tests/test_infonce.py tests/test_maxout.py tests/test_maxout_image.py tests/test_gradcam.py
+}
+stage_2() {
+  $limit python bench/sweep.py --minutes 8
+}
+# A guard that fails is a result too: it is collected, and the stage fails afterwards.
+stage_3() {
+  local status=0
+  $limit python -m pytest -q bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py \
+    bench/bench_gradcam.py --benchmark-only --benchmark-json="$raw/ops.json" || status=$?
+  python bench/results.py collect "$raw/ops.json"
+  return $status
+}
+stage_4() {
+  local status=0
+  $limit python -m pytest -q bench/bench_data.py bench/bench_retrieval.py --benchmark-only \
+    --benchmark-json="$raw/engine.json" || status=$?
+  python bench/results.py collect "$raw/engine.json"
+  return $status
+}
+
+python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA GPU here" >&2; exit 2; }
+case "${1:-}" in
+  "") for stage in 1 2 3 4; do echo "stage $stage"; "stage_$stage"; done ;;
+  --stage) [[ "${2:-}" =~ ^[1-4]$ ]] || { echo "--stage takes 1 to 4, got '${2:-}'" >&2; exit 2; }; "stage_$2" ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
