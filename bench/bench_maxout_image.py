@@ -28,11 +28,9 @@ def published(image, weight, gamma, beta):
 
 
 def tuned(image, weight, gamma, beta):
-    """Batch-norm folded into one scale and shift, ReLU after the maximum, min-max after the pooling where it may."""
-    u = F.conv2d(image, weight.to(image.dtype)[:, :, None, None]).float()
-    var, mean = torch.var_mean(u, dim=(0, 2, 3), correction=0)
-    scale = gamma * torch.rsqrt(var + 1e-5)
-    mask = torch.relu((u * scale[:, None, None] + (beta - mean * scale)[:, None, None]).max(1).values)
+    """ReLU after the maximum, min-max after the pooling where it may."""
+    u = F.conv2d(image, weight.to(image.dtype)[:, :, None, None])
+    mask = torch.relu(F.batch_norm(u.float(), None, None, gamma, beta, training=True).max(1).values)
     low, mask = mask.min(), F.max_pool2d(mask[:, None], CELL)[:, 0]
     return (mask - low) / (1e-7 + (mask - low).max())
 

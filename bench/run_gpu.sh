@@ -24,14 +24,14 @@ stage_3() {
   local status=0
   $limit python -m pytest -q bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py \
     bench/bench_gradcam.py --benchmark-only --benchmark-json="$raw/ops.json" || status=$?
-  python bench/results.py collect "$raw/ops.json"
+  python bench/summary.py collect "$raw/ops.json"
   return $status
 }
 stage_4() {
   local status=0
   $limit python -m pytest -q bench/bench_data.py bench/bench_retrieval.py --benchmark-only \
     --benchmark-json="$raw/engine.json" || status=$?
-  python bench/results.py collect "$raw/engine.json"
+  python bench/summary.py collect "$raw/engine.json"
   return $status
 }
 

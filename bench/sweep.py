@@ -2,10 +2,10 @@
 
     python bench/sweep.py [--kernel infonce] [--minutes 8]
 
-One entry of the table is one regime: its kernel, operand type, width bucket and batch bucket. Each candidate is put into the
-table in memory, its result compared with what the committed configuration computes, and the public op timed with a cold L2.
-Candidates that do not compile or ask for too much shared memory are skipped. Entries not reached in time stay as they were,
-and are the first of the next run.
+One entry of the table is one regime: kernel, operand type, width bucket and batch bucket. Each candidate is put into
+the table in memory, its result compared with what the committed configuration computes, the public op timed with a cold
+L2. Candidates that do not compile or ask for too much shared memory are skipped. Entries not reached in time stay as
+they were; ``build/sweep_done.json`` keeps the place: delete it to begin anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels  # noqa: E402
 from kernels import configs  # noqa: E402
 
-PROGRESS = Path(__file__).with_name("sweep_done.json")
+PROGRESS = Path(__file__).resolve().parent.parent / "build" / "sweep_done.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
 SIZE = 65536
 
@@ -151,6 +151,7 @@ def main() -> int:
         print(f"{kernel} {operand} {width} {batch}: {first:.4f} -> {fastest:.4f} ms {chosen}", flush=True)
         configs.TABLE.write_text(json.dumps(table, indent=1) + "\n")
         done.append([arch, kernel, operand, width, batch])
+        PROGRESS.parent.mkdir(exist_ok=True)
         PROGRESS.write_text(json.dumps(done))
     return 0
 

@@ -159,8 +159,8 @@ def _cam(act: Tensor, grad: Tensor, weighting: str, sign: int) -> Tensor:
         weights = grad.to(dtype).mean(dim=(2, 3))  # [B, C]
         cam = torch.bmm(weights[:, None], act.to(dtype).flatten(2)).view(batch, height, width)
     elif channels <= FEW_CHANNELS:
-        cam = torch.zeros((batch, height, width), dtype=dtype, device=act.device)
-        for channel in range(channels):
+        cam = act[:, 0].to(dtype) * grad[:, 0]
+        for channel in range(1, channels):
             cam.addcmul_(act[:, channel].to(dtype), grad[:, channel].to(dtype))
     else:
         group = max(1, GROUP_ELEMENTS // act[0].numel())

@@ -202,7 +202,11 @@ BAD = [
     ({"minmax": "global"}, ValueError, "global"),
     ({"eps": -1.0}, ValueError, "-1.0"),
     ({"impl": "cudnn"}, ValueError, "cudnn"),
-    (dict.fromkeys(("gamma", "beta"), torch.ones(65)) | {"weight": torch.ones(65, 3), "impl": "triton"}, ValueError, "65"),
+    (
+        {"weight": torch.ones(65, 3), "gamma": torch.ones(65), "beta": torch.ones(65), "impl": "triton"},
+        ValueError,
+        "at most 64, got 65",
+    ),
 ]
 
 

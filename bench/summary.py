@@ -1,8 +1,8 @@
 """Result files: pytest-benchmark's output into one small JSON a GPU and commit, and those into a table and a plot.
 
-    python bench/results.py collect RAW.json                      -> bench/results/<gpu>/<date>_<commit>.json
-    python bench/results.py table [RESULT.json ...]               Markdown for the README, newest file a GPU
-    python bench/results.py plot OUT.png [RESULT.json ...]        speed over eager, one bar a provider
+    python bench/summary.py collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
+    python bench/summary.py table [RESULT.json ...]          Markdown for the README, newest file a GPU
+    python bench/summary.py plot OUT.png [RESULT.json ...]   speed over eager, one bar a provider
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def plot(out: Path, paths: list[Path]) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(json.loads(path.read_text()), path) for path in paths]
-    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, sum(1 + 0.35 * len(cases(r)) for r, _ in panels)))
+    height = sum(1 + 0.35 * len(cases(result)) for result, _ in panels)
+    figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, height))
     for axis, (result, path) in zip(axes[:, 0], panels, strict=True):
         found = cases(result)
         for position, (name, colour) in enumerate((("tuned", "#b9c0c8"), ("compile", "#7f8fa3"), ("ours", "#c8553d"))):
