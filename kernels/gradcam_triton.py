@@ -177,12 +177,13 @@ def _config(kernel: str, tensor: Tensor) -> Config:
 
 def _channel_weights(grad: Tensor) -> Tensor:
     """mean_hw(grad): [B, C] float32."""
-    batch, channels, height, width = grad.shape
-    config = _config("mean", grad)
-    means = torch.empty((batch, channels), dtype=torch.float32, device=grad.device)
-    with torch.cuda.device_of(grad):
+    x = grad.flatten(2)
+    batch, channels, positions = x.shape
+    config = _config("mean", x)
+    means = torch.empty((batch, channels), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
         _mean_kernel[(batch, triton.cdiv(channels, config.cols))](
-            grad, means, height * width, channels, *grad.flatten(2).stride(),
+            x, means, positions, channels, *x.stride(),
             BLOCK_S=config.rows,
             BLOCK_C=config.cols,
             num_warps=config.warps,
@@ -195,10 +196,11 @@ def _cam(act: Tensor, weights: Tensor, channel: bool, sign: int) -> Tensor:
     batch, channels, height, width = act.shape
     config = _config("map", act)
     cam = torch.empty((batch, height, width), dtype=torch.float32, device=act.device)
-    strides = (*weights.stride(), 0) if channel else weights.flatten(2).stride()
+    x = act.flatten(2)
+    weights = weights[:, :, None] if channel else weights.flatten(2)
     with torch.cuda.device_of(act):
         _map_kernel[(batch, triton.cdiv(height * width, config.rows))](
-            act, weights, cam, height * width, channels, *act.flatten(2).stride(), *strides,
+            x, weights, cam, height * width, channels, *x.stride(), *weights.stride(),
             CHANNEL=channel,
             SIGN=sign,
             EVEN_C=channels % config.cols == 0,
@@ -257,19 +259,20 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
             coefficient = torch.zeros_like(cam).flatten(1).scatter_add_(1, index.flatten(1), coefficient.flatten(1))
     coefficient = torch.where(cam > 0, sign * coefficient.view_as(cam), 0)
     out = torch.empty_like(act)
+    flat = out.flatten(2)  # the same memory, unless the positions of act have an order of their own
     config = _config("scale", act)
-    strides = (*weights.stride(), 0) if channel else weights.flatten(2).stride()
+    weights = weights[:, :, None] if channel else weights.flatten(2)
     with torch.cuda.device_of(act):
         _scale_kernel[
             (batch, triton.cdiv(height * width, config.rows), triton.cdiv(channels, config.cols))
         ](
-            coefficient, weights, out, height * width, channels, *strides, *out.flatten(2).stride(),
+            coefficient, weights, flat, height * width, channels, *weights.stride(), *flat.stride(),
             CHANNEL=channel,
             BLOCK_S=config.rows,
             BLOCK_C=config.cols,
             num_warps=config.warps,
         )
-    return out
+    return out if flat.data_ptr() == out.data_ptr() else out.copy_(flat.view_as(act))
 
 
 def variants(arch: str) -> list[Variant]:

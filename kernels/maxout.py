@@ -22,9 +22,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
+from kernels.group import gather, group_name, world
 from kernels.reference import MINMAX_EPS, MaxOut, MinMax
 from kernels.selection import check_floating, choose, refuse_double_backward
 
@@ -43,6 +45,7 @@ def maxout(
     training: bool = True,
     eps: float = 1e-5,
     minmax: MinMax = None,
+    group: dist.ProcessGroup | None = None,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> MaxOut:
     """The max-out mask of a feature map and the feature pooled under it (PP-SSL and LCR, method "max-out").
@@ -54,6 +57,8 @@ def maxout(
         running_mean, running_var: [M], used when ``training`` is false; never written.
         training: normalise with the batch's mean and biased variance.
         minmax: scale the mask to [0, 1] over each image, over the batch (the published form), or not at all.
+        group: processes that share the batch, as with SyncBatchNorm: its statistics and the range of ``minmax="batch"``
+            are theirs together. Gradients are those of the sum of their losses; each has its share of the parameters'.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
@@ -63,20 +68,24 @@ def maxout(
 
     Raises:
         TypeError: an argument is not a floating tensor.
-        ValueError: wrong rank or shape, empty batch, missing running statistics, unknown option.
+        ValueError: wrong rank or shape, empty batch, missing running statistics, unknown option, or a group with
+            ``impl="reference"``.
         RuntimeError: second derivatives of a fused path.
     """
     check_projection("maxout", feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
     unsupported = f"M must be at most {MAX_WIDTH}, got {weight.shape[0]}" if weight.shape[0] > MAX_WIDTH else None
     chosen = choose("maxout", impl, feature, fast="torch", unsupported=unsupported)
+    name = group_name(group)
     if chosen == "reference":
+        if name:
+            raise ValueError("maxout: impl='reference' knows one process; use impl='torch' with a group")
         with torch.autocast(feature.device.type, enabled=False):
             return reference.maxout(
                 feature, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
                 eps=eps, minmax=minmax,
             )
     outputs = torch.ops.ppssl.maxout(
-        feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", chosen
+        feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", name, chosen
     )
     return MaxOut(*outputs[:4])
 
@@ -117,17 +126,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 @torch.library.custom_op("ppssl::maxout", mutates_args=())
 def _maxout(
     feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, minmax: str, impl: str,
+    running_var: Tensor | None, training: bool, eps: float, minmax: str, group: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B H W, M], den [groups]); minmax "" stands for None."""
     if impl == "triton":
         from kernels import maxout_triton
 
         return maxout_triton.forward(
-            feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax
+            feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group
         )
     with torch.autocast(feature.device.type, enabled=False):
-        return _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
+        return _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group)
 
 
 def minmax_groups(minmax: str, batch: int) -> int:
@@ -136,7 +145,7 @@ def minmax_groups(minmax: str, batch: int) -> int:
 
 
 @_maxout.register_fake
-def _(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, impl):
+def _(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group, impl):
     batch, channels, height, width = feature.shape
     projections = weight.shape[0]
 
@@ -153,7 +162,7 @@ def _(feature, weight, gamma, beta, running_mean, running_var, training, eps, mi
 def _maxout_backward(
     grad_mask: Tensor | None, grad_pooled: Tensor | None, feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
     mask: Tensor, mean: Tensor, var: Tensor, u: Tensor, den: Tensor, training: bool, eps: float, minmax: str,
-    need_feature: bool, impl: str,
+    need_feature: bool, group: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dfeature or [0], dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
     if impl == "triton":
@@ -161,19 +170,19 @@ def _maxout_backward(
 
         return maxout_triton.backward(
             grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
-            need_feature,
+            need_feature, group,
         )
     with torch.autocast(feature.device.type, enabled=False):
         return _backward(
             grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
-            need_feature,
+            need_feature, group,
         )
 
 
 @_maxout_backward.register_fake
 def _(
     grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature,
-    impl,
+    group, impl,
 ):
     return (
         torch.empty_like(feature) if need_feature else feature.new_empty(0),
@@ -182,7 +191,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    feature, weight, gamma, beta, _, _, ctx.training, ctx.eps, ctx.minmax, ctx.impl = inputs
+    feature, weight, gamma, beta, _, _, ctx.training, ctx.eps, ctx.minmax, ctx.group, ctx.impl = inputs
     mask, _, mean, var, u, den = output
     ctx.mark_non_differentiable(mean, var, u, den)
     ctx.set_materialize_grads(False)
@@ -195,7 +204,7 @@ def _autograd(ctx, grad_mask, grad_pooled, *_):
     if grad_mask is not None or grad_pooled is not None:
         grads = torch.ops.ppssl.maxout_backward(
             grad_mask, grad_pooled, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.minmax, ctx.needs_input_grad[0],
-            ctx.impl,
+            ctx.group, ctx.impl,
         )
         grads = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return (
@@ -205,6 +214,7 @@ def _autograd(ctx, grad_mask, grad_pooled, *_):
         None,  # training
         None,  # eps
         None,  # minmax
+        None,  # group
         None,  # impl
     )
 
@@ -217,7 +227,7 @@ def _is_rows(feature: Tensor) -> bool:
     return feature.stride(1) == 1 and feature.shape[1] > 1
 
 
-def _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax):
+def _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group):
     dtype = compute_dtype(feature)
     batch, channels, height, width = feature.shape
     x = feature.flatten(2).to(dtype)  # [B, C, S], in either memory order
@@ -230,35 +240,50 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
     if training:
         mean = u.mean(0)
         var = (u - mean).square_().mean(0)
+        mean, var = merge_statistics(mean, var, group)
     else:
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
     a = torch.relu(_normalise(u, gamma, beta, mean, var, eps).amax(1)).view(batch, -1)
     mask, den = a, a.new_empty(0)
     if minmax:
         grouped = a.view(minmax_groups(minmax, batch), -1)
-        above = grouped - grouped.amin(1, keepdim=True)
-        den = MINMAX_EPS + above.amax(1)
+        low, high = grouped.amin(1), grouped.amax(1)
+        if minmax == "batch":
+            low, high = gather(low, group).amin(0, keepdim=True), gather(high, group).amax(0, keepdim=True)
+        above = grouped - low[:, None]
+        den = MINMAX_EPS + (high - low)
         mask = (above / den[:, None]).view(batch, -1)
     pooled = torch.bmm(mask[:, None], x.transpose(1, 2))[:, 0] / mask.shape[1]
     return mask.view(batch, height, width), pooled, mean, var, u, den
+
+
+def merge_statistics(mean: Tensor, var: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all processes' rows together (Chan et al. 1979, equal counts)."""
+    if not group:
+        return mean, var
+    means, variances = gather(mean[None], group), gather(var[None], group)
+    mean = means.mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
 
 
 def _normalise(u, gamma, beta, mean, var, eps):
     return (u - mean) * (gamma.to(u.dtype) * torch.rsqrt(var + eps)) + beta.to(u.dtype)
 
 
-def minmax_backward(t: Tensor, mask: Tensor, den: Tensor) -> Tensor:
+def _minmax_backward(t: Tensor, mask: Tensor, den: Tensor, group: str) -> Tensor:
     """Gradient to ``a`` of ``mask = (a - min a) / den``, from ``t = dmask`` [B, S]; one ``den`` a range."""
     shape = t.shape
     t, mask, den = t.reshape(den.numel(), -1), mask.reshape(den.numel(), -1), den[:, None]
-    lowest, highest = mask == 0, mask == mask.amax(1, keepdim=True)
-    to_lowest = (t * (mask - 1)).sum(1, keepdim=True) / lowest.sum(1, keepdim=True)
-    to_highest = (t * mask).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
-    return ((t + lowest * to_lowest - highest * to_highest) / den).view(shape)
+    every_t, every_mask = (gather(t.T, group).T, gather(mask.T, group).T) if den.numel() == 1 else (t, mask)
+    top = every_mask.amax(1, keepdim=True)
+    to_lowest = (every_t * (every_mask - 1)).sum(1, keepdim=True) / (every_mask == 0).sum(1, keepdim=True)
+    to_highest = (every_t * every_mask).sum(1, keepdim=True) / (every_mask == top).sum(1, keepdim=True)
+    return ((t + (mask == 0) * to_lowest - (mask == top) * to_highest) / den).view(shape)
 
 
 def _backward(
-    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature
+    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature,
+    group,
 ):
     dtype = u.dtype
     batch, channels, height, width = feature.shape
@@ -270,14 +295,17 @@ def _backward(
     if grad_pooled is not None:
         grad_pooled = grad_pooled.to(dtype)
         t = t + torch.bmm(grad_pooled[:, None], x)[:, 0] / positions
-    da = minmax_backward(t, mask, den) if minmax else t
+    da = _minmax_backward(t, mask, den, group if minmax == "batch" else "") if minmax else t
 
     top, winner = _normalise(u, gamma, beta, mean, var, eps).max(1, keepdim=True)
     dv = torch.zeros_like(u).scatter_(1, winner, torch.where(top > 0, da.reshape(-1, 1), 0))
     rstd = torch.rsqrt(var + eps)
     xhat = (u - mean) * rstd
     dbeta, dgamma = dv.sum(0), (dv * xhat).sum(0)
-    du = dv - (dbeta + xhat * dgamma) / u.shape[0] if training else dv
+    du = dv
+    if training:
+        both = gather(torch.stack([dbeta, dgamma])[None], group).sum(0)
+        du = dv - (both[0] + xhat * both[1]) / (u.shape[0] * world(group))
     du = du * (gamma.to(dtype) * rstd)
 
     grad_feature = feature.new_empty(0)

@@ -24,10 +24,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.group import gather, group_name, is_first, own
 from kernels.maxout import check_projection, compute_dtype, minmax_groups
 from kernels.reference import MINMAX_EPS, MaxOutImage, MinMax
 from kernels.selection import choose, refuse_double_backward
@@ -46,6 +48,7 @@ def maxout_image(
     cell: int = 32,
     minmax: MinMax = None,
     pool: Literal["max", "mean"] = "max",
+    group: dist.ProcessGroup | None = None,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> MaxOutImage:
     """The max-out mask of an image on a grid of cells (PP-SSL, IADM's image branch).
@@ -58,6 +61,8 @@ def maxout_image(
         cell: side of a cell in pixels. The Triton path wants a power of two of at most 128.
         minmax: scale the pixels' mask to [0, 1] over each image, over the batch, or not at all, before pooling.
         pool: ``"mean"`` has no shortcut: ``impl="auto"`` runs the reference for it.
+        group: processes that share the batch; see :func:`kernels.maxout`. Here the statistics carry no gradient between
+            them, because images are constants.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
@@ -67,7 +72,7 @@ def maxout_image(
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: wrong rank or shape, H or W no multiple of cell, missing running statistics, unknown option, or
-            ``pool="mean"`` with an explicit fused path.
+            ``pool="mean"`` with an explicit fused path, or a group where the reference runs.
         RuntimeError: second derivatives of a fused path.
     """
     check_projection("maxout_image", image, weight, gamma, beta, running_mean, running_var, training, eps, minmax)
@@ -86,14 +91,17 @@ def maxout_image(
     if cell & (cell - 1) or cell > 128:
         unsupported = f"cell must be a power of two of at most 128, got {cell}"
     chosen = choose("maxout_image", impl, image, fast="torch", unsupported=unsupported)
+    name = group_name(group)
     if chosen == "reference":
+        if name:
+            raise ValueError("maxout_image: impl='reference' and pool='mean' know one process; use pool='max'")
         with torch.autocast(image.device.type, enabled=False):
             return reference.maxout_image(
                 image, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
                 eps=eps, cell=cell, minmax=minmax, pool=pool,
             )
     outputs = torch.ops.ppssl.maxout_image(
-        image, weight, gamma, beta, running_mean, running_var, training, float(eps), cell, minmax or "", chosen
+        image, weight, gamma, beta, running_mean, running_var, training, float(eps), cell, minmax or "", name, chosen
     )
     return MaxOutImage(*outputs[:3])
 
@@ -101,7 +109,8 @@ def maxout_image(
 @torch.library.custom_op("ppssl::maxout_image", mutates_args=())
 def _maxout_image(
     image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str, impl: str,
+    running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str, group: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3]).
 
@@ -111,14 +120,14 @@ def _maxout_image(
         from kernels import maxout_image_triton
 
         return maxout_image_triton.forward(
-            image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax
+            image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, group
         )
     with torch.autocast(image.device.type, enabled=False):
-        return _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax)
+        return _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, group)
 
 
 @_maxout_image.register_fake
-def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, impl):
+def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, group, impl):
     batch, _, height, width = image.shape
     rows, columns = height // cell, width // cell
     groups = minmax_groups(minmax, batch)
@@ -135,28 +144,31 @@ def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell
 @torch.library.custom_op("ppssl::maxout_image_backward", mutates_args=())
 def _maxout_image_backward(
     grad_mask: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor, mean: Tensor, var: Tensor,
-    winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float, impl: str,
+    winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float, minmax: str,
+    group: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
     if impl == "triton":
         from kernels import maxout_image_triton
 
         return maxout_image_triton.backward(
-            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps
+            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group
         )
     with torch.autocast(mask.device.type, enabled=False):
         return _backward(
-            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps
+            grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group
         )
 
 
 @_maxout_image_backward.register_fake
-def _(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, impl):
+def _(
+    grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group, impl
+):
     return weight.new_empty(weight.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    _, weight, gamma, beta, _, _, ctx.training, ctx.eps, _, _, ctx.impl = inputs
+    _, weight, gamma, beta, _, _, ctx.training, ctx.eps, _, ctx.minmax, ctx.group, ctx.impl = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight, gamma, beta, *output)
@@ -166,7 +178,9 @@ def _autograd(ctx, grad_mask, *_):
     refuse_double_backward("maxout_image")
     grads = (None,) * 3
     if grad_mask is not None:
-        grads = torch.ops.ppssl.maxout_image_backward(grad_mask, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.impl)
+        grads = torch.ops.ppssl.maxout_image_backward(
+            grad_mask, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.minmax, ctx.group, ctx.impl
+        )
         grads = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[1:], strict=False))
     return (
         None,  # image
@@ -177,6 +191,7 @@ def _autograd(ctx, grad_mask, *_):
         None,  # eps
         None,  # cell
         None,  # minmax
+        None,  # group
         None,  # impl
     )
 
@@ -184,7 +199,7 @@ def _autograd(ctx, grad_mask, *_):
 _maxout_image.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _moments(image: Tensor) -> Tensor:
+def _moments(image: Tensor, group: str) -> Tensor:
     """Mean of the colours and their biased covariance over all pixels of the batch: [4, 3] float64."""
     total = torch.zeros(3, dtype=torch.float64, device=image.device)
     products = torch.zeros(3, 3, dtype=torch.float64, device=image.device)
@@ -193,8 +208,9 @@ def _moments(image: Tensor) -> Tensor:
         total += colours.sum(1)
         products.addmm_(colours, colours.T)
     pixels = image.shape[0] * image.shape[2] * image.shape[3]
-    mean = total / pixels
-    return torch.cat([mean[None], products / pixels - torch.outer(mean, mean)])
+    sums = gather(torch.cat([total[None], products])[None] / pixels, group).mean(0)
+    mean, products = sums[0], sums[1:]
+    return torch.cat([mean[None], products - torch.outer(mean, mean)])
 
 
 def _affine(weight, gamma, beta, mean, var, eps):
@@ -204,10 +220,10 @@ def _affine(weight, gamma, beta, mean, var, eps):
     return slope, beta.double() - mean.double() * gamma.double() * rstd, rstd
 
 
-def _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax):
+def _forward(image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, group):
     dtype = compute_dtype(image)
     batch, _, height, width = image.shape
-    moments = _moments(image)
+    moments = _moments(image, group)
     if training:
         mean = weight.double() @ moments[0]
         var = ((weight.double() @ moments[1:]) * weight.double()).sum(1).clamp_min(0)
@@ -222,12 +238,17 @@ def _forward(image, weight, gamma, beta, running_mean, running_var, training, ep
     mask = value(winners)  # [B, h w]
     smallest, den = lowest[:0, 0], mask.new_empty(0)
     if minmax:
+        if minmax == "batch":
+            lowest = gather(lowest, group)
         bottom = value(lowest)  # [B]
         if minmax == "batch":
             first = bottom.argmin(0, keepdim=True)
             lowest, bottom = lowest[first], bottom[first]
         grouped = mask.view(lowest.shape[0], -1) - bottom[:, None]
-        den = MINMAX_EPS + grouped.amax(1)
+        high = grouped.amax(1)
+        if minmax == "batch":
+            high = gather(high, group).amax(0, keepdim=True)
+        den = MINMAX_EPS + high
         mask = grouped / den[:, None]
         smallest = lowest
     return (
@@ -256,17 +277,25 @@ def _search(image: Tensor, slope: Tensor, shift: Tensor, cell: int) -> tuple[Ten
     return winners, lowest
 
 
-def _backward(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps):
+def _backward(
+    grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group
+):
     slope, shift, rstd = _affine(weight, gamma, beta, mean, var, eps)
     t = grad_mask.double().reshape(mask.shape[0], -1)
     colours = winners.double()
-    if den.numel():
+    if minmax:
         wide = mask.double().view(t.shape)
-        per_range = t.view(den.numel(), -1), wide.view(den.numel(), -1)
-        to_lowest = (per_range[0] * (per_range[1] - 1)).sum(1) / den
-        highest = per_range[1] == per_range[1].amax(1, keepdim=True)
-        to_highest = (per_range[0] * per_range[1]).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
-        t = (per_range[0] - highest * to_highest) / den.double()[:, None]
+        if minmax == "batch":
+            t, wide = gather(t, group), gather(wide, group)
+        shape = t.shape
+        t, wide = t.view(den.numel(), -1), wide.view(den.numel(), -1)
+        to_lowest = (t * (wide - 1)).sum(1) / den
+        highest = wide == wide.amax(1, keepdim=True)
+        to_highest = (t * wide).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
+        t = ((t - highest * to_highest) / den.double()[:, None]).view(shape)
+        if minmax == "batch":
+            t = own(t, group)
+            to_lowest = to_lowest * is_first(group)  # the group's smallest pixel counts once
         colours = torch.cat([colours, lowest.double()])
         t = torch.cat([t.flatten(), to_lowest])
     top, winner = (colours @ slope.T + shift).max(1, keepdim=True)

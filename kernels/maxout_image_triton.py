@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Config, Variant, architecture, lookup, table
+from kernels.group import gather, own, world
 from kernels.maxout import minmax_groups
 from kernels.selection import interpreting
 
@@ -459,6 +460,7 @@ def _block_m(n_proj: int) -> int:
 def forward(
     image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3])."""
     batch, _, height, width = image.shape
@@ -486,9 +488,10 @@ def forward(
             BLOCK_W=block_w,
             num_warps=config.warps,
         )
+        partial = gather(partial, group)
         _affine_kernel[(1,)](
             partial, weight, gamma, beta, mean, var, moments, slope,
-            batch * bands, batch * height * width, n_proj, *weight.stride(), eps,
+            partial.shape[0], batch * world(group) * height * width, n_proj, *weight.stride(), eps,
             TRAINING=training,
             BLOCK_P=16 * BLOCK,
             BLOCK_M=_block_m(n_proj),
@@ -505,40 +508,49 @@ def forward(
             num_warps=config.warps,
         )
         if minmax:
-            _scale_kernel[(batch,)](
+            if minmax == "batch":  # every process scales the masks of all, which costs less than a second exchange
+                value, low, lowest = (gather(tensor, group) for tensor in (value, low, lowest))
+                mask = torch.empty_like(value)
+            _scale_kernel[(value.shape[0],)](
                 value, low, lowest, mask, den, lowest_out,
-                batch, bands * columns, bands,
+                value.shape[0], bands * columns, bands,
                 BATCH=minmax == "batch",
                 BLOCK_N=4 * BLOCK,
                 num_warps=4,
             )
+    if minmax == "batch" and group:
+        mask = own(mask, group).clone()
     return mask, mean, var, winners, lowest_out, den, moments
 
 
 def backward(
     grad_mask: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor, mean: Tensor, var: Tensor,
     winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float,
+    minmax: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dweight, dgamma, dbeta)."""
     batch, cells = mask.shape[0], mask[0].numel()
     n_proj = weight.shape[0]
-    minmax = 0 if not den.numel() else 2 if den.numel() < batch else 1
+    shared = group if minmax == "batch" else ""
+    grad_mask, mask, winners = (gather(tensor, shared) for tensor in (grad_mask.contiguous(), mask, winners))
+    batch *= world(shared)
     partial = torch.empty((batch, 4, n_proj), dtype=torch.float32, device=mask.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dgamma = torch.empty(gamma.shape, dtype=gamma.dtype, device=gamma.device)
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     with torch.cuda.device_of(mask):
         _grad_cells_kernel[(batch,)](
-            grad_mask.contiguous(), mask, winners, lowest, den, weight, gamma, beta, mean, var, partial,
+            grad_mask, mask, winners, lowest, den, weight, gamma, beta, mean, var, partial,
             batch, cells, n_proj, *weight.stride(), eps,
-            MINMAX=minmax,
+            MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
             BLOCK_N=BLOCK,
             BLOCK_M=_block_m(n_proj),
             num_warps=4,
         )
+        partial = own(partial, shared)
         _grad_affine_kernel[(1,)](
             partial, weight, gamma, mean, var, moments, dweight, dgamma, dbeta,
-            batch, n_proj, *weight.stride(), eps,
+            partial.shape[0], n_proj, *weight.stride(), eps,
             TRAINING=training,
             BLOCK_N=16,
             BLOCK_M=_block_m(n_proj),

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
-from kernels.maxout import minmax_groups
+from kernels.group import gather, world
+from kernels.maxout import merge_statistics, minmax_groups
 from kernels.selection import interpreting
 
 MINMAX_EPS = tl.constexpr(1e-7)
@@ -453,19 +454,14 @@ def _configs(device: torch.device, dtype: torch.dtype, channels: int) -> dict[st
     return {name: lookup(arch, f"maxout {name}", operand, channels, 0) for name in KERNELS}
 
 
-def _flatten(feature: Tensor) -> Tensor:
-    """[B, C, S] of NCHW or channels_last without a copy; other strides (a crop) are copied."""
-    return feature.flatten(2)
-
-
 def forward(
     feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, minmax: str,
+    running_var: Tensor | None, training: bool, eps: float, minmax: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B S, M], den [groups])."""
     batch, channels, height, width = feature.shape
     n_proj, positions = weight.shape[0], height * width
-    x = _flatten(feature)
+    x = feature.flatten(2)  # NCHW and channels_last as they lie; other orders (a crop, a transpose) are copied
     configs = _configs(feature.device, feature.dtype, channels)
     rows = configs["project"].rows
     tiles_per_image = triton.cdiv(positions, rows)
@@ -502,6 +498,7 @@ def forward(
                 BLOCK_M=block_m,
                 num_warps=4,
             )
+            mean, var = merge_statistics(mean, var, group)
         else:
             mean.copy_(running_mean)
             var.copy_(running_var)
@@ -512,10 +509,14 @@ def forward(
             BLOCK_M=block_m,
             num_warps=4,
         )
+        images = batch
+        if minmax == "batch" and group:
+            extent = gather(extent.T, group).T.contiguous()  # [2, images of all processes]
+            images = extent.shape[1]
         config = configs["pool"]
         _pool_kernel[(batch, triton.cdiv(channels, config.cols))](
             x, a, extent, mask, den, pooled,
-            batch, positions, channels, *x.stride(),
+            images, positions, channels, *x.stride(),
             MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
             EVEN_C=channels % config.cols == 0,
             BLOCK_S=rows,
@@ -529,12 +530,12 @@ def forward(
 def backward(
     grad_mask: Tensor | None, grad_pooled: Tensor | None, feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
     mask: Tensor, mean: Tensor, var: Tensor, u: Tensor, den: Tensor, training: bool, eps: float, minmax: str,
-    need_feature: bool,
+    need_feature: bool, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dfeature or [0], dweight, dgamma, dbeta)."""
     batch, channels, height, width = feature.shape
     n_proj, positions = weight.shape[0], height * width
-    x = _flatten(feature)
+    x = feature.flatten(2)
     grad_feature = torch.empty_like(feature) if need_feature else feature.new_empty(0)
     dx = grad_feature.flatten(2) if need_feature else x
     configs = _configs(feature.device, feature.dtype, channels)
@@ -567,9 +568,11 @@ def backward(
             num_warps=config.warps,
             num_stages=config.stages,
         )
+        if minmax == "batch":
+            tile_sums = gather(tile_sums, group)
         _grad_projection_kernel[(tiles,)](
             u, gamma, beta, mean, var, mask, den, t, tile_sums, dv, partial,
-            tiles, positions, n_proj, tiles_per_image, eps,
+            tile_sums.shape[0], positions, n_proj, tiles_per_image, eps,
             MINMAX=minmax_code,
             BLOCK_S=rows,
             BLOCK_M=block_m,
@@ -577,6 +580,7 @@ def backward(
             num_warps=4,
         )
         sums = partial.sum(0)  # [2, M]
+        shared = gather(sums[None], group).sum(0) / world(group)  # the kernel divides by this process's rows
         config = configs["grad_feature"]
         parts = triton.cdiv(channels, config.cols)
         programs = 2 if interpreting() else multiprocessors(feature.device)
@@ -584,7 +588,7 @@ def backward(
         splits = triton.cdiv(tiles, per_program)
         weight_parts = new(splits, n_proj, channels)
         _grad_feature_kernel[(parts, splits)](
-            x, weight, u, gamma, beta, mean, var, mask, dv, sums, pooled, dx, weight_parts,
+            x, weight, u, gamma, beta, mean, var, mask, dv, shared, pooled, dx, weight_parts,
             tiles, per_program, positions, channels, n_proj, tiles_per_image,
             *x.stride(), *weight.stride(), *pooled.stride(), *dx.stride(), eps,
             TRAINING=training,
@@ -599,6 +603,8 @@ def backward(
             num_stages=config.stages,
         )
     dweight = weight_parts.sum(0)
+    if need_feature and dx.data_ptr() != grad_feature.data_ptr():
+        grad_feature.copy_(dx.view_as(feature))
     dgamma, dbeta = sums[1].to(gamma.dtype, copy=True), sums[0].to(beta.dtype, copy=True)
     return grad_feature, dweight.to(weight.dtype), dgamma, dbeta
 

@@ -46,6 +46,8 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
     if tensor.dtype == torch.float64:
         unsupported = f"float64 is not supported (got {tensor.dtype})"
     if impl == "triton":
+        if unsupported:
+            raise ValueError(f"{op}: impl='triton': {unsupported}; use impl='{fast}' or 'auto'")
         if not HAS_TRITON:
             raise ImportError(f"{op}: impl='triton' needs the triton package; install it or use impl='auto'")
         if tensor.device.type != "cuda" and not interpreting():
@@ -53,8 +55,6 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
                 f"{op}: impl='triton' needs CUDA tensors, got {tensor.device}; use impl='{fast}', or set "
                 "TRITON_INTERPRET=1 before triton is imported to run the interpreter"
             )
-        if unsupported:
-            raise ValueError(f"{op}: impl='triton': {unsupported}; use impl='{fast}' or 'auto'")
         return impl
     if impl != "auto":
         raise ValueError(f"{op}: impl must be 'auto', 'triton', '{fast}' or 'reference', got {impl!r}")

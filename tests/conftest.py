@@ -19,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """Where ``impl="triton"`` runs: the GPU, or the CPU under the interpreter."""
+    # cuDNN's default would round the float32 convolutions that results are compared with
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -61,6 +61,17 @@ def test_matches_float64(case, impl, dtype, kernel_device, poisoned_empty):
         assert_within_budget(name, mine, theirs, true)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[5]], ids=lambda case: case.why)
+def test_any_strides(case, impl, kernel_device):
+    act, grad = inputs(case, torch.float32, kernel_device)
+    expected = run(kernels.gradcam, act, grad, case, impl=impl)
+    act = act.transpose(2, 3).contiguous().transpose(2, 3)
+    grad = torch.nn.functional.pad(grad, (1, 2, 3, 1))[:, :, 3:-1, 1:-2]
+    for mine, theirs in zip(run(kernels.gradcam, act, grad, case, impl=impl), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("size", [(7, 7), (3, 4), (1, 1)])
 def test_any_size_on_the_torch_path(size):
     act, grad = inputs(CASES[4]._replace(shape=(2, 6, 7, 7)), torch.float64, torch.device("cpu"))

@@ -82,6 +82,23 @@ def test_matches_float64(case, impl, dtype, kernel_device, poisoned_empty):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["transposed", "cropped"])
+def test_any_strides(impl, layout, kernel_device):
+    case = Case((2, 20, 3, 4), 5, "image", True, False, "strides")
+    tensors = inputs(case, torch.float32, kernel_device)
+    expected = run(kernels.maxout, tensors, case, impl=impl)
+    feature = tensors["feature"]
+    if layout == "transposed":
+        feature = feature.transpose(2, 3).contiguous().transpose(2, 3)
+    else:
+        feature = torch.nn.functional.pad(feature, (1, 2, 3, 1))[:, :, 3:-1, 1:-2]
+    assert not feature.is_contiguous()
+    got = run(kernels.maxout, tensors | {"feature": feature}, case, impl=impl)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("output", ["mask", "pooled"])
 def test_gradient_of_one_output_alone(impl, output, kernel_device):
     case = CASES[1]
@@ -175,7 +192,7 @@ def test_one_graph_under_compile(impl, kernel_device):
 def test_opcheck(impl, kernel_device):
     tensors = inputs(CASES[2], torch.float32, kernel_device)
     leaves = [tensors[name].detach().requires_grad_() for name in ("feature", "weight", "gamma", "beta")]
-    torch.library.opcheck(torch.ops.ppssl.maxout.default, (*leaves, None, None, True, 1e-5, "batch", impl))
+    torch.library.opcheck(torch.ops.ppssl.maxout.default, (*leaves, None, None, True, 1e-5, "batch", "", impl))
 
 
 def test_gradcheck_in_float64():

@@ -92,6 +92,16 @@ def test_exact_in_float64(case):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_any_strides(impl, kernel_device):
+    tensors = inputs(CASES[1], torch.float32, kernel_device)
+    expected = run(kernels.maxout_image, tensors, CASES[1], impl=impl)
+    image = torch.nn.functional.pad(tensors["image"].transpose(2, 3).contiguous().transpose(2, 3), (1, 2, 3, 1))
+    cropped = tensors | {"image": image[:, :, 3:-1, 1:-2]}
+    for mine, theirs in zip(run(kernels.maxout_image, cropped, CASES[1], impl=impl), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_dead_relu_gives_zeros_and_no_gradient(impl, kernel_device):
     tensors = inputs(CASES[0], torch.float32, kernel_device)
     tensors["beta"] = torch.full_like(tensors["beta"], -100.0)
@@ -182,7 +192,7 @@ def test_one_graph_under_compile_and_autocast(impl, kernel_device):
 def test_opcheck(impl, kernel_device):
     tensors = inputs(CASES[1], torch.float32, kernel_device)
     leaves = [tensors[name].detach().requires_grad_() for name in ("weight", "gamma", "beta")]
-    arguments = (tensors["image"], *leaves, None, None, True, 1e-5, 8, "image", impl)
+    arguments = (tensors["image"], *leaves, None, None, True, 1e-5, 8, "image", "", impl)
     torch.library.opcheck(torch.ops.ppssl.maxout_image.default, arguments)
 
 
