@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from engine import checkpoint, weights
-from engine.config import Config, from_yaml
+from engine.config import Config, ConfigError, from_yaml
 from engine.data import birds, catalog
 from engine.log import say
 from ppssl.encoder import FeatureNet, Trunk
@@ -33,11 +33,11 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     }
     for key, value in absent.items():
         if value:
-            raise ValueError(f"{key}: {str(value).lower()} is not available in this version; leave it at its default")
+            raise ConfigError(f"{key}: {str(value).lower()} is not available in this version; leave it at its default")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: more than one process is not available in this version; start without torchrun")
     if cfg.method.name not in METHODS:
-        raise ValueError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
+        raise ConfigError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -56,7 +56,7 @@ def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catal
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     """The frozen image-text model, where the method listens to one."""
-    if cfg.method.name != "ppssl":
+    if cfg.method.name != "ppssl" or cfg.ais.weight == 0:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
     if "birds" in (model, files):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine import arguments, build, checkpoint, log
@@ -116,7 +117,8 @@ def dry_run(cfg: Config) -> None:
             trainer.loader.close()
     terms = ", ".join(f"{name} {float(value):.4f}" for name, value in output.terms.items())
     say(f"one step on {len(batch.index)} images: loss {float(output.total.detach()):.4f} ({terms})")
-    say(f"a run would take {trainer.total_steps} steps: {cfg.epochs} epochs of {trainer.loader.steps_per_epoch}; nothing was written")
+    steps, epoch = trainer.total_steps, trainer.loader.steps_per_epoch
+    say(f"a run would take {steps} steps: {cfg.epochs} epochs of {epoch}; nothing was written")
 
 
 def assemble(
@@ -189,8 +191,9 @@ def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
 
 def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.device) -> Callable[[Trainer], None]:
     """A function that measures a trainer's network on the test split and logs it; it only says so where there are no labels."""
-    if images.test is None or images.test.labels is None:
-        say("no labelled test split: nothing to judge the features by")
+    labels = None if images.test is None else images.test.labels
+    if labels is None or np.bincount(labels).max() < 2:
+        say("no test split with two labelled images of a class: nothing to judge the features by")
         return lambda trainer: None
 
     def judge(trainer: Trainer) -> None:
@@ -229,8 +232,9 @@ def report(out: Path, record: dict[str, float]) -> None:
     if record["steps"]:
         say(
             f"{record['steps']} steps in {record['seconds']:.0f} s ({record['images_per_s']:.0f} img/s, data wait "
-            f"{100 * record['data_wait']:.0f} %, compile {record['compile_seconds']:.0f} s, checkpoints {record['checkpoint_seconds']:.1f} s), cold start "
-            f"{record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
+            f"{100 * record['data_wait']:.0f} %), compile {record['compile_seconds']:.0f} s, checkpoints "
+            f"{record['checkpoint_seconds']:.1f} s, cold start {record['cold_start_seconds']:.0f} s, total "
+            f"{record['total_seconds']:.0f} s"
         )
     say(f"run folder: {out}")
 

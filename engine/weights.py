@@ -11,7 +11,17 @@ from engine.checkpoint import load_weights
 
 # Longest first. MoCo and LCR: module.encoder_q.; moco-v3: module.base_encoder.; solo-learn, mmpretrain, lightly: backbone.;
 # torch.compile: _orig_mod.; DDP: module.; this project's training state: encoder_q.trunk.
-_PREFIXES = ("encoder_q.trunk.", "base_encoder.", "encoder_q.", "_orig_mod.", "backbone.", "encoder.", "trunk.", "module.", "model.")
+_PREFIXES = (
+    "encoder_q.trunk.",
+    "base_encoder.",
+    "encoder_q.",
+    "_orig_mod.",
+    "backbone.",
+    "encoder.",
+    "trunk.",
+    "module.",
+    "model.",
+)
 
 
 def initialise(trunk: nn.Module, weights: str) -> str:
@@ -32,9 +42,8 @@ def initialise(trunk: nn.Module, weights: str) -> str:
     parameters = [name for name, _ in trunk.named_parameters()]
     found = sum(name in matched for name in parameters)
     if found == 0:
-        raise ValueError(
-            f"encoder.weights: nothing in {weights} matches {trunk.arch}; its first names are {', '.join(list(tensors)[:3]) or 'none'}"
-        )
+        first = ", ".join(list(tensors)[:3]) or "none"
+        raise ValueError(f"encoder.weights: nothing in {weights} matches {trunk.arch}; its first names are {first}")
     trunk.load_state_dict(matched, strict=False)
     return f"{weights}: {found} of {len(parameters)} parameters matched"
 

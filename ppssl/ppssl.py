@@ -74,7 +74,7 @@ def form_from_config(cfg: Any) -> Form:
 class PPSSL(MoCo):
     """PP-SSL around ``network`` (trunk and mask branch).
 
-    text_features: [P, E] the descriptions' embeddings; teacher_logit_scale: the teacher's own; embed: images -> [B, E] unit
+    text_features: [P, E] the descriptions' embeddings (None with ais_weight 0); teacher_logit_scale: the teacher's own; embed: images -> [B, E] unit
     rows, needed when the form's ``teacher_view`` is ``query`` (a ``clean`` view arrives as ``batch.teacher``).
     ais_weight (alpha) 0 turns the text guidance off, ``form.iadm_weight`` (beta) 0 the GradCAM guidance.
     """
@@ -83,7 +83,7 @@ class PPSSL(MoCo):
         self,
         network: FeatureNet,
         head: nn.Module,
-        text_features: Tensor,
+        text_features: Tensor | None,
         *,
         form: Form = FORMS["published"],
         embed: Callable[[Tensor], Tensor] | None = None,
@@ -104,12 +104,10 @@ class PPSSL(MoCo):
             raise ValueError(f"iadm.sources: {unknown[0]!r} is not known; use image, {', '.join(LAYERS)}")
         self.mask = network.mask
         channels, width = self.mask.conv.in_channels, self.mask.conv.out_channels
-        self.to_text = nn.Linear(channels, text_features.shape[1])
+        self.to_text = nn.Linear(channels, text_features.shape[1]) if ais_weight else None
         shared = self.mask.bn if form.image_bn == "shared" else None
-        self.image_mask = (
-            ImageMaskBranch(width, shared, minmax=form.minmax, pool=form.pool) if form.mask == "image" else None
-        )
-        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1))
+        self.image_mask = ImageMaskBranch(width, shared, minmax=form.minmax, pool=form.pool) if form.mask == "image" else None
+        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if ais_weight else None)
         self.form, self.embed, self.teacher_logit_scale = form, embed, teacher_logit_scale
         self.ais_weight, self.ais_temperature, self.ais_scale, self.ais_warmup = ais_weight, ais_temperature, ais_scale, ais_warmup
         self.sources, self.cam_image, self.contrast_mask = tuple(sources), cam_image, contrast_mask
@@ -124,14 +122,14 @@ class PPSSL(MoCo):
 
     @classmethod
     def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> PPSSL:
-        if teacher is None:
-            raise ValueError("method.name: ppssl needs a teacher; set teacher.model and teacher.weights")
+        if teacher is None and cfg.ais.weight:
+            raise ValueError("method.name: ppssl needs a teacher unless ais.weight is 0")
         return cls(
             network,
-            text_features=teacher.text_features,
+            text_features=teacher.text_features if teacher else None,
             form=form_from_config(cfg),
-            embed=teacher.embed,
-            teacher_logit_scale=teacher.logit_scale,
+            embed=teacher.embed if teacher else None,
+            teacher_logit_scale=teacher.logit_scale if teacher else 1.0,
             ais_weight=cfg.ais.weight,
             ais_temperature=cfg.ais.temperature,
             ais_scale=cfg.ais.scale,

@@ -148,7 +148,9 @@ def load_descriptions(corpus: str, count: int) -> list[str]:
     try:
         entries = [(str(e["text"]), bool(e.get("relevant", False))) for e in yaml.safe_load(text)["descriptions"]]
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"ais.prompts: {corpus} is not of the form 'descriptions: [{{text: ..., relevant: true}}, ...]'") from error
+        raise ValueError(
+            f"ais.prompts: {corpus} is not of the form 'descriptions: [{{text: ..., relevant: true}}, ...]'"
+        ) from error
     if not 1 <= count <= len(entries):
         raise ValueError(f"ais.count: {count} descriptions asked for, {corpus} has {len(entries)}")
     ordered = sorted(entries, key=lambda e: not e[1])  # stable: the relevant first, the rest in the file's order

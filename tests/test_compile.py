@@ -202,4 +202,6 @@ def test_the_update_that_a_graph_replays_is_the_optimisers() -> None:
     step.buffers = [torch.zeros_like(p) for p in step.parameters]
     step.run = step._whole
     assert [float(step(batch(side=32, seed=s)).total) for s in range(3)] == pytest.approx(totals, rel=1e-6)
-    assert torch.allclose(step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5)
+    assert torch.allclose(
+        step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5
+    )

@@ -36,7 +36,8 @@ def test_trunk_is_torchvisions_resnet_by_name_and_value(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "channels", "side"), [("resnet18_w8", 64, 3), ("resnet18_w8_s16", 64, 6), ("resnet18_w8_s8", 64, 12), ("resnet50_w8_s16", 256, 6)]
+    ("arch", "channels", "side"),
+    [("resnet18_w8", 64, 3), ("resnet18_w8_s16", 64, 6), ("resnet18_w8_s8", 64, 12), ("resnet50_w8_s16", 256, 6)],
 )
 def test_width_and_output_stride(arch: str, channels: int, side: int) -> None:
     trunk = Trunk(arch)
@@ -52,7 +53,10 @@ def test_unknown_architectures_are_named(arch: str) -> None:
 
 def test_heads() -> None:
     x = torch.randn(4, 16)
-    kinds = {"mlp2": [nn.Linear, nn.ReLU, nn.Linear], "mlp3_bn": [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]}
+    kinds = {
+        "mlp2": [nn.Linear, nn.ReLU, nn.Linear],
+        "mlp3_bn": [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d],
+    }
     for kind, layers in kinds.items():
         head = projection_head(kind, 16, 5)
         assert [type(m) for m in head] == layers and head(x).shape == (4, 5)
@@ -98,7 +102,9 @@ def test_grouped_batch_norm_equals_one_batch_norm_per_part() -> None:
         assert torch.allclose(own, torch.stack(theirs).mean(0), atol=1e-6)
     with pytest.raises(ValueError, match=r"bn\.groups"):
         grouped(x[:5])
-    assert torch.allclose(grouped.eval()(x), nn.functional.batch_norm(x, *means_of(grouped), grouped.weight, grouped.bias), atol=1e-6)
+    assert torch.allclose(
+        grouped.eval()(x), nn.functional.batch_norm(x, *means_of(grouped), grouped.weight, grouped.bias), atol=1e-6
+    )
 
 
 def means_of(bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +129,8 @@ def test_feature_net_gives_unit_rows_and_its_weights_round_trip() -> None:
     images = torch.randn(3, 3, 32, 32)
     for masked in (False, True):
         net, other = (
-            FeatureNet(t := Trunk("resnet18_w8_s16"), MaskBranch(t.channels, 4, minmax="image") if masked else None).eval() for _ in range(2)
+            FeatureNet(t := Trunk("resnet18_w8_s16"), MaskBranch(t.channels, 4, minmax="image") if masked else None).eval()
+            for _ in range(2)
         )
         with torch.no_grad():
             feature = net(images)

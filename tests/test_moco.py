@@ -47,7 +47,9 @@ def test_the_loss_is_cross_entropy_over_the_key_and_the_queue() -> None:
 def test_key_copy_and_pairs() -> None:
     method = build()
     online, target = method.ema_pairs()
-    assert len(online) == len(list(method.encoder_q.parameters())) and all(torch.equal(a, b) for a, b in zip(online, target, strict=True))
+    assert len(online) == len(list(method.encoder_q.parameters())) and all(
+        torch.equal(a, b) for a, b in zip(online, target, strict=True)
+    )
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(online, target, strict=True))
     assert parameter_pairs(method.encoder_q, key_copy(method.encoder_q))[1][0].requires_grad is False
 

@@ -22,8 +22,9 @@ def test_sgd_is_torchs_sgd() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
-    optimizers = optim.sgd(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01), torch.optim.SGD(
-        theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, foreach=False
+    optimizers = (
+        optim.sgd(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, foreach=False),
     )
     x = torch.randn(5, 4)
     for _ in range(3):

@@ -80,11 +80,15 @@ def plain_guided(method: PPSSL, given: Batch) -> dict[str, torch.Tensor]:
     text = m.text_features
     student = F.normalize(m.to_text(F.normalize(pooled, dim=1)), dim=1)
     p_t = F.softmax(100 * given.teacher.double() @ text.T, 1)
-    ais = (p_t * (F.log_softmax(100 * given.teacher.double() @ text.T, 1) - F.log_softmax(100 * student @ text.T, 1))).sum() / (8 * BATCH)
+    ais = (p_t * (F.log_softmax(100 * given.teacher.double() @ text.T, 1) - F.log_softmax(100 * student @ text.T, 1))).sum() / (
+        8 * BATCH
+    )
     total = contrast_each.mean() + 1.28 * iadm + 1.2 * ais
     names = [n for n, p in m.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(total, [dict(m.named_parameters())[n] for n in names])
-    return {"total": total, "contrast": contrast_each.mean(), "iadm": iadm, "ais": ais, "keys": k} | dict(zip(names, gradients, strict=True))
+    return {"total": total, "contrast": contrast_each.mean(), "iadm": iadm, "ais": ais, "keys": k} | dict(
+        zip(names, gradients, strict=True)
+    )
 
 
 def gradients(method: PPSSL, total: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,8 +117,8 @@ def iadm_gradients(form: Form) -> dict[str, torch.Tensor]:
     method = build(form, ais_weight=0.0)
     output = method(batch())
     bare = build(dataclasses.replace(form, iadm_weight=0.0), ais_weight=0.0)
-    return {n: g - b for (n, g), b in zip(gradients(method, output.total).items(), gradients(bare, bare(batch()).total).values(), strict=False)
-            if g is not None and b is not None}  # fmt: skip
+    without = gradients(bare, bare(batch()).total)
+    return {n: g - without[n] for n, g in gradients(method, output.total).items() if without.get(n) is not None}
 
 
 def test_published_guidance_sends_nothing_into_the_encoder_and_guided_does() -> None:

@@ -112,13 +112,17 @@ def test_one_published_step(path: Path, impl: str, monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(module, name, functools.partial(getattr(module, name), impl=impl))
     seen = {}
     spatial_kl = ppssl.ppssl.spatial_kl
-    monkeypatch.setattr(ppssl.ppssl, "spatial_kl", lambda cam, mask, form: seen.update(cam=cam, mask=mask.detach()) or spatial_kl(cam, mask, form))
+    monkeypatch.setattr(
+        ppssl.ppssl, "spatial_kl", lambda cam, mask, form: seen.update(cam=cam, mask=mask.detach()) or spatial_kl(cam, mask, form)
+    )
 
     method = build(case).train()
     names = dict(method.named_parameters())
     optimizer = optim.sgd([names[n] for n in NAMES], lr=0.03, momentum=0.9, weight_decay=1e-4)
     norms = {}
-    optimizer.register_step_pre_hook(lambda *_: norms.update({theirs: float(names[ours].grad.norm()) for ours, theirs in NAMES.items()}))
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.update({theirs: float(names[ours].grad.norm()) for ours, theirs in NAMES.items()})
+    )
     step = Step(
         method, optimizer, lr=lambda _: 0.0, decay=0.999,
         precision=precision.resolve(None, torch.device("cpu")), total_steps=1,

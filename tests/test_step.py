@@ -42,7 +42,9 @@ class Toy(Method):
 
 def build(method: Method, **options) -> Step:
     optimizer = optim.sgd(method.online.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
-    return Step(method, optimizer, lr=lambda s: 0.5 / (s + 1), decay=0.9, precision=precision.resolve(None, CPU), total_steps=4, **options)
+    return Step(
+        method, optimizer, lr=lambda s: 0.5 / (s + 1), decay=0.9, precision=precision.resolve(None, CPU), total_steps=4, **options
+    )
 
 
 def batch() -> Batch:

@@ -43,7 +43,11 @@ def test_a_local_file_goes_through_open_clip(files: tuple[str, str]) -> None:
     with torch.no_grad():
         assert torch.allclose(teacher.text_features, F.normalize(clip.encode_text(tokens), dim=1), atol=1e-6)
         assert torch.allclose(teacher.embed(images), F.normalize(clip.encode_image(images), dim=1), atol=1e-6)
-    assert teacher.logit_scale == pytest.approx(float(clip.logit_scale.detach().exp())) and teacher.dim == 16 and teacher.image_size == 32
+    assert (
+        teacher.logit_scale == pytest.approx(float(clip.logit_scale.detach().exp()))
+        and teacher.dim == 16
+        and teacher.image_size == 32
+    )
     assert teacher.mean == open_clip.OPENAI_DATASET_MEAN
     assert teacher.embed(torch.randn(2, 3, 96, 96)).shape == (2, 16)  # resized to the model's size
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.train().visual.training
@@ -60,7 +64,9 @@ def test_the_recipes_teacher_names_an_existing_model_and_tag() -> None:
     assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"] is True
 
 
-def test_what_cannot_be_loaded_is_refused_with_the_remedy(files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_is_refused_with_the_remedy(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pickle = tmp_path / "ViT-B-32.pt"
     pickle.write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"ViT-B-32\.pt.*safetensors\.torch\.save_file"):

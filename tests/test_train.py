@@ -33,7 +33,9 @@ STEPS = 10  # 40 images, 2 epochs, batches of 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return birds.generate(tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False)
+    return birds.generate(
+        tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False
+    )
 
 
 @pytest.fixture()
@@ -71,7 +73,9 @@ def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
     judged = [r for r in records if r["kind"] == "eval"]
     assert [r["epoch"] for r in judged] == [0, 2] and all(0 <= r[m] <= 1 for r in judged for m in ("rank1", "rank5", "mAP"))
     trained = [r for r in records if r["kind"] == "train"]
-    assert all(r[name] >= 0 for r in trained for name in ("loss", "contrast", "contrast_top1", "grad_norm", "images_per_s", "data_wait"))
+    assert all(
+        r[name] >= 0 for r in trained for name in ("loss", "contrast", "contrast_top1", "grad_norm", "images_per_s", "data_wait")
+    )
     assert len(checkpoint.list_checkpoints(out / "checkpoints")) == 2  # run.keep
     assert (out / "weights.safetensors").is_file() and (out / "bad_files.txt").is_file() and any((out / "tensorboard").iterdir())
 
@@ -148,9 +152,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(
     assert all(torch.isfinite(t).all() for t in checkpoint.load(kept[0])["method"].values() if t.is_floating_point())
 
 
-def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str) -> None:
-    """The command ends with code 1 and one error line that holds ``words``, without a traceback."""
-    assert main(argv) == 1
+def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str, code: int = 1) -> None:
+    """The command ends with ``code`` and one error line that holds ``words``, without a traceback."""
+    assert main(argv) == code
     error = " ".join(capfd.readouterr().err.split())
     assert "error:" in error and "Traceback" not in error
     for word in words:
@@ -159,7 +163,9 @@ def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str) -> None:
 
 def test_a_checkpoint_of_another_config_or_method_is_refused(recipe: Path, capfd: pytest.CaptureFixture) -> None:
     assert main(["--cfg", str(recipe), "epochs=1"]) == 0
-    fails(["--cfg", str(recipe), "epochs=1", "contrast.temperature=0.1"], capfd, "contrast.temperature", "0.2", "0.1", "--resume none")
+    fails(
+        ["--cfg", str(recipe), "epochs=1", "contrast.temperature=0.1"], capfd, "contrast.temperature", "0.2", "0.1", "--resume none"
+    )
     fails(["--cfg", str(recipe), "epochs=1", "method.name=ppssl"], capfd, "method.name", "moco", "ppssl")
     assert main(["--cfg", str(recipe), "epochs=1", "run.log_every=1", "data.workers=0"]) == 0  # how it is executed may change
 
@@ -181,9 +187,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(recipe: Path, capfd: pytest
         ("encoder.arch=resnet19", ("encoder.arch", "resnet19")),
         ("encoder.weights=absent.safetensors", ("encoder.weights", "absent.safetensors")),
         ("encoder.weights=IMAGENET1K_V9", ("encoder.weights", "resnet18_w8_s16")),
-        ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
         ("data.name=cars", ("cars",)),
-        ("queue.sharded=true", ("queue.sharded",)),
         ("run.cuda_graph=on", ("run.cuda_graph", "GPU")),
         ("optim.backend=apex", ("optim.backend", "apex")),
     ],
@@ -191,6 +195,32 @@ def test_damaged_and_foreign_checkpoints_are_refused(recipe: Path, capfd: pytest
 def test_bad_input_gives_one_clear_error(override: str, words: tuple[str, ...], recipe: Path, capfd: pytest.CaptureFixture) -> None:
     fails(["--cfg", str(recipe), *override.split(), "--out", "never"], capfd, *words)
     assert not (Path("never") / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
+        ("queue.sharded=true", ("queue.sharded",)),
+        ("queue.mask_own=true", ("queue.mask_own",)),
+    ],
+)
+def test_config_errors_have_a_code_of_their_own(
+    override: str, words: tuple[str, ...], recipe: Path, capfd: pytest.CaptureFixture
+) -> None:
+    fails(["--cfg", str(recipe), override, "--out", "never"], capfd, *words, code=2)
+
+
+def test_without_pairs_of_a_class_nothing_is_judged(
+    recipe: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted((world / "images").rglob("*.jpg"))[:16]):
+        (flat / f"{i}.jpg").symlink_to(path)
+    assert main(["--cfg", str(recipe), "data.name=folder", f"data.root={flat}", "--out", "flat-run", "epochs=1"]) == 0
+    assert "nothing to judge" in capfd.readouterr().err
+    assert "eval" not in [r["kind"] for r in log.read(Path("flat-run"))]
 
 
 def test_records_are_json_lines(recipe: Path) -> None:

@@ -33,7 +33,9 @@ def test_every_spelling_gives_the_same_trunk(style: str, source: dict, tmp_path:
     prefix = STYLES[style]
     renamed = {prefix + n: t for n, t in source.items()}
     if style == "moco":
-        renamed |= {n.replace("encoder_q", "encoder_k"): t + 1 for n, t in list(renamed.items())} | {"module.queue": torch.ones(4, 4)}
+        renamed |= {n.replace("encoder_q", "encoder_k"): t + 1 for n, t in list(renamed.items())} | {
+            "module.queue": torch.ones(4, 4)
+        }
     torch.save({"state_dict": renamed, "epoch": 3}, tmp_path / "w.pth.tar")
     trunk = Trunk("resnet18")
     note = weights.initialise(trunk, str(tmp_path / "w.pth.tar"))
@@ -46,7 +48,9 @@ def test_safetensors_and_partial_matches_are_counted(source: dict, tmp_path: Pat
     some = {n: t for n, t in source.items() if n.startswith(("conv1", "layer1"))}
     save_file(some, tmp_path / "w.safetensors")
     trunk = Trunk("resnet18")
-    assert f" {sum('num_batches' not in n and 'running' not in n for n in some)} of " in weights.initialise(trunk, str(tmp_path / "w.safetensors"))
+    assert f" {sum('num_batches' not in n and 'running' not in n for n in some)} of " in weights.initialise(
+        trunk, str(tmp_path / "w.safetensors")
+    )
     assert torch.equal(trunk.conv1.weight, source["conv1.weight"])
 
 
