@@ -74,8 +74,8 @@ def form_from_config(cfg: Any) -> Form:
 class PPSSL(MoCo):
     """PP-SSL around ``network`` (trunk and mask branch).
 
-    text_features: [P, E] the descriptions' embeddings (None with ais_weight 0); teacher_logit_scale: the teacher's own; embed: images -> [B, E] unit
-    rows, needed when the form's ``teacher_view`` is ``query`` (a ``clean`` view arrives as ``batch.teacher``).
+    text_features: [P, E] the descriptions' embeddings, None with ais_weight 0; teacher_logit_scale: the teacher's own; embed:
+    images -> [B, E] unit rows, needed when the form's ``teacher_view`` is ``query`` (a ``clean`` one is ``batch.teacher``).
     ais_weight (alpha) 0 turns the text guidance off, ``form.iadm_weight`` (beta) 0 the GradCAM guidance.
     """
 
