@@ -17,8 +17,8 @@ from torch.autograd import DeviceType
 
 from engine.log import say
 
-# torch.profiler and Nsight cannot listen to the same GPU: CUPTI takes one subscriber.
-_NSIGHT = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_TRANSPORT_TYPE")
+# torch.profiler and Nsight cannot listen to the same GPU: CUPTI takes one subscriber. nsys and ncu set such variables.
+_NSIGHT = ("NSYS_", "NSYSDK_", "QUADD_INJECTION", "NV_NSIGHT_INJECTION")
 _SHOWN = 25
 
 
@@ -42,7 +42,7 @@ class Profile:
         self.on_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
         # the graph of a captured step is made in its fourth call
         self.warm_up = (8 if self.on_gpu else 2) if warm_up is None else warm_up
-        self.under_nsight = self.on_gpu and any(name in os.environ for name in _NSIGHT)
+        self.under_nsight = self.on_gpu and any(name.startswith(_NSIGHT) for name in os.environ)
         self.seen = 0
         self.done = steps == 0
         self.profiler: torch.profiler.profile | None = None
@@ -52,15 +52,19 @@ class Profile:
         self._begin_if_due()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self.done and self._recording:
-            self._finish(self.seen - self.warm_up)
-        elif not self.done:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self.done:
+            return
+        recorded = self.seen - self.warm_up
+        if error is None and recorded > 0:
+            self._finish(recorded)
+            return
+        if error is None:
             say(f"--profile: the run ended after {self.seen} steps, within the {self.warm_up} steps of warm-up")
-
-    @property
-    def _recording(self) -> bool:
-        return self.began > 0.0
+        if self.profiler is not None:
+            if not self.began:  # prepared only, which cannot be taken back
+                self.profiler.start_trace()
+            self.profiler.stop_trace()
 
     def step(self) -> None:
         """Called after every training step."""
@@ -97,9 +101,6 @@ class Profile:
             say(f"--profile: {steps} steps were marked for Nsight")
             return
         self.profiler.stop_trace()
-        if not steps:
-            say("--profile: the run ended before the first recorded step")
-            return
         self.out.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(self.out / "trace.json.gz"))
         text = report(self.profiler.events(), steps, seconds)

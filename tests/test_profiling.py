@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,15 @@ def test_a_run_that_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture[str
         profile.step()
     assert not (tmp_path / "none").exists()
     assert "ended after 1 steps" in capsys.readouterr().err
+    with pytest.raises(FloatingPointError), Profile(tmp_path / "failed", steps=5, warm_up=1, device="cpu") as profile:
+        profile.step()
+        profile.step()
+        raise FloatingPointError("not finite")
+    with Profile(tmp_path / "again", steps=1, warm_up=1, device="cpu") as profile:  # the profiler is free again
+        profile.step()
+        work(torch.randn(8, 8))
+        profile.step()
+    assert not (tmp_path / "failed").exists() and (tmp_path / "again" / "table.txt").is_file()
 
 
 def test_under_nsight_the_same_steps_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +189,6 @@ def test_only_one_listener_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
     assert not Profile(tmp_path, steps=1, device="cpu").under_nsight
     assert Profile(tmp_path, steps=1, device="cuda").under_nsight
-    for name in profiling._NSIGHT:
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(profiling._NSIGHT)]:
+        monkeypatch.delenv(name)
     assert not Profile(tmp_path, steps=1, device="cuda").under_nsight
