@@ -96,14 +96,10 @@ def compile_variant(variant: Variant, arch: str) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-
-        def dump(option: str) -> str:
-            command = [_cuobjdump(), option, str(binary)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = dump("-res-usage"), dump("-sass")
+        command = [_cuobjdump(), "-res-usage", "-sass", str(binary)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # LOCAL reads 0 even when the compiler spilled: the stack and the local loads and stores tell.
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", code)[1]) for key in ("REG", "STACK"))
     local = len(re.findall(r"\b(?:LDL|STL)\b", code))
     products = {name: len(re.findall(rf"\b{name}\b", code)) for name in TENSOR_CORE}
     tensor_core = next((f"{name} {count}" for name, count in products.items() if count), "-")

@@ -21,8 +21,8 @@ Pool = Literal["max", "mean"]
 
 FEW_CHANNELS = 8
 """Up to so many channels the PyTorch path adds one product at a time to the map."""
-GROUP_ELEMENTS = 1 << 19
-"""Beyond, so many elements of the product are held at a time (2 MiB of float32: they stay in the cache)."""
+GROUP_ELEMENTS = 1 << 20
+"""Beyond, so many elements of the product are held at a time, in one buffer that stays in the cache (4 MiB of float32)."""
 
 
 def gradcam(
@@ -100,7 +100,8 @@ def _gradcam(
         from kernels import gradcam_triton
 
         return gradcam_triton.forward(act, grad, height, width, weighting, pool, sign)
-    return _pool(_cam(act, grad, weighting, sign), height, width, pool)[0]
+    cam = _cam(act, grad, weighting, sign)
+    return cam if cam.shape[1:] == (height, width) else _pool(cam, height, width, pool)[0]
 
 
 @_gradcam.register_fake
@@ -163,10 +164,13 @@ def _cam(act: Tensor, grad: Tensor, weighting: str, sign: int) -> Tensor:
         for channel in range(1, channels):
             cam.addcmul_(act[:, channel].to(dtype), grad[:, channel].to(dtype))
     else:
-        group = max(1, GROUP_ELEMENTS // act[0].numel())
-        pairs = zip(act.split(group), grad.split(group), strict=True)
-        parts = [(some.to(dtype) * slopes).sum(1) for some, slopes in pairs]
-        cam = parts[0] if len(parts) == 1 else torch.cat(parts)
+        group = min(batch, max(1, GROUP_ELEMENTS // act[0].numel()))
+        cam = torch.empty((batch, height, width), dtype=dtype, device=act.device)
+        product = torch.empty_like(act[:group], dtype=dtype)
+        for start in range(0, batch, group):
+            part = slice(start, start + group)
+            some = product[: cam[part].shape[0]]
+            torch.sum(torch.mul(act[part].to(dtype), grad[part].to(dtype), out=some), 1, out=cam[part])
     return (cam if sign == 1 else cam.neg_()).relu_()
 
 
@@ -181,7 +185,9 @@ def _backward(grad_map, act, grad, weighting, pool, sign):
     dtype = _compute_dtype(act, grad)
     cam = _cam(act, grad, weighting, sign)
     grad_map = grad_map.to(dtype)
-    if pool == "mean":
+    if cam.shape == grad_map.shape:
+        grad_cam = grad_map
+    elif pool == "mean":
         grad_cam = torch.ops.aten._adaptive_avg_pool2d_backward(grad_map, cam)
     else:
         _, index = _pool(cam, *grad_map.shape[1:], pool)

@@ -626,6 +626,10 @@ def variants(arch: str) -> list[Variant]:
 
     rows = {}
     for operand, widths in table()[arch]["maxout project"].items():
+        if operand == "float16" and all(
+            table()[arch][f"maxout {name}"]["float16"] == table()[arch][f"maxout {name}"]["bfloat16"] for name in KERNELS
+        ):
+            continue  # bfloat16's code with another type
         x = f"*{short[operand]}"
         for width, by_batch in widths.items():
             config = Config(**next(iter(by_batch.values())))
