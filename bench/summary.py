@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+import timing
+
 RESULTS = Path(__file__).with_name("results")
 KEPT = ("cold_ms", "cold_ms_p20", "cold_ms_p80", "replayed_ms", "gb_s", "tflop_s", "percent_of_gb_s",
         "percent_of_tflop_s", "peak_extra_mib", "ratios", "not_captured")  # fmt: skip
@@ -28,7 +30,7 @@ def collect(raw: Path) -> Path:
     source = json.loads(raw.read_text())
     if not source["benchmarks"]:
         raise ValueError(f"{raw}: no benchmark in it; every test failed or was deselected")
-    facts, rows = {}, {}
+    facts, rows = dict(timing.facts()), {}
     for bench in source["benchmarks"]:
         info = bench["extra_info"]
         facts |= {name: info[name] for name in FACTS if name in info}
