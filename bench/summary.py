@@ -30,7 +30,7 @@ def collect(raw: Path) -> Path:
     source = json.loads(raw.read_text())
     if not source["benchmarks"]:
         raise ValueError(f"{raw}: no benchmark in it; every test failed or was deselected")
-    facts, rows = dict(timing.facts()), {}
+    facts, rows = timing.facts() | {"measured": source["datetime"]}, {}
     for bench in source["benchmarks"]:
         info = bench["extra_info"]
         facts |= {name: info[name] for name in FACTS if name in info}
@@ -46,8 +46,9 @@ def collect(raw: Path) -> Path:
 
 
 def newest() -> list[Path]:
-    """The latest file of each device."""
-    return [sorted(folder.glob("*.json"))[-1] for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
+    """The latest file of each device; two commits of one day are told apart by the hour inside."""
+    folders = [sorted(folder.glob("*.json")) for folder in sorted(RESULTS.iterdir())]
+    return [max(files, key=lambda path: json.loads(path.read_text())["facts"]["measured"]) for files in folders if files]
 
 
 def cases(result: dict) -> dict[str, dict[str, float]]:
@@ -87,6 +88,9 @@ def plot(out: Path, paths: list[Path]) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(json.loads(path.read_text()), path) for path in paths]
+    panels = [(result, path) for result, path in panels if cases(result)]
+    if not panels:
+        raise ValueError(f"no case that both eager and ours ran in {', '.join(map(str, paths))}")
     height = sum(1 + 0.35 * len(cases(result)) for result, _ in panels)
     figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, height))
     for axis, (result, path) in zip(axes[:, 0], panels, strict=True):
