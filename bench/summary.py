@@ -81,20 +81,23 @@ def table(paths: list[Path]) -> str:
 
 
 def plot(out: Path, paths: list[Path]) -> None:
-    """Horizontal bars of speed over eager."""
+    """Horizontal bars of speed over eager. Whole calls only: a backward pass alone is a scale where the forward did it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(json.loads(path.read_text()), path) for path in paths]
-    panels = [(result, path) for result, path in panels if cases(result)]
+    panels = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        halves = ("forward", "backward")
+        if found := {case: times for case, times in cases(result).items() if not case.endswith(halves)}:
+            panels.append((result, path, found))
     if not panels:
         raise ValueError(f"no case that both eager and ours ran in {', '.join(map(str, paths))}")
-    height = sum(1 + 0.35 * len(cases(result)) for result, _ in panels)
+    height = sum(1 + 0.35 * len(found) for _, _, found in panels)
     figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, height))
-    for axis, (result, path) in zip(axes[:, 0], panels, strict=True):
-        found = cases(result)
+    for axis, (result, path, found) in zip(axes[:, 0], panels, strict=True):
         for position, (name, colour) in enumerate((("tuned", "#b9c0c8"), ("compile", "#7f8fa3"), ("ours", "#c8553d"))):
             bars = [(row + 0.27 * (1 - position), times["eager"] / times[name])
                     for row, times in enumerate(found.values()) if name in times]  # fmt: skip
