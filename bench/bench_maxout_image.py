@@ -28,9 +28,9 @@ def published(image, weight, gamma, beta):
 
 
 def tuned(image, weight, gamma, beta):
-    """ReLU after the maximum, min-max after the pooling where it may."""
+    """Min-max after the pooling but for the minimum. (ReLU after the maximum is slower: it loses channels_last.)"""
     u = F.conv2d(image, weight.to(image.dtype)[:, :, None, None])
-    mask = torch.relu(F.batch_norm(u.float(), None, None, gamma, beta, training=True).max(1).values)
+    mask = torch.relu(F.batch_norm(u.float(), None, None, gamma, beta, training=True)).max(1).values
     low, mask = mask.min(), F.max_pool2d(mask[:, None], CELL)[:, 0]
     return (mask - low) / (1e-7 + (mask - low).max())
 
