@@ -17,9 +17,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from engine.data.birds_drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random_pose
-from engine.data.birds_scenes import background, finish, random_nuisance
+from engine.data.birds_scenes import Nuisance, background, finish, random_nuisance
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same seed draws another picture: a finished world of an older version is drawn again."""
 
 STAMP = "birds.json"
@@ -38,7 +38,7 @@ PLANS: dict[str, Plan] = {
         tail="square", tail_length=0.3, legs=0.12, wing=(0.6, 0.18), coat="barred", accent="gold"),
     "Swallow": Plan(
         ("throat", "patch"), body=(0.62, 0.28), tilt=6, head=(0.08, -0.1, 0.22), beak="thin", beak_length=0.14,
-        tail="fork", tail_length=0.85, tail_angle=4, legs=0.1, wing=(0.95, 0.2), coat="plain", accent="ember"),
+        tail="fork", tail_length=0.85, tail_angle=4, legs=0.1, wing=(0.95, 0.2), coat="saddled", accent="ember"),
     "Kingfisher": Plan(
         ("collar", "tailtip"), body=(0.5, 0.36), tilt=34, head=(0.14, -0.24, 0.32), beak="dagger", beak_length=0.6,
         tail="square", tail_length=0.36, legs=0.12, wing=(0.46, 0.18), coat="chevrons", accent="gold"),
@@ -76,6 +76,17 @@ def parts_of(species: int) -> frozenset[str]:
     return frozenset(part for i, part in enumerate(PLANS[GENERA[species // 4]].parts) if species % 4 >> i & 1)
 
 
+def nuisance_of(seed: int | Sequence[int]) -> Nuisance:
+    """Place, light and occluder of the scene that ``seed`` gives in :func:`draw`."""
+    return random_nuisance(_streams(seed)[0])
+
+
+def _streams(seed: int | Sequence[int]) -> list[np.random.Generator]:
+    """Independent generators for what stands behind the bird, for its pose, and for what stands before it."""
+    entropy = [seed] if isinstance(seed, int) else list(seed)
+    return [np.random.default_rng([*entropy, stream]) for stream in range(3)]
+
+
 def draw(species: int, seed: int | Sequence[int]) -> Image.Image:
     """One bird of ``species`` (0..39), RGB, ``SIDE`` pixels square.
 
@@ -83,8 +94,7 @@ def draw(species: int, seed: int | Sequence[int]) -> Image.Image:
     """
     if not 0 <= species < len(SPECIES):
         raise ValueError(f"species {species} is not in 0..{len(SPECIES) - 1}")
-    entropy = [seed] if isinstance(seed, int) else list(seed)
-    behind, figure, before = (np.random.default_rng([*entropy, stream]) for stream in range(3))
+    behind, figure, before = _streams(seed)
     nuisance = random_nuisance(behind)
     size = SIDE * SUPERSAMPLE
     scene = background(behind, nuisance.place, size)

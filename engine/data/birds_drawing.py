@@ -14,18 +14,14 @@ from PIL import Image, ImageDraw
 
 SIDE = 128
 """Width and height of a finished image, in pixels."""
-import os
-MODE=os.environ.get("BMODE","gg")
-PALE=float(os.environ.get("BPALE",".3"))
-COAT=int(os.environ.get("BCOAT","0"))
-BIG=float(os.environ.get("BBIG","1"))
-CLUT=float(os.environ.get("BCLUT","1"))
+
 SUPERSAMPLE = 3
 
 Colour = tuple[float, float, float]
 
-# Three plumages for ten genera and three accents for all parts: colour alone must not tell the species.
+# One plumage for all genera and three accents for all parts: colour must not tell the species, structure must.
 HUES: dict[str, Colour] = {"rust": (158, 88, 52), "slate": (84, 104, 132), "olive": (138, 132, 74)}
+HEAD_BODY_WING = ("slate", "rust", "slate")
 ACCENTS: dict[str, Colour] = {"cream": (240, 234, 214), "gold": (232, 178, 60), "ember": (206, 78, 48)}
 INK: Colour = (30, 28, 30)
 
@@ -111,8 +107,6 @@ class Plan:
     legs: float = 0.25
     wing: tuple[float, float] = (0.62, 0.26)
     accent: str = "cream"
-    hues: tuple[str, str, str] = ("slate", "rust", "slate")
-    """Head, body and wing."""
     coat: str = "plain"
     """Pattern of the whole genus: plain, streaked, spotted, barred, scaled."""
 
@@ -135,10 +129,10 @@ class Pose:
 def random_pose(rng: np.random.Generator, size: int) -> Pose:
     """A pose whose figure stays inside the image, though rarely at its centre."""
     return Pose(
-        scale=rng.uniform(0.34, 0.40) * size * BIG,
+        scale=rng.uniform(0.38, 0.5) * size,
         angle=np.deg2rad(rng.uniform(-14, 14)),
         flip=bool(rng.random() < 0.5),
-        centre=tuple(size * (0.5 + rng.uniform(-0.13, 0.13, 2))),
+        centre=tuple(size * (0.5 + rng.uniform(-0.16, 0.16, 2))),
         tint=tuple(rng.normal(0, 4, 3)),
         light=rng.uniform(0.92, 1.08),
         head=tuple(rng.normal(0, 0.025, 2)),
@@ -161,33 +155,35 @@ def _coat(
             layer.polygon(turned(ellipse(u, v, x, y, angle), axis), dark)
 
         if kind == "streaked":
-            for v in np.arange(-b, b, 0.16):
-                bar([(-a, v), (a, v)], 0.08)
+            for v in np.arange(-b, b, 0.26):
+                bar([(-a, v), (a, v)], 0.13)
         elif kind == "barred":
-            for u in np.arange(-a, a, 0.17):
-                bar([(u, -b), (u, b)], 0.085)
+            for u in np.arange(-a, a, 0.27):
+                bar([(u, -b), (u, b)], 0.135)
         elif kind == "slanted":
-            for u in np.arange(-2 * a, 2 * a, 0.2):
-                bar([(u - b, -b), (u + b, b)], 0.08)
+            for u in np.arange(-2 * a, 2 * a, 0.36):
+                bar([(u - b, -b), (u + b, b)], 0.13)
         elif kind == "chevrons":
-            for u in np.arange(-a - 0.3, a + 0.3, 0.2):
-                bar([(u - 0.25, -b), (u + 0.1, 0.05), (u - 0.25, b)], 0.09)
+            for u in np.arange(-a - 0.3, a + 0.4, 0.3):
+                bar([(u - 0.3, -b), (u + 0.1, 0.05), (u - 0.3, b)], 0.14)
         elif kind == "spotted":
-            for i, v in enumerate(np.arange(-b, b, 0.15)):
-                for u in np.arange(-a, a, 0.2) + (i % 2) * 0.1:
-                    blob(u, v, 0.06, 0.06)
+            for i, v in enumerate(np.arange(-b, b, 0.21)):
+                for u in np.arange(-a, a, 0.28) + (i % 2) * 0.14:
+                    blob(u, v, 0.09, 0.09)
         elif kind == "blotched":
-            for i, v in enumerate(np.arange(-b, b + 0.2, 0.3)):
-                for u in np.arange(-a, a + 0.2, 0.42) + (i % 2) * 0.21:
-                    blob(u, v, 0.14, 0.1)
+            for i, v in enumerate(np.arange(-b, b + 0.3, 0.42)):
+                for u in np.arange(-a, a + 0.3, 0.5) + (i % 2) * 0.25:
+                    blob(u, v, 0.19, 0.15)
         elif kind == "scaled":
-            for i, v in enumerate(np.arange(-b, b + 0.1, 0.17)):
-                for u in np.arange(-a, a + 0.1, 0.26) + (i % 2) * 0.13:
-                    bar(ellipse(u, v, 0.13, 0.11, 0, -1.4, 1.4), 0.05)
+            for i, v in enumerate(np.arange(-b, b + 0.1, 0.22)):
+                for u in np.arange(-a, a + 0.1, 0.34) + (i % 2) * 0.17:
+                    bar(ellipse(u, v, 0.17, 0.15, 0, -1.4, 1.4), 0.08)
         elif kind == "checked":
-            for i, v in enumerate(np.arange(-b, b + 0.1, 0.15)):
-                for u in np.arange(-a, a + 0.3, 0.3) + (i % 2) * 0.15:
-                    layer.polygon(turned([(u, v), (u + 0.15, v), (u + 0.15, v + 0.15), (u, v + 0.15)], axis), dark)
+            for i, v in enumerate(np.arange(-b, b + 0.1, 0.22)):
+                for u in np.arange(-a, a + 0.44, 0.44) + (i % 2) * 0.22:
+                    layer.polygon(turned([(u, v), (u + 0.22, v), (u + 0.22, v + 0.22), (u, v + 0.22)], axis), dark)
+        elif kind == "saddled":
+            layer.polygon(turned([(-2 * a, -2 * b), (2 * a, -2 * b), (2 * a, 0), (-2 * a, 0)], axis), dark)
         elif kind == "pied":
             layer.polygon(turned([(-2 * a, -2 * b), (0.05 * a, -2 * b), (0.05 * a, 2 * b), (-2 * a, 2 * b)], axis), dark)
 
@@ -269,10 +265,10 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
         raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
     crown, base, cover = (
-        tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in (plan.hues if MODE[0]=='g' else ('slate','rust','slate'))
+        tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in HEAD_BODY_WING
     )
-    accent = shade(ACCENTS[plan.accent if MODE[1]=='g' else 'cream'], 0.55 + 0.45 * pose.light)
-    dark, darker, pale = shade(cover, 0.8), shade(base, 0.5), mix(base, (235, 225, 205), PALE)
+    accent = shade(ACCENTS[plan.accent], 0.55 + 0.45 * pose.light)
+    dark, darker, pale = shade(cover, 0.8), shade(base, 0.5), mix(base, (235, 225, 205), 0.55)
     tilt = -np.deg2rad(plan.tilt)
     a, b = plan.body
     front = turned([(a * 0.72, -b * 0.2)], tilt)[0]
@@ -312,11 +308,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     body = turned(ellipse(0, 0, a, b), tilt)
     brush.polygon(body, base)
     brush.polygon(neck, crown)
-    belly = turned(ellipse(0.1, b * 0.52, a * 0.8, b * 0.62), tilt)
-    if not COAT:
-        brush.clipped(body, lambda layer: layer.polygon(belly, pale))
-    else:
-        brush.polygon(body, pale)
+    brush.polygon(body, pale)
     _coat(brush, body, tilt, (a, b), plan.coat, darker)
 
     def body_marks(layer: Brush) -> None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import engine.data.birds_drawing as D
-import os
-HUE=float(os.environ.get("BHUE",".08"))
-SAT=float(os.environ.get("BSAT",".2"))
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from engine.data.birds_drawing import (
@@ -37,10 +33,10 @@ PLACES: dict[str, tuple[Colour, Colour]] = {
     "field": ((112, 110, 92), (108, 108, 90)),
 }
 LIGHTS: dict[str, tuple[float, float]] = {
-    "dim": (0.5, 0.7),
-    "overcast": (0.7, 0.95),
-    "soft": (0.95, 1.2),
-    "bright": (1.2, 1.45),
+    "dim": (0.8, 0.88),
+    "overcast": (0.88, 1.0),
+    "soft": (1.0, 1.1),
+    "bright": (1.1, 1.2),
 }
 """Range of the exposure that each word stands for."""
 OCCLUDERS = ("none", "twigs", "leaves")
@@ -58,11 +54,11 @@ class Nuisance:
 
 
 def random_nuisance(rng: np.random.Generator) -> Nuisance:
-    """Place and light evenly; half of the images have something in front of the figure."""
+    """Place and light evenly; four images in ten have something in front of the figure."""
     return Nuisance(
         place=tuple(PLACES)[rng.integers(len(PLACES))],
         light=tuple(LIGHTS)[rng.integers(len(LIGHTS))],
-        occluder=OCCLUDERS[int(rng.choice(3, p=(0.5, 0.3, 0.2)))],
+        occluder=OCCLUDERS[int(rng.choice(3, p=(0.6, 0.24, 0.16)))],
     )
 
 
@@ -98,11 +94,11 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     ground = ground + (np.asarray(noise, float)[..., None] - 128) * 0.16
     image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    for _ in range(int(rng.integers(10, 18)*D.CLUT)):
-        _leaf(pen, rng, small, mix(_CLUTTER[rng.integers(len(_CLUTTER))], near, rng.uniform(0.1, 0.6) if D.CLUT>=1 else rng.uniform(.4,.8)), 0.03, 0.12)
+    for _ in range(rng.integers(6, 11)):
+        _leaf(pen, rng, small, mix(_CLUTTER[rng.integers(len(_CLUTTER))], near, rng.uniform(0.4, 0.8)), 0.03, 0.12)
     for _ in range(rng.integers(1, 4)):
         _twig(pen, rng, small, 0.025)
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         pose = random_pose(rng, small)
         middle = small * (0.5 + rng.choice((-0.36, 0.36), 2) + rng.normal(0, 0.04, 2))
         pose = Pose(**{**vars(pose), "scale": pose.scale * 0.4, "centre": tuple(middle)})
@@ -143,8 +139,8 @@ def _develop(pixels: np.ndarray, exposure: float, rng: np.random.Generator) -> n
     These are the changes that self-supervised views are trained to ignore: strong here, they blind a colour histogram and
     give a learner nothing to recognise an image by.
     """
-    turn = rng.uniform(-1, 1) * 2 * np.pi * HUE
-    saturation, contrast = rng.uniform(SAT, 1.35), rng.uniform(0.6, 1.3)
+    turn = rng.uniform(-1, 1) * 2 * np.pi * 0.05
+    saturation, contrast = rng.uniform(0.6, 1.25), rng.uniform(0.8, 1.2)
     c, s = saturation * np.cos(turn), saturation * np.sin(turn)
     matrix = np.linalg.inv(_TO_YIQ) @ np.array([[1, 0, 0], [0, c, -s], [0, s, c]], np.float32) @ _TO_YIQ
     mean = pixels.mean()
