@@ -45,16 +45,19 @@ _ALIASES = {
     "c": "cfg", "config": "cfg",
 }  # fmt: skip
 _PRECISION = re.compile(r"(bf|fp|float)\w*$|null$")  # fp32 is taken too, so that the type check refuses it by name
+# Options that are no keys of the configuration, with the value they want.
+_ASIDE = {"dry_run": "none", "print_config": "none", "cfg": "a YAML file or a recipe's name", "profile": "a number of steps"}
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=")
 _USAGE = """\
 usage: python -m engine.train --cfg FILE|RECIPE [--amp [bf16|fp16]] [--resume auto|none|PATH] [--seed N] [--out DIR]
-                              [--print-config] [--dry-run] [key.sub=value ...]
+                              [--print-config] [--dry-run] [--profile N] [key.sub=value ...]
 
 --cfg           a YAML file, or a shipped recipe: {recipes}
 --amp           mixed precision; alone it means bf16
 --resume        auto (default) continues the run folder's newest checkpoint, none starts afresh, PATH continues that one
 --print-config  print the resolved configuration as YAML and stop
 --dry-run       build everything, run one step, write nothing
+--profile       profile N steady steps into the run folder (trace and table), or between the marks that Nsight waits for
 
 Overrides stand anywhere on the line, as key=value, --key=value or --key value; the last one wins. MoCo's and timm's
 --lr --wd --weight-decay --momentum -b/--batch-size --epochs -a/--arch -j/--workers --moco-k --moco-m --moco-t
@@ -72,6 +75,8 @@ class Arguments(NamedTuple):
     """The recipe's file; its stem names the default run folder."""
     dry_run: bool
     print_config: bool
+    profile: int
+    """Steady steps to profile; 0 is none."""
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
@@ -94,6 +99,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
 def _parse(argv: list[str]) -> Arguments:
     switches = {"dry_run": False, "print_config": False}
     cfg: str | None = None
+    profile = 0
     overrides: dict[str, Any] = {}
     tokens = [token for token in argv if token != "--"]
     while tokens:
@@ -103,6 +109,10 @@ def _parse(argv: list[str]) -> Arguments:
             switches[key] = True
         elif key == "cfg":
             cfg = text
+        elif key == "profile":
+            if not text.isdecimal():
+                raise ConfigError(f"--profile: got {text!r}, expected a number of steps")
+            profile = int(text)
         else:
             overrides[key] = _value(key, text)
     if cfg is None:
@@ -110,7 +120,7 @@ def _parse(argv: list[str]) -> Arguments:
     path = find_recipe(cfg)
     recipe = read(path.read_bytes(), str(path))
     resolve(recipe, str(path))  # so that an error in the file is reported as the file's
-    return Arguments(resolve({**recipe, **overrides}, "command line"), path, **switches)
+    return Arguments(resolve({**recipe, **overrides}, "command line"), path, profile=profile, **switches)
 
 
 def _split(token: str, rest: list[str]) -> tuple[str, str]:
@@ -127,8 +137,8 @@ def _split(token: str, rest: list[str]) -> tuple[str, str]:
         token = f"{token[:2]}={token[2:]}"
     name, given, text = token.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    key = name if name in ("dry_run", "print_config", "cfg") else _ALIASES.get(name, name)
-    known = key in key_types() or key in ("dry_run", "print_config", "cfg")
+    key = name if name in _ASIDE else _ALIASES.get(name, name)
+    known = key in key_types() or key in _ASIDE
     if not known or short != (len(name) == 1):
         raise ConfigError(f"unknown option {token.partition('=')[0]}; {nearest(key)}")
     if key in ("dry_run", "print_config"):
@@ -145,7 +155,7 @@ def _split(token: str, rest: list[str]) -> tuple[str, str]:
     if key_types().get(key) is bool and follows not in ("true", "false"):
         return key, "true"
     if follows is None or (follows.startswith("-") and not NUMBER.match(follows)):
-        wanted = "a YAML file or a recipe's name" if key == "cfg" else expected_type(key_types()[key])
+        wanted = _ASIDE[key] if key in _ASIDE else expected_type(key_types()[key])
         raise ConfigError(f"option {token} needs a value: {wanted}")
     return key, rest.pop(0)
 

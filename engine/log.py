@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.checkpoint import write_atomically
 from ppssl.method import Output
+from ppssl.span import span
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
@@ -71,7 +72,8 @@ class RunLog:
         while True:
             start = time.perf_counter()
             try:
-                batch = next(iterator)
+                with span("data"):
+                    batch = next(iterator)
             except StopIteration:
                 return
             self.waited += time.perf_counter() - start

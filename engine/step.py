@@ -13,6 +13,7 @@ from engine.graph import CapturedStep
 from engine.precision import Precision
 from ppssl.encoder import Trunk
 from ppssl.method import Batch, Method, Output
+from ppssl.span import span
 
 MODES = ("off", "encoder", "step")
 
@@ -114,7 +115,8 @@ class Step:
         output, gradients = self.gradients(batch)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.scaler.step(self.optimizer)
+        with span("optim_ema"):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.enqueue(output.keys)
@@ -123,13 +125,14 @@ class Step:
     def gradients(self, batch: Batch) -> tuple[Output, Sequence[Tensor | None]]:
         """Moves the key network, runs the method and differentiates by the parameters alone (gradients are scaled in fp16)."""
         if self.target:
-            with torch.no_grad():
+            with span("optim_ema"), torch.no_grad():
                 torch._foreach_lerp_(self.target, self.online, 1.0 - self.decay)  # the key network first moves (MoCo)
         with self.precision.autocast():
             output = self.method(batch)
         scaled = output.total * self.method.loss_scale if self.precision.scales else output.total
         # not backward(): it would compute the gradient of the images a second time
-        gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        with span("backward"):
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         norms = torch._foreach_norm([g for g in gradients if g is not None])
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
         if self.precision.scales:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             dry_run(args.config)
         else:
-            train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started)
+            train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started, profile=args.profile)
     except Stopped as stopped:
         say(str(stopped))
         return stopped.code
@@ -56,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(cfg: Config, out: Path, started: float) -> Summary:
-    """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels."""
+def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summary:
+    """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels; ``profile`` steady
+    steps are profiled."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))  # a second start is warm
     cfg = build.resolve(cfg, device)
     source, state = find_checkpoint(cfg, out)
@@ -76,6 +78,7 @@ def train(cfg: Config, out: Path, started: float) -> Summary:
     else:
         log.append(out, {"kind": "start", "step": 0, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | environment(trainer, device))
         judge(trainer)
+    trainer.profile = profile
     if cfg.eval.every:
         trainer.hooks.append(lambda t: judge(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
     cold = time.perf_counter() - started

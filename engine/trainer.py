@@ -14,6 +14,7 @@ from torch import Tensor
 from engine import checkpoint, optim, precision
 from engine.data import Loader
 from engine.log import RunLog, rewind, say
+from engine.profiling import Profile
 from engine.step import Step, choose
 from ppssl.method import Batch, Method, Output
 
@@ -47,7 +48,8 @@ class Trainer:
 
     method: a ``ppssl.Method``; loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
     ``ppssl.Batch``; teacher: [N, E] embeddings by image index for methods with ``needs_teacher_embeddings``; hooks: called with
-    the trainer after every epoch; out: run folder, None keeps nothing; info: plain data stored in every checkpoint.
+    the trainer after every epoch; out: run folder, None keeps nothing; profile: steady steps to
+    profile into out/profile; info: plain data stored in every checkpoint.
     ``fit`` continues where ``resume`` has put it.
     """
 
@@ -72,6 +74,7 @@ class Trainer:
         log_every: int = 10,
         save_every_steps: int | None = None,
         keep: int = 2,
+        profile: int = 0,
         info: dict[str, Any] | None = None,
         hooks: Sequence[Callable[[Trainer], None]] = (),
     ):
@@ -97,6 +100,7 @@ class Trainer:
         )
         self.out = None if out is None else Path(out)
         self.log_every, self.keep, self.info = log_every, keep, info or {}
+        self.profile = profile
         self.save_every = save_every_steps or loader.steps_per_epoch
         self.saved: Path | None = None
         self.log: RunLog | None = None
@@ -112,7 +116,8 @@ class Trainer:
         step, began = self.step, self.step.step
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
-        with _Signals() as asked, self.log as log:
+        profile = Profile((self.out or Path()) / "profile", steps=self.profile, device=self.device)
+        with _Signals() as asked, self.log as log, profile:
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.step)
                 batch = self.with_teacher(batch)
@@ -120,6 +125,7 @@ class Trainer:
                     output, compiling = self.first_step(batch)
                 else:
                     output = step(batch)
+                hooking += self.timed(profile.step)
                 log.add(output, images=len(batch.index))
                 batch_size = len(batch.index)
                 last = step.step == self.total_steps

@@ -58,6 +58,10 @@ class Trunk(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (BasicBlock, Bottleneck)):
+                # blocks begin as the identity (Goyal et al. 2017): otherwise all images start with nearly the same feature and
+                # contrast from random weights takes several times as long to find its way
+                nn.init.zeros_(module.bn3.weight if isinstance(module, Bottleneck) else module.bn2.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, C, S / stride, S / stride]."""

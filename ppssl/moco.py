@@ -11,6 +11,7 @@ from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_
 from ppssl.method import Batch, Method, Output, register
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 from ppssl.ops import queue_infonce
+from ppssl.span import span
 from ppssl.teacher import Teacher
 
 
@@ -62,19 +63,23 @@ class MoCo(Method):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        self.queue.push(keys)
+        with span("enqueue"):
+            self.queue.push(keys)
 
     @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] of the key network."""
-        return self.encoder_k(x_k)
+        with span("key_fwd"):
+            return self.encoder_k(x_k)
 
     def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first)."""
-        return queue_infonce(q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True)
+        with span("infonce"):
+            return queue_infonce(q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True)
 
     def forward(self, batch: Batch) -> Output:
-        q = self.encoder_q.project(global_average_pool(self.encoder_q.trunk(batch.x_q)))
+        with span("query_fwd"):
+            q = self.encoder_q.project(global_average_pool(self.encoder_q.trunk(batch.x_q)))
         k = self.keys(batch.x_k)
         losses, rank = self.contrast(q, k)
         total = losses.mean()

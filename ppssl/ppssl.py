@@ -21,6 +21,7 @@ from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Trunk
 from ppssl.method import Batch, Output, register
 from ppssl.moco import MoCo, contrast_accuracy
 from ppssl.ops import gradcam
+from ppssl.span import span
 from ppssl.teacher import Teacher
 
 
@@ -150,9 +151,10 @@ class PPSSL(MoCo):
         return FeatureNet(self.encoder_q.trunk, self.mask)
 
     def forward(self, batch: Batch) -> Output:
-        maps = self.encoder_q.trunk.maps(batch.x_q)
-        feature = maps["layer4"]  # F [B, C, h, w]
-        mask, pooled = self.mask(feature)  # A [B, h, w], gap(F') [B, C]
+        with span("query_fwd"):
+            maps = self.encoder_q.trunk.maps(batch.x_q)
+            feature = maps["layer4"]  # F [B, C, h, w]
+            mask, pooled = self.mask(feature)  # A [B, h, w], gap(F') [B, C]
 
         # L_con: the query against its key and the queue
         k = self.keys(batch.x_k)
@@ -170,15 +172,19 @@ class PPSSL(MoCo):
                 seen_mask, seen_pooled = self.mask(seen_maps["layer4"])
                 q_o = seen_pooled if self.contrast_mask else global_average_pool(seen_maps["layer4"])
                 seen_losses, _ = self.contrast(self.encoder_q.project(q_o), k)
-            cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
-            fitted = seen_mask if self.image_mask is None else self.image_mask(seen, cell=seen.shape[-1] // seen_mask.shape[-1])
-            iadm = spatial_kl(cam, fitted, self.form)
+            with span("cam"):
+                cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
+            with span("losses"):
+                cell = seen.shape[-1] // seen_mask.shape[-1]
+                fitted = seen_mask if self.image_mask is None else self.image_mask(seen, cell=cell)
+                iadm = spatial_kl(cam, fitted, self.form)
             total = total + self.form.iadm_weight * iadm
             terms["iadm"] = iadm.detach()
 
         # L_AIS: the masked feature is to tell the descriptions apart as the teacher does
         if self.ais_weight:
-            ais = self.ais(pooled, batch)
+            with span("losses"):
+                ais = self.ais(pooled, batch)
             total = total + self.ais_weight * self.warmup() * ais
             terms["ais"] = ais.detach()
 
