@@ -77,7 +77,7 @@ def test_a_view_is_what_torchvision_makes_of_its_values(images):
     (batch,) = loader.batches(1, 2)
     epoch, index = batch_at(3, 1, 13, 4)
     for view, got in ((0, batch.x_q), (1, batch.x_k)):
-        values = view_values(3, epoch, index, view, images.sizes[index])
+        values = view_values(3, epoch, index, view, images.sizes[index], SIDE)
         for b, i in enumerate(index):
             expected = execute_view(images.read(i), values, b, SIDE)
             expected = T.functional.normalize(T.functional.to_tensor(expected), IMAGENET_MEAN, IMAGENET_STD)

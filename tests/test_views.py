@@ -134,3 +134,10 @@ def test_centre_geometry_is_torchvisions():
         top, left = views.centre_crop(views.resized(size, 64), 56)
         assert torch.equal(T.functional.center_crop(small, [56, 56]), small[:, top : top + 56, left : left + 56])
     assert views.clean_resize(224) == 256
+
+
+def test_blur_shrinks_with_the_view():
+    index, sizes = np.arange(50), np.full((50, 2), 300, np.int32)
+    full, small = view_values(0, 0, index, 0, sizes), view_values(0, 0, index, 0, sizes, 56)
+    np.testing.assert_allclose(small.blur_sigma, full.blur_sigma / 4, rtol=1e-6)
+    assert all(np.array_equal(a, b) for a, b in zip(full[:-1], small[:-1], strict=True))

@@ -97,7 +97,7 @@ class DaliLoader:
     def _values(self, step: int) -> tuple[np.ndarray, tuple[ViewValues, ViewValues]]:
         epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size)
         sizes = self._images.sizes[index]
-        query, key = (view_values(self._cfg.seed, epoch, index, view, sizes) for view in (0, 1))
+        query, key = (view_values(self._cfg.seed, epoch, index, view, sizes, self._cfg.data.image_size) for view in (0, 1))
         return index, (query, key)
 
     def _colour_on_cpu(self, outputs: list[Tensor], values: tuple[ViewValues, ViewValues]) -> list[Tensor]:

@@ -133,7 +133,7 @@ class _StepDataset(Dataset):
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size)
         sizes = self.images.sizes[index]
-        values = [view_values(self.seed, epoch, index, view, sizes) for view in (0, 1)]
+        values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
         shape = (3 if self.with_original else 2, len(index), self.side, self.side, 3)
         pixels = np.empty(shape, np.uint8)
         for b, i in enumerate(index.tolist()):

@@ -21,6 +21,8 @@ JITTER = (0.4, 0.4, 0.4, 0.1)
 GREY_PROBABILITY = 0.2
 BLUR_PROBABILITY = 0.5
 BLUR_SIGMA = (0.1, 2.0)
+"""Pixels of a view of ``BLUR_SIDE``; a smaller view is blurred as much less, or its details would be gone."""
+BLUR_SIDE = 224
 FLIP_PROBABILITY = 0.5
 
 ORDER_STREAM = 0xFFFFFFFF
@@ -72,11 +74,16 @@ def seed_key(seed: int) -> tuple[int, int]:
 
 
 def view_values(
-    seed: int, epoch: int, index: npt.NDArray[np.int64], view: Literal[0, 1], sizes: npt.NDArray[np.int32]
+    seed: int,
+    epoch: int,
+    index: npt.NDArray[np.int64],
+    view: Literal[0, 1],
+    sizes: npt.NDArray[np.int32],
+    side: int = BLUR_SIDE,
 ) -> ViewValues:
     """Values of one view (0 query, 1 key) of the images at positions ``index`` [B] of the training list.
 
-    sizes: [B, 2] height and width of these images, upright. Image b's values depend on b's own index and size only.
+    sizes: [B, 2] height and width of these images, upright; side: of the view, in pixels. Image b's values depend on b's own index and size only.
     """
     index = np.asarray(index)
     counter = np.empty((_BLOCKS, len(index), 4), np.uint32)
@@ -90,7 +97,7 @@ def view_values(
     jitter = coins[:, 0] < JITTER_PROBABILITY
     centre = np.array([1.0, 1.0, 1.0, 0.0])
     factors = np.where(jitter[:, None], centre + np.array(JITTER) * (2 * colour - 1), centre)
-    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * rest[:, 0]
+    sigma = (BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * rest[:, 0]) * (side / BLUR_SIDE)
     return ViewValues(
         crop=_random_resized_crop(uniform[:CROP_TRIES], np.asarray(sizes, np.int64)),
         flip=coins[:, 3] < FLIP_PROBABILITY,
