@@ -19,6 +19,7 @@ from ppssl import PPSSL, Batch, MoCo
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
 from ppssl.ppssl import FORMS
+from ppssl.teacher import Teacher
 
 DIM, QUEUE = 16, 64
 
@@ -109,6 +110,13 @@ def test_bf16_changes_no_pass() -> None:
     if not precision.cpu_has_bf16():
         pytest.skip("this CPU has no native bf16, so amp is float32 here")
     assert count_convolutions(build_ppssl("resnet18_w8", "published"), amp="bf16") == {"forward": 40, DATA: 20, BOTH: 19, WEIGHT: 1}
+
+
+def test_the_teacher_that_looks_at_the_view_is_part_of_the_graph() -> None:
+    visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5))
+    teacher = Teacher(visual, torch.randn(8, 5), logit_scale=10.0, image_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    counts = count_convolutions(build_ppssl("resnet18_w8", "published", embed=teacher.embed))
+    assert counts == {"forward": 40, DATA: 20, BOTH: 19, WEIGHT: 1}
 
 
 def run(method: Method, steps: int, **options) -> tuple[list[float], dict[str, torch.Tensor], Step]:
