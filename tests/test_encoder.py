@@ -126,7 +126,7 @@ def test_grouped_mask_branch_normalises_by_part_and_scales_over_all() -> None:
 
 def test_feature_net_gives_unit_rows_and_its_weights_round_trip() -> None:
     torch.manual_seed(0)
-    images = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, 3, 64, 64)
     for masked in (False, True):
         net, other = (
             FeatureNet(t := Trunk("resnet18_w8_s16"), MaskBranch(t.channels, 4, minmax="image") if masked else None).eval()
