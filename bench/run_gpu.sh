@@ -2,10 +2,10 @@
 # Everything that a GPU can prove, in stages of under nine minutes each.
 #
 #   bench/run_gpu.sh             all stages
-#   bench/run_gpu.sh --stage N   one of: 1 correctness, 2 sweep, 3 op benchmarks, 4 whole step,
-#                                5 data path and retrieval
+#   bench/run_gpu.sh --stage N   one of: 1 correctness, 2 sweep, 3 op benchmarks, 4 whole step with the teacher cached,
+#                                5 the teacher on the view, 6 moco, 7 data path and retrieval
 #
-# Stages 3 to 5 leave bench/results/<gpu>/<date>_<commit>.json; send that file. Stage 2 may change kernels/configs.json:
+# Stages 3 to 7 leave bench/results/<gpu>/<date>_<commit>.json; send that file. Stage 2 may change kernels/configs.json:
 # run `python -m kernels.aot --update` and stage 1 again before committing it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,13 +28,16 @@ stage_3() {
   python bench/summary.py collect "$raw/ops.json"
   return $status
 }
-stage_4() {
+step() { # selection: each holds one cold compile, or two
   local status=0
-  $limit python -m pytest -q bench/bench_step.py --benchmark-only --benchmark-json="$raw/step.json" || status=$?
+  $limit python -m pytest -q bench/bench_step.py --benchmark-only -k "$1" --benchmark-json="$raw/step.json" || status=$?
   python bench/summary.py collect "$raw/step.json"
   return $status
 }
-stage_5() {
+stage_4() { step "not moco and not view"; }
+stage_5() { step "view"; }
+stage_6() { step "moco"; }
+stage_7() {
   local status=0
   $limit python -m pytest -q bench/bench_data.py bench/bench_retrieval.py --benchmark-only \
     --benchmark-json="$raw/engine.json" || status=$?
@@ -44,7 +47,7 @@ stage_5() {
 
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "needs torch and a CUDA GPU" >&2; exit 2; }
 case "${1:-}" in
-  "") for stage in 1 2 3 4 5; do echo "stage $stage"; "stage_$stage"; done ;;
-  --stage) [[ "${2:-}" =~ ^[1-5]$ ]] || { echo "--stage takes 1 to 5, got '${2:-}'" >&2; exit 2; }; "stage_$2" ;;
+  "") for stage in 1 2 3 4 5 6 7; do echo "stage $stage"; "stage_$stage"; done ;;
+  --stage) [[ "${2:-}" =~ ^[1-7]$ ]] || { echo "--stage takes 1 to 7, got '${2:-}'" >&2; exit 2; }; "stage_$2" ;;
   *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
