@@ -1,7 +1,7 @@
-"""How the demo world is drawn: scenes, birds built from parts, members of seven other categories, light and occluders.
+"""How a bird of the demo world is drawn from the build of its genus and the parts of its species.
 
-Everything here is a pure function of a random generator and a description of what to draw. Lengths inside a figure are in
-units of the figure's scale, x points forward, y points down; images are drawn ``SUPERSAMPLE`` times too large and reduced.
+Lengths are in units of the figure's scale, x points forward, y points down. Nothing here is random but ``random_pose``.
+Images are drawn ``SUPERSAMPLE`` times too large and reduced at the end.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
     return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
-def ellipse(
-    x: float, y: float, a: float, b: float, angle: float = 0.0, start: float = 0.0, stop: float = 2 * np.pi
-) -> np.ndarray:
+def ellipse(x: float, y: float, a: float, b: float, angle: float = 0.0, start: float = 0.0, stop: float = 2 * np.pi) -> np.ndarray:
     """Outline of an ellipse (or of the sector ``start..stop``) with half axes a and b, turned by ``angle`` radians: [28, 2]."""
     t = np.linspace(start, stop, 28)
     u, v = a * np.cos(t), b * np.sin(t)
@@ -72,9 +70,7 @@ class Brush:
         self.pen.polygon(self.place(points), fill=shade(colour, 1.0))
 
     def line(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float], width: float) -> None:
-        self.pen.line(
-            self.place(points), fill=shade(colour, 1.0), width=max(1, round(width * self.scale)), joint="curve"
-        )
+        self.pen.line(self.place(points), fill=shade(colour, 1.0), width=max(1, round(width * self.scale)), joint="curve")
 
     def clipped(self, outline: np.ndarray, paint: Callable[[Brush], None]) -> None:
         """Run ``paint`` so that it only touches the inside of ``outline``."""
@@ -107,8 +103,8 @@ class Plan:
     legs: float = 0.25
     wing: tuple[float, float] = (0.62, 0.26)
     accent: str = "cream"
-    coat: str = "plain"
-    """Pattern of the whole genus: plain, streaked, spotted, barred, scaled."""
+    coat: str = "barred"
+    """Pattern of the body, as broad as blurred views can bear: see :func:`_coat`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Pose:
 
 
 def random_pose(rng: np.random.Generator, size: int) -> Pose:
-    """A pose whose figure stays inside the image, though rarely at its centre."""
+    """A pose rarely at the centre of an image of ``size`` pixels; a beak or tail may reach beyond its border."""
     return Pose(
         scale=rng.uniform(0.38, 0.5) * size,
         angle=np.deg2rad(rng.uniform(-14, 14)),
@@ -141,9 +137,7 @@ def random_pose(rng: np.random.Generator, size: int) -> Pose:
     )
 
 
-def _coat(
-    brush: Brush, outline: np.ndarray, axis: float, half: tuple[float, float], kind: str, dark: Sequence[float]
-) -> None:
+def _coat(brush: Brush, outline: np.ndarray, axis: float, half: tuple[float, float], kind: str, dark: Sequence[float]) -> None:
     """Fill ``outline`` (around zero, half axes ``half``, turned by ``axis``) with a plumage pattern."""
     a, b = half
 
@@ -186,13 +180,14 @@ def _coat(
             layer.polygon(turned([(-2 * a, -2 * b), (2 * a, -2 * b), (2 * a, 0), (-2 * a, 0)], axis), dark)
         elif kind == "pied":
             layer.polygon(turned([(-2 * a, -2 * b), (0.05 * a, -2 * b), (0.05 * a, 2 * b), (-2 * a, 2 * b)], axis), dark)
+        else:
+            raise ValueError(f"unknown coat {kind!r}")
 
-    if kind != "plain":
-        brush.clipped(outline, paint)
+    brush.clipped(outline, paint)
 
 
-def _beak(kind: str, r: float, n: float) -> list[np.ndarray]:
-    """Outlines of a beak of length ``n`` on a head of radius ``r`` centred at zero: the beak and its lower half."""
+def _beak(kind: str, r: float, n: float) -> np.ndarray:
+    """Outline of a beak of length ``n`` on a head of radius ``r`` centred at zero."""
     shapes = {
         "cone": [(r * 0.7, -0.14), (r * 0.9 + n, 0.03), (r * 0.7, 0.15)],
         "thin": [(r * 0.8, -0.05), (r * 0.9 + n, 0.02), (r * 0.8, 0.07)],
@@ -217,7 +212,7 @@ def _beak(kind: str, r: float, n: float) -> list[np.ndarray]:
     }
     if kind not in shapes:
         raise ValueError(f"unknown beak {kind!r}; known: {', '.join(shapes)}")
-    return [np.asarray(shapes[kind])]
+    return np.asarray(shapes[kind])
 
 
 def _tail(kind: str, n: float) -> np.ndarray:
@@ -253,8 +248,6 @@ PARTS = (
     "belly",
     "tailtip",
     "tailbars",
-    "beak",
-    "spots",
     "breastband",
 )
 
@@ -264,9 +257,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     if unknown := parts.difference(PARTS):
         raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
     brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
-    crown, base, cover = (
-        tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in HEAD_BODY_WING
-    )
+    crown, base, cover = (tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in HEAD_BODY_WING)
     accent = shade(ACCENTS[plan.accent], 0.55 + 0.45 * pose.light)
     dark, darker, pale = shade(cover, 0.8), shade(base, 0.5), mix(base, (235, 225, 205), 0.55)
     tilt = -np.deg2rad(plan.tilt)
@@ -291,9 +282,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     def tail_marks(layer: Brush) -> None:
         n = plan.tail_length
         if "tailtip" in parts:
-            layer.polygon(
-                turned([(-n * 0.66, -0.5), (-n * 1.2, -0.5), (-n * 1.2, 0.5), (-n * 0.66, 0.5)], axis, root), accent
-            )
+            layer.polygon(turned([(-n * 0.66, -0.5), (-n * 1.2, -0.5), (-n * 1.2, 0.5), (-n * 0.66, 0.5)], axis, root), accent)
         if "tailbars" in parts:
             for u in np.arange(0.22, n * 1.1, 0.2):
                 layer.polygon(turned([(-u, -0.5), (-u - 0.1, -0.5), (-u - 0.1, 0.5), (-u, 0.5)], axis, root), accent)
@@ -316,10 +305,6 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
             layer.polygon(turned(ellipse(0.0, b * 0.75, a * 0.72, b * 0.6), tilt), accent)
         if "breastband" in parts:
             layer.line(turned([(a * 0.42, -b * 1.2), (a * 0.58, 0), (a * 0.42, b * 1.2)], tilt), accent, 0.16)
-        if "spots" in parts:
-            for i, v in enumerate(np.linspace(0.0, b, 4)):
-                for u in np.linspace(-a * 0.7, a, 7) + (i % 2) * a * 0.14:
-                    layer.polygon(turned(ellipse(u, v, 0.062, 0.062), tilt), INK)
 
     brush.clipped(body, body_marks)
     # wing
@@ -353,11 +338,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     if "crest" in parts:
         spikes = [(-0.75, -0.45), (-1.9, -1.25), (-0.75, -1.0), (-1.0, -2.0), (-0.1, -1.15), (0.1, -1.95), (0.7, -0.6)]
         brush.polygon(np.asarray(spikes) * r + head, accent)
-    beak = 1.85 if "beak" in parts else 1.0
-    for outline in _beak(plan.beak, r, plan.beak_length * beak):
-        if "beak" in parts:
-            outline = outline * (1, 1.35)
-        brush.polygon(outline + head, accent if "beak" in parts else (58, 52, 50))
+    brush.polygon(_beak(plan.beak, r, plan.beak_length) + head, (58, 52, 50))
     skull = ellipse(*head, r, r * 0.95)
     brush.polygon(skull, shade(crown, 1.06))
     eye = head + (r * 0.35, -r * 0.12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -62,9 +62,7 @@ def random_nuisance(rng: np.random.Generator) -> Nuisance:
     )
 
 
-def _leaf(
-    pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, colour: Colour, small: float, large: float
-) -> None:
+def _leaf(pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, colour: Colour, small: float, large: float) -> None:
     x, y = rng.uniform(0, size, 2)
     a = rng.uniform(small, large) * size
     outline = ellipse(x, y, a, a * rng.uniform(0.25, 0.6), rng.uniform(0, np.pi))
@@ -88,9 +86,7 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     near, far = PLACES[place]
     y = np.linspace(0, 1, small)[:, None, None]
     ground = np.array(far) * (1 - y) + np.array(near) * y + rng.normal(0, 1.5, 3)
-    noise = Image.fromarray((rng.random((10, 10)) * 255).astype(np.uint8)).resize(
-        (small, small), Image.Resampling.BICUBIC
-    )
+    noise = Image.fromarray((rng.random((10, 10)) * 255).astype(np.uint8)).resize((small, small), Image.Resampling.BICUBIC)
     ground = ground + (np.asarray(noise, float)[..., None] - 128) * 0.16
     image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
@@ -101,7 +97,7 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     if rng.random() < 0.2:
         pose = random_pose(rng, small)
         middle = small * (0.5 + rng.choice((-0.36, 0.36), 2) + rng.normal(0, 0.04, 2))
-        pose = Pose(**{**vars(pose), "scale": pose.scale * 0.4, "centre": tuple(middle)})
+        pose = replace(pose, scale=pose.scale * 0.4, centre=tuple(middle))
         draw_other(image, CATEGORIES[rng.integers(1, len(CATEGORIES))], pose, rng)
     image = image.filter(ImageFilter.GaussianBlur(small * 0.016))
     return image.resize((size, size), Image.Resampling.BICUBIC)
@@ -241,9 +237,7 @@ def draw_other(image: Image.Image, category: str, pose: Pose, rng: np.random.Gen
         count = int(rng.integers(5, 9))
         for i in range(count):
             t = 2 * np.pi * i / count
-            poly(
-                ellipse(0.42 * np.cos(t), -0.2 + 0.42 * np.sin(t), 0.34, 0.19, t), coat if i % 2 else shade(coat, 0.88)
-            )
+            poly(ellipse(0.42 * np.cos(t), -0.2 + 0.42 * np.sin(t), 0.34, 0.19, t), coat if i % 2 else shade(coat, 0.88))
         poly(ellipse(0, -0.2, 0.21, 0.21), mix(ACCENTS["gold"], dark, 0.3))
     elif category == "human":
         skin, swing = shade((206, 164, 132), rng.uniform(0.55, 1.1)), rng.uniform(0.1, 0.4)
@@ -263,5 +257,6 @@ def draw_category(category: str, rng: np.random.Generator, nuisance: Nuisance) -
     size = SIDE * SUPERSAMPLE
     scene = background(rng, nuisance.place, size)
     empty = scene.copy()
-    draw_other(scene, category, random_pose(rng, size), rng)
+    pose = random_pose(rng, size)
+    draw_other(scene, category, replace(pose, scale=pose.scale * 0.85), rng)
     return finish(scene, empty, nuisance, rng)
