@@ -257,6 +257,5 @@ def draw_category(category: str, rng: np.random.Generator, nuisance: Nuisance) -
     size = SIDE * SUPERSAMPLE
     scene = background(rng, nuisance.place, size)
     empty = scene.copy()
-    pose = random_pose(rng, size)
-    draw_other(scene, category, replace(pose, scale=pose.scale * 0.85), rng)
+    draw_other(scene, category, random_pose(rng, size), rng)
     return finish(scene, empty, nuisance, rng)
