@@ -83,7 +83,8 @@ def view_values(
 ) -> ViewValues:
     """Values of one view (0 query, 1 key) of the images at positions ``index`` [B] of the training list.
 
-    sizes: [B, 2] height and width of these images, upright; side: of the view, in pixels. Image b's values depend on b's own index and size only.
+    sizes: [B, 2] height and width of these images, upright; side: of the view, in pixels. Image b's values depend on b's own
+    index and size only.
     """
     index = np.asarray(index)
     counter = np.empty((_BLOCKS, len(index), 4), np.uint32)
