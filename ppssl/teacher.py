@@ -44,14 +44,11 @@ class Teacher(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, E] float32 unit rows; resized when they are not of the model's size."""
+        size = (self.image_size, self.image_size)
         with torch.no_grad():  # not the decorator: torch.compile cannot follow a decorated bound method
-            return self._embed(images)
-
-    def _embed(self, images: Tensor) -> Tensor:
-        if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
-        return F.normalize(self.visual(images).float(), dim=1)
+            if images.shape[-2:] != size:
+                images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
+            return F.normalize(self.visual(images).float(), dim=1)
 
     @classmethod
     def from_open_clip(cls, model: str, weights: str, descriptions: list[str]) -> Teacher:
