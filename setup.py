@@ -33,14 +33,20 @@ setup(
         "rich>=13.9",
         "tensorboard>=2.19",
         "matplotlib>=3.10",
+        "jinja2>=3.1",
+        "scikit-learn>=1.6",
     ],
     extras_require={
+        "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "report": ["umap-learn>=0.5.9"],  # the embedding map is t-SNE without it
         "test": [
             "pytest>=8.3",
             "pytest-benchmark>=5.1",
             "hypothesis>=6.120",
             "torchmetrics>=1.6",
-            "scikit-learn>=1.6",
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "onnxscript>=0.5",
             "ruff>=0.12",
             # the wheel test builds without isolation, so that it needs no network
             "setuptools>=70.1",
