@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from engine.evaluate import Retrieval, retrieval
+from engine.protocols.retrieval import Retrieval, retrieval
 
 ROUNDS = 9
 GUARDS = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text())["retrieval"]

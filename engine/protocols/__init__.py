@@ -1,0 +1,1 @@
+"""How features are judged: one protocol a file, each a function of features and labels."""
