@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from engine import checkpoint, weights
 from engine.config import Config, ConfigError, from_yaml
-from engine.data import birds, catalog
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog
+from engine.data.colour import Normalise
+from engine.data.torch_loader import clean_view
+from engine.data.views import clean_resize
 from engine.log import say
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
@@ -109,6 +114,29 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))
 
 
+@dataclass(frozen=True)
+class Transform:
+    """What evaluation does to an image: upright RGB, short side 256/224 of ``image_size``, centre crop, ImageNet normalisation."""
+
+    image_size: int
+
+    def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
+        """A PIL image or an image file -> [3, S, S] float32. Raises ``OSError`` or ``ValueError`` for a file that is no image."""
+        if isinstance(image, Image.Image):
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        else:
+            upright = catalog.read_image(Path(image))[0]
+        view = clean_view(upright, clean_resize(self.image_size), self.image_size, Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(view))
+        return Normalise(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]
+
+
 def load(folder: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
-    """The trained network of a run: ``engine.load(RUN)(images)`` maps [B, 3, S, S] normalised images to unit rows [B, C]."""
-    return load_run(folder, device).network
+    """The trained network of a run folder, in eval mode.
+
+    ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalised images to unit rows [B, C]; its ``transform`` makes one such
+    image [3, S, S] from a PIL image or a file, as evaluation does.
+    """
+    run = load_run(folder, device)
+    run.network.transform = Transform(run.config.data.image_size)
+    return run.network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -143,6 +144,20 @@ def read(out: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def commit() -> str | None:
+    """The commit of this source tree, with ``-dirty`` where files differ from it; None where it is no git clone."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package inside somebody else's repository
+        return None
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def rewind(out: Path, step: int) -> None:

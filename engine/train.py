@@ -207,13 +207,14 @@ def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.de
     return judge
 
 
-def environment(trainer: Trainer, device: torch.device) -> dict[str, str]:
+def environment(trainer: Trainer, device: torch.device) -> dict[str, str | None]:
     """What the run ran on, for its record."""
     import platform
 
     import torchvision
 
     return {
+        "commit": log.commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +252,9 @@ def group_batch_norm(module: nn.Module, groups: int) -> nn.Module:
 class FeatureNet(nn.Module):
     """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside torchvision's trunk names."""
 
+    transform: Callable[[Any], Tensor] | None = None
+    """A PIL image or an image file -> [3, S, S], the input it was trained for; set by whoever knows that (``engine.load``)."""
+
     def __init__(self, trunk: nn.Module, mask: MaskBranch | None = None):
         super().__init__()
         self.trunk, self.mask = trunk, mask
@@ -260,6 +264,22 @@ class FeatureNet(nn.Module):
         feature = self.trunk(images)
         pooled = global_average_pool(feature) if self.mask is None else self.mask(feature).pooled
         return F.normalize(pooled.float(), dim=1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The call without gradients, on the network's device: [B, 3, S, S] normalised images -> unit rows [B, C] float32.
+
+        Raises ``ValueError`` for anything else, or in training mode, in which features depend on the batch and move its statistics.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                f"features: expected normalised images [B, 3, S, S], got {given}; for PIL images or files: "
+                f"torch.stack([network.transform(image) for image in images]), with network = engine.load(RUN)"
+            )
+        if self.training:
+            raise ValueError("features: the network is in training mode; call its eval() first")
+        return self(images.to(next(self.parameters()).device))
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by exchange name: the trunk's under torchvision's names, the branch's under ``mask.``."""
