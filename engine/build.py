@@ -50,13 +50,21 @@ def resolve(cfg: Config, device: torch.device) -> Config:
 
 
 def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
-    """The checked image lists of ``data.name`` under ``data.root``; the demo world is drawn there first if it is missing."""
+    """The checked image lists of ``data.name`` under ``data.root``; the demo world is drawn there first if it is missing
+    or of another version."""
     if cfg.data.root is None:
         raise ValueError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
-    if cfg.data.name == "birds" and not (root / "images.txt").is_file():
+    if cfg.data.name == "birds" and birds.is_missing(root):
         birds.ensure(root, progress=progress)
-    return catalog.load(cfg.data.name, root, workers=cfg.data.workers, cache_dir=cache_dir, progress=progress)
+    return catalog.load(
+        cfg.data.name,
+        root,
+        crop_banner=cfg.data.crop_banner,
+        workers=cfg.data.workers,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
 
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:

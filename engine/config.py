@@ -184,6 +184,8 @@ class DataConfig:
     """Colour jitter by torchvision's formulas (parity) or by DALI's own operators (dali)."""
     image_size: int = 224
     """Side of a view in pixels."""
+    crop_banner: bool = False
+    """Cut the photographer's banner, 20 rows, off the bottom of FGVC-Aircraft's images; published results mostly keep it."""
     workers: int | None = None
     """Loader threads or processes; null takes the machine's cores."""
 
@@ -473,6 +475,8 @@ def validate(config: Config) -> None:
         refuse("ais.warmup", "must be in [0, 1]: it is a share of the run")
     if config.seed >= 2**63:
         refuse("seed", "must be below 2**63")
+    if config.data.crop_banner and config.data.name != "aircraft":
+        refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if not config.iadm.sources or len(set(config.iadm.sources)) < len(config.iadm.sources):
         refuse("iadm.sources", f"must name at least one of {expected_type(key_types()['iadm.sources'])}, each once")
     if not config.eval.protocols:

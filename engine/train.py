@@ -99,7 +99,7 @@ def dry_run(cfg: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = build.resolve(cfg, device)
     with tempfile.TemporaryDirectory() as scratch:
-        if cfg.data.name == "birds" and not (Path(cfg.data.root or ".") / "images.txt").is_file():
+        if cfg.data.name == "birds" and birds.is_missing(cfg.data.root or "."):
             cfg = replace(cfg, data=replace(cfg.data, root=str(Path(scratch) / "birds")))
             each = -(-cfg.batch_size // len(birds.SPECIES))
             birds.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)

@@ -83,6 +83,28 @@ def test_a_finished_world_is_left_alone_and_another_one_is_redrawn(tmp_path: Pat
     assert files(root) != before and json.loads((root / birds.STAMP).read_text())["seed"] == 2
 
 
+def test_a_world_of_another_version_is_kept_aside_and_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(birds, "_draw_all", lambda root, *_: (root / "images.txt").write_text("new"))
+    root = birds.ensure(tmp_path / "birds", progress=False)
+    assert not birds.is_missing(root) and birds.ensure(root) == root and [p.name for p in tmp_path.iterdir()] == ["birds"]
+
+    (root / "images.txt").write_text("old")
+    (root / birds.STAMP).write_text(json.dumps(birds._stamp(7, 1, 1)))  # another seed and size: somebody's choice
+    assert not birds.is_missing(root)
+    (root / birds.STAMP).write_text(json.dumps({"version": 1}))
+    assert birds.is_missing(root)
+    (tmp_path / "birds.1").mkdir()
+    birds.ensure(root, progress=False)
+    assert "drawn by version 1" in capsys.readouterr().err
+    assert (root / "images.txt").read_text() == "new" and (tmp_path / "birds.2/images.txt").read_text() == "old"
+
+    (root / birds.STAMP).unlink()  # anybody's set in the same layout
+    (root / "images.txt").write_text("mine")
+    assert not birds.is_missing(root)
+    (root / birds.STAMP).write_text("[]")
+    assert not birds.is_missing(root)
+
+
 def test_a_broken_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 

@@ -9,17 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from miniatures import picture
 from PIL import Image
 
 from engine.data import catalog
-from engine.data.catalog import BrokenFile, LayoutNotSupported, load, read_image, write_bad_files
-
-
-def picture(path: Path, size: tuple[int, int] = (20, 14), seed: int = 0, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(path, **options)
-    return path
+from engine.data.catalog import BrokenFile, load, read_image, write_bad_files
 
 
 def open_set(name: str, root: Path, **options):
@@ -33,142 +27,6 @@ def folder(tmp_path: Path) -> Path:
     for i, name in enumerate(names):
         picture(root / name, seed=i)
     return root
-
-
-@pytest.fixture
-def cub(tmp_path: Path) -> Path:
-    root = tmp_path / "cub"
-    names = ["001.Auk/Auk 1.jpg", "001.Auk/Auk_2.jpg", "002.Bee_eater/b1.jpg", "002.Bee_eater/b2.jpg"]
-    for i, name in enumerate(names):
-        picture(root / "images" / name, seed=i)
-    (root / "images.txt").write_text("".join(f"{i} {n}\n" for i, n in enumerate(names, 1)))
-    (root / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n4 2\n")
-    (root / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n4 0\n")
-    (root / "classes.txt").write_text("1 001.Auk\n2 002.Bee_eater\n")
-    return root
-
-
-def test_folder_with_classes(folder):
-    train, test, bad = open_set("folder", folder)
-    assert train.names == ("train/a b/1.jpg", "train/a b/2.png", "train/größe/x.jpeg")
-    assert train.classes == test.classes == ("a b", "größe")
-    assert train.labels.dtype == np.int64 and train.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [0, 1]
-    assert train.sizes.dtype == np.int32 and train.sizes.tolist() == [[14, 20]] * 3
-    assert train.path(2) == folder / "train/größe/x.jpeg" and train.path(2).is_file() and len(train) == 3
-    assert train.plain.all() and bad == ()
-
-
-def test_val_is_the_test_split_where_there_is_no_test(folder):
-    (folder / "test").rename(folder / "val")
-    assert open_set("folder", folder).test.names == ("val/a b/3.jpg", "val/größe/y.JPG")
-
-
-@pytest.mark.parametrize("below", ["", "train"])
-def test_flat_folder_has_no_labels(tmp_path, below):
-    for name in ("b.jpg", "a.png", ".hidden.jpg"):
-        picture(tmp_path / below / name)
-    if not below:
-        picture(tmp_path / "deep/er/c.jpg")
-    train, test, _ = open_set("folder", tmp_path)
-    prefix = f"{below}/" if below else ""
-    assert train.names == (f"{prefix}a.png", f"{prefix}b.jpg", *(() if below else ("deep/er/c.jpg",)))
-    assert train.labels is None and train.classes == () and test is None
-
-
-def test_a_linked_folder_is_read_once_and_a_circle_ends(folder, tmp_path):
-    picture(tmp_path / "elsewhere/z.jpg")
-    (folder / "train/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "elsewhere")
-    train = open_set("folder", folder).train
-    assert [n for n in train.names if "linked" in n] == ["train/linked/z.jpg"]
-
-
-def test_cub(cub, recwarn):
-    train, test, bad = open_set("birds", cub)
-    assert train.names == ("images/001.Auk/Auk 1.jpg", "images/002.Bee_eater/b1.jpg")
-    assert test.names == ("images/001.Auk/Auk_2.jpg", "images/002.Bee_eater/b2.jpg")
-    assert train.labels.tolist() == test.labels.tolist() == [0, 1] and train.classes == ("001.Auk", "002.Bee_eater")
-    assert bad == () and not recwarn.list
-    (cub / "classes.txt").unlink()
-    assert open_set("birds", cub).train.classes == ("001.Auk", "002.Bee_eater")
-
-
-def test_other_counts_than_cubs_are_a_warning(cub):
-    with pytest.warns(UserWarning, match="5994.*found.*2"):
-        open_set("cub", cub)
-
-
-def test_the_folder_inside_the_archive_is_found(cub, tmp_path):
-    cub.rename(tmp_path / "CUB_200_2011")
-    assert len(open_set("birds", tmp_path).train) == 2
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "error", "match"),
-    [
-        ("images.txt", "b1.jpg", "gone.jpg", FileNotFoundError, r"images.txt names 002.Bee_eater/gone.jpg.*1 of 4"),
-        (
-            "images.txt",
-            "002.Bee_eater/b1.jpg",
-            "../../b1.jpg",
-            ValueError,
-            r"'../../b1.jpg' leads out of the data folder",
-        ),
-        (
-            "images.txt",
-            "002.Bee_eater/b1.jpg",
-            "/etc/b1.jpg",
-            ValueError,
-            r"'/etc/b1.jpg' leads out of the data folder",
-        ),
-        ("images.txt", "3 002.Bee_eater/b1.jpg", "3", ValueError, r"images.txt:3: '3' is not '<id> <value>'"),
-        ("images.txt", "3 ", "2 ", ValueError, r"images.txt:3: id 2 appears twice"),
-        (
-            "image_class_labels.txt",
-            "3 2\n",
-            "",
-            ValueError,
-            r"class_labels.txt: no line for image 3 \(002.Bee_eater/b1",
-        ),
-        ("image_class_labels.txt", "3 2", "3 two", ValueError, r"image 3 has class 'two'"),
-        ("train_test_split.txt", "3 1\n", "", ValueError, r"train_test_split.txt: no line for image 3"),
-        ("train_test_split.txt", "3 1", "3 2", ValueError, r"image 3 has '2'; expected 1 \(train\) or 0 \(test\)"),
-    ],
-)
-def test_a_wrong_list_is_named(cub, file, old, new, error, match):
-    text = (cub / file).read_text()
-    assert old in text
-    (cub / file).write_text(text.replace(old, new, 1))
-    with pytest.raises(error, match=match):
-        open_set("birds", cub)
-
-
-def test_missing_folders_and_wrong_layouts(cub, folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="data.root=.*nowhere is not a folder.*CUB_200_2011.tgz"):
-        open_set("cub", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="data.root is not set.*train/<class>"):
-        open_set("folder", None)
-    with pytest.raises(ValueError, match="has no images.txt, image_class_labels.txt, train_test_split.txt, images/"):
-        open_set("cub", folder)
-    (cub / "train_test_split.txt").unlink()
-    with pytest.raises(ValueError, match="has no train_test_split.txt; data.name=birds expects"):
-        open_set("birds", cub)
-    with pytest.raises(ValueError, match="data.name=cubs: unknown; known are birds, cub, cars"):
-        open_set("cubs", tmp_path)
-    (folder / "train").rename(folder / "training")
-    with pytest.raises(ValueError, match="has test/ but no train/"):
-        open_set("folder", folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no training files.*expected your own photos"):
-        open_set("folder", tmp_path / "empty")
-
-
-@pytest.mark.parametrize("name", ["cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs"])
-def test_a_known_set_without_reader_says_what_to_do(name, tmp_path):
-    with pytest.raises(LayoutNotSupported, match=f"data.name={name}: its reader is not part.*train/<class>"):
-        open_set(name, tmp_path)
-    with pytest.raises(FileNotFoundError, match="not part of this version.*train/<class>"):
-        open_set(name, tmp_path / "nowhere")
 
 
 def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
@@ -215,20 +73,6 @@ def test_only_bad_files_is_an_error_with_the_first_reason(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(ValueError, match=r"1 training files, none readable \(first: a.jpg: empty file"):
         open_set("folder", tmp_path)
-
-
-def test_an_empty_class_of_cub_is_named(cub):
-    with (cub / "classes.txt").open("a") as file:
-        file.write("3 003.Cuckoo\n")
-    (cub / "images/001.Auk/Auk 1.jpg").write_bytes(b"")
-    result = open_set("birds", cub)
-    assert result.train.classes == ("001.Auk", "002.Bee_eater", "003.Cuckoo") and result.train.labels.tolist() == [1]
-    assert [b.name for b in result.bad] == [
-        "images/001.Auk/Auk 1.jpg",
-        "train: class 001.Auk",
-        "train: class 003.Cuckoo",
-        "test: class 003.Cuckoo",
-    ]
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:

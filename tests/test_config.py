@@ -70,6 +70,7 @@ FROZEN = {
     "data.resident": "auto",
     "data.aug": "parity",
     "data.image_size": 224,
+    "data.crop_banner": False,
     "data.workers": None,
     "run.compile": "auto",
     "run.cuda_graph": "auto",

@@ -51,11 +51,12 @@ def test_a_dry_run_without_data_says_what_it_expects(name: str, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs"])
-def test_a_set_whose_reader_is_not_there_yet_says_which_layout_it_will_be(name: str, tmp_path, capsys):
+@pytest.mark.parametrize("name", PAPER)
+def test_an_empty_folder_is_told_what_to_unpack(name: str, tmp_path, capsys):
     assert main(["--cfg", name, "--dry-run", f"data.root={tmp_path}"]) == 1
     message = capsys.readouterr().err
-    assert f"data.name={name}" in message and "not part of this version" in message and "train/<class>" in message
+    assert f"data.root={tmp_path} has no " in message and f"data.name={name}" in message
+    assert f"-C {tmp_path}" in message or "unpack the archive" in message
 
 
 def test_folder_with_other_settings_is_still_one_recipe():

@@ -20,7 +20,7 @@ from engine.data.birds_drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random
 from engine.data.birds_scenes import Nuisance, background, finish, random_nuisance
 
 VERSION = 2
-"""Raised whenever the same seed draws another picture: a finished world of an older version is drawn again."""
+"""Raised whenever the same seed draws another picture: ``ensure`` moves a world of another version aside and draws it again."""
 
 STAMP = "birds.json"
 """The file that a finished world ends with: its version, seed and counts."""
@@ -139,10 +139,7 @@ def _stamp(seed: int, train_per_species: int, test_per_species: int) -> dict[str
 
 
 def _is_finished(root: Path, stamp: dict[str, int]) -> bool:
-    try:
-        return json.loads((root / STAMP).read_text()) == stamp
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
+    return _read_stamp(root) == stamp
 
 
 def generate(
@@ -193,8 +190,35 @@ def generate(
 
 
 def ensure(root: Path | str, *, seed: int = 0, workers: int = 2, progress: bool = True) -> Path:
-    """The demo world of ``seed`` in its standard size at ``root``, drawn unless it is already there."""
+    """The demo world of ``seed`` in its standard size at ``root``, drawn where there is none; a world that another version drew
+    is kept beside it under another name, and the log says so."""
+    root = Path(root)
+    if not is_missing(root):
+        return root
+    stamp = _read_stamp(root)
+    if stamp is not None:
+        from engine.log import say
+
+        number = next(n for n in range(1, 10**6) if not root.with_name(f"{root.name}.{n}").exists())
+        root.rename(root.with_name(f"{root.name}.{number}"))
+        say(f"{root} was drawn by version {stamp.get('version')} of the demo world, now it is {VERSION}: moved to {root}.{number}")
     return generate(root, seed, workers=workers, progress=progress)
+
+
+def is_missing(root: Path | str) -> bool:
+    """Whether ``ensure`` would draw: there is no list of images, or another version's. Seed and counts are the user's choice,
+    and so is a set in the same layout without our stamp."""
+    stamp = _read_stamp(Path(root))
+    return not Path(root, "images.txt").is_file() or (stamp is not None and stamp.get("version") != VERSION)
+
+
+def _read_stamp(root: Path) -> dict[str, int] | None:
+    """What a finished world says of itself; None without a stamp that can be read."""
+    try:
+        stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
 
 
 def _draw_all(root: Path, seed: int, counts: tuple[int, int], workers: int, progress: bool) -> None:

@@ -1,4 +1,4 @@
-"""From a data set's folder to its image lists: layouts are read, every file is decoded once, the result is cached.
+"""From a data set's folder to its image lists: every file that its layout lists is decoded once, the result is cached.
 
 Unreadable files leave the list here, before any order is drawn over it.
 """
@@ -8,64 +8,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from engine.data import layouts
+from engine.data.layouts.lists import BadFile, Split
+from engine.data.layouts.official import AIRCRAFT_BANNER
+
 MAX_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"}
 _ORIENTATION = 0x0112
 _CACHE_VERSION = 1
-_CUB_COUNTS = {"train": 5994, "test": 5794}
-
-_FOLDER_LAYOUT = (
-    "data.name=folder expects ROOT/train/<class>/*.jpg and, optionally, ROOT/test/<class>/*.jpg (or ROOT/val), "
-    "or a flat ROOT/*.jpg without labels"
-)
-_CUB_FILES = "images.txt, image_class_labels.txt, train_test_split.txt, images/<class>/*.jpg"
-_LAYOUTS = {
-    "birds": f"{_CUB_FILES} (the demo world draws them itself)",
-    "cub": f"the content of CUB_200_2011.tgz: {_CUB_FILES}",
-    "cars": "the content of car_ims and the devkit: cars_train/*.jpg, cars_test/*.jpg, devkit/cars_train_annos.mat, "
-    "devkit/cars_test_annos_withlabels.mat",
-    "aircraft": "the content of fgvc-aircraft-2013b.tar.gz: data/images/*.jpg, data/images_variant_trainval.txt, "
-    "data/images_variant_test.txt",
-    "nabirds": f"the content of nabirds.tar.gz: {_CUB_FILES}",
-    "flowers": "102flowers.tgz unpacked and two lists: jpg/*.jpg, imagelabels.mat, setid.mat",
-    "butterfly": "the content of Butterfly200's archives: images/<class>/*.jpg, Butterfly200_train_release.txt, "
-    "Butterfly200_val_release.txt, Butterfly200_test_release.txt",
-    "dogs": "the content of images.tar and lists.tar: Images/<class>/*.jpg, train_list.mat, test_list.mat",
-    "folder": "your own photos: train/<class>/*.jpg and optionally test/<class>/*.jpg or val/<class>/*.jpg, "
-    "or a flat folder without labels",
-}
-"""What the folder of every known set holds."""
-_CUB_LIKE = ("birds", "cub")
-
-
-class BadFile(NamedTuple):
-    """Something of the data set that could not be used."""
-
-    name: str
-    """Posix path relative to the root: a file, or the folder or name of a class."""
-    reason: str
 
 
 class BrokenFile(RuntimeError):
     """A file that was readable when the list was made and no longer is."""
-
-
-class LayoutNotSupported(NotImplementedError):
-    """A known data set whose reader is not part of this version."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +48,14 @@ class ImageList:
     """[N] position in ``classes``; None for a folder without labels."""
     classes: tuple[str, ...]
     sizes: npt.NDArray[np.int32]
-    """[N, 2] height and width in pixels after EXIF rotation."""
+    """[N, 2] height and width in pixels after EXIF rotation, without ``cut``."""
     plain: npt.NDArray[np.bool_]
     """[N] RGB or grey JPEG, or 8-bit PNG without palette: read alike by every decoder; all else is left to PIL."""
     fingerprint: str
-    """sha256 over names, byte sizes and modification times."""
+    """sha256 over names, byte sizes and modification times, and ``cut``."""
+    cut: int = 0
+    """Rows at the bottom of every file's upright picture that are no part of the image. A loader that opens files itself need
+    not know: its boxes count from the top left and lie within ``sizes``."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,8 +66,12 @@ class ImageList:
 
     def read(self, i: int) -> Image.Image:
         """Image ``i`` as upright 8-bit RGB. Raises BrokenFile naming it."""
+        height, width = self.sizes[i].tolist()
         try:
-            return read_image(self.path(i))[0]
+            image = read_image(self.path(i))[0]
+            if image.size != (width, height + self.cut):
+                raise ValueError(f"it has {image.width} x {image.height} pixels instead of {width} x {height + self.cut}")
+            return image.crop((0, 0, width, height)) if self.cut else image
         except (OSError, ValueError) as error:
             raise BrokenFile(
                 f"{self.path(i)}: unreadable now ({error}), but not when the list was made; "
@@ -109,22 +85,6 @@ class Catalog(NamedTuple):
     train: ImageList
     test: ImageList | None
     bad: tuple[BadFile, ...]
-
-
-class _Split(NamedTuple):
-    """What a layout says about one split, before any file was opened."""
-
-    names: list[str]
-    labels: list[int] | None
-    expected: dict[int, str]
-    """Classes that should have images here: label -> name for a message."""
-
-
-class _Layout(NamedTuple):
-    classes: tuple[str, ...]
-    train: _Split
-    test: _Split | None
-    bad: list[BadFile]
 
 
 class _Check(NamedTuple):
@@ -142,54 +102,49 @@ def load(
     name: str,
     root: str | Path | None,
     *,
+    crop_banner: bool = False,
     workers: int | None = None,
     cache_dir: Path | None = None,
     progress: bool = True,
 ) -> Catalog:
     """The image lists of the data set ``name`` unpacked at ``root``.
 
+    crop_banner: leave out the rows of FGVC-Aircraft's images that name the photographer.
     workers: decoding threads of the first check; None takes the machine's cores.
     cache_dir: where the check of every file is kept, by name, size and modification time; None writes nothing.
-    Raises FileNotFoundError for a missing folder or a listed file that is not there, ValueError for a wrong layout, an
-    unknown name or a set without any readable training image, LayoutNotSupported for a set this version has no reader
-    for.
+    Raises FileNotFoundError for what is missing, naming the archive that holds it; ValueError for a list that cannot be used, an
+    unknown name, ``crop_banner`` for another set, or a set without any readable training image.
     """
-    if name not in _LAYOUTS:
-        raise ValueError(f"data.name={name}: unknown; known are {', '.join(_LAYOUTS)}")
-    supported = name in _CUB_LIKE or name == "folder"
-    if root is None or not Path(root).is_dir():
-        where = "data.root is not set" if root is None else f"data.root={root} is not a folder"
-        more = "" if supported else f". The reader of {name} is not part of this version; {_FOLDER_LAYOUT}"
-        raise FileNotFoundError(f"{where}; data.name={name} expects there {_LAYOUTS[name]}{more}")
-    if not supported:
-        raise LayoutNotSupported(
-            f"data.name={name}: its reader is not part of this version (the layout will be {_LAYOUTS[name]}). "
-            f"Arrange the images as plain folders instead: {_FOLDER_LAYOUT}"
-        )
-    root = Path(root)
-    if name in _CUB_LIKE:
-        if not (root / "images.txt").is_file() and (root / "CUB_200_2011" / "images.txt").is_file():
-            root = root / "CUB_200_2011"
-        layout = _read_cub(root, name)
-    else:
-        layout = _read_folder(root)
-    splits = [split for split in (layout.train, layout.test) if split is not None]
-    checks = _check_files(name, root, [n for split in splits for n in split.names], workers, cache_dir, progress)
+    if crop_banner and name != "aircraft":
+        raise ValueError(f"data.crop_banner: only images of data.name=aircraft have a banner, not those of {name}")
+    layout = layouts.read(name, root)
+    checks = _check_files(name, layout, workers, cache_dir, progress)
     bad = list(layout.bad)
-    train = _finish(root, layout.classes, layout.train, checks, bad)
-    test = None if layout.test is None else _finish(root, layout.classes, layout.test, checks, bad)
+    cut = AIRCRAFT_BANNER if crop_banner else 0
+    train = _finish(layout, layout.train, checks, bad, cut)
+    test = None if layout.test is None else _finish(layout, layout.test, checks, bad, cut)
     if not len(train):
         listed = len(layout.train.names)
         found = f"{listed} training files, none readable" if listed else "no training files"
         first = f" (first: {bad[0].name}: {bad[0].reason})" if bad else ""
-        raise ValueError(f"data.root={root}: {found}{first}; expected {_LAYOUTS[name]}")
+        raise ValueError(f"data.root={root}: {found}{first}; expected {layouts.expected(name)}")
     return Catalog(train, test, tuple(bad))
 
 
 def write_bad_files(catalog: Catalog, path: Path) -> None:
-    """One line ``name<TAB>reason`` for each file or class that was left out; an empty file says that all were used."""
-    lines = (f"{_printable(name)}\t{_printable(reason)}\n" for name, reason in catalog.bad)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    """One line ``name<TAB>reason`` for each file or class that was left out; an empty file says that all were used. What would
+    break a line is escaped as in Python, and so is a backslash."""
+    from engine.checkpoint import write_atomically
+
+    lines = (f"{printable(name)}\t{printable(reason)}\n" for name, reason in catalog.bad)
+    text = "".join(lines)
+    write_atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def printable(text: str) -> str:
+    """``text`` on one line: a file name may hold line feeds, control characters and bytes that are no text."""
+    escaped = text.replace("\\", "\\\\")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in escaped)
 
 
 def read_image(path: Path) -> tuple[Image.Image, bool]:
@@ -246,57 +201,71 @@ def _too_large(width: int, height: int) -> str:
     return f"header says {width} x {height} pixels, more than {MAX_PIXELS}"
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def _check_files(
-    name: str, root: Path, names: list[str], workers: int | None, cache_dir: Path | None, progress: bool
+    name: str, layout: layouts.Layout, workers: int | None, cache_dir: Path | None, progress: bool
 ) -> dict[str, _Check]:
-    """Size and readability of every file; one that the cache knows by byte size and modification time is not opened."""
+    """Size and readability of every listed file; one that the cache knows by byte size and modification time is not opened.
+
+    Raises FileNotFoundError where files are missing.
+    """
+    root = layout.root
     cache = None
     known: dict[str, list] = {}
     if cache_dir is not None:
-        key = hashlib.sha256(f"{name}\0{root.resolve()}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        key = hashlib.sha256(os.fsencode(f"{name}\0{root.resolve()}")).hexdigest()[:16]
         cache = Path(cache_dir) / f"catalog-{name}-{key}.json"
         known = _read_cache(cache)
     checks: dict[str, _Check] = {}
     todo: list[tuple[str, os.stat_result]] = []
-    for n in names:
-        stat = os.stat(root / n)
-        seen = known.get(n)
-        if seen is not None and seen[:2] == [stat.st_size, stat.st_mtime_ns]:
-            checks[n] = _Check(*seen)
+    absent: list[str] = []
+    for n in layout.train.names + ([] if layout.test is None else layout.test.names):
+        try:
+            found = os.stat(root / n)
+        except (FileNotFoundError, NotADirectoryError):
+            absent.append(n)
+            continue
+        except OSError as error:  # a link to itself, a name that is too long, no permission
+            checks[n] = _Check(0, 0, 0, 0, False, error.strerror)
+            continue
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block whoever opens it
+            checks[n] = _Check(0, 0, 0, 0, False, "not a regular file")
+        elif n in known and known[n][:2] == [found.st_size, found.st_mtime_ns]:
+            checks[n] = _Check(*known[n])
         else:
-            todo.append((n, stat))
+            todo.append((n, found))
+    if absent:
+        listed = len(absent) + len(checks) + len(todo)
+        raise FileNotFoundError(
+            f"data.root={root}: {absent[0]} is listed but not there ({len(absent)} of {listed} files missing); "
+            f"{layouts.remedy(name, root, absent[0])}"
+        )
     if not todo:
         return checks
 
     def check(item: tuple[str, os.stat_result]) -> tuple[str, _Check]:
-        n, stat = item
+        n, found = item
         try:
             image, plain = read_image(root / n)
         except (OSError, ValueError) as error:
             reason = str(error) or type(error).__name__
-            return n, _Check(stat.st_size, stat.st_mtime_ns, 0, 0, False, reason)
-        return n, _Check(stat.st_size, stat.st_mtime_ns, image.height, image.width, plain, None)
+            return n, _Check(found.st_size, found.st_mtime_ns, 0, 0, False, reason)
+        return n, _Check(found.st_size, found.st_mtime_ns, image.height, image.width, plain, None)
 
     from engine.data import cores
 
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:  # PIL decodes without the GIL
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; what matters becomes a reason
-        checks.update(_with_progress(pool.map(check, todo), len(todo), f"checking {name}", progress))
+        checks.update(with_progress(pool.map(check, todo), len(todo), f"checking {name}", progress))
     if cache is not None:
         try:
             _write_cache(cache, {**known, **{n: list(checks[n]) for n, _ in todo}})
         except OSError as error:
-            warnings.warn(
-                f"the check of {root} could not be kept in {cache} ({error}); it will be repeated", stacklevel=3
-            )
+            warnings.warn(f"the check of {root} could not be kept in {cache} ({error}); it will be repeated", stacklevel=3)
     return checks
 
 
-def _with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:
+def with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:
+    """``items`` with a progress bar on the terminal, if ``show``."""
     if not show:
         return items
     from rich.console import Console
@@ -306,29 +275,36 @@ def _with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterab
 
 
 def _read_cache(path: Path) -> dict[str, list]:
-    """{} for a cache that is missing, damaged or of another version: it only saves time."""
+    """{} for a cache that is missing, damaged or of another version: it only saves time. A row that is none is passed over."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["files"] if content["version"] == _CACHE_VERSION else {}
-        return {n: row for n, row in files.items() if len(row) == len(_Check._fields)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {n: row for n, row in files.items() if _is_row(row)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
+def _is_row(row: list) -> bool:
+    kinds = [type(value) for value in row]
+    if kinds[:5] != [int, int, int, int, bool] or kinds[5:] not in ([NoneType], [str]):
+        return False
+    return 0 <= min(row[2:4]) <= max(row[2:4]) <= MAX_PIXELS
+
+
 def _write_cache(path: Path, files: dict[str, list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"version": _CACHE_VERSION, "files": files}), encoding="utf-8")
-    os.replace(temporary, path)
+    from engine.checkpoint import write_atomically
+
+    text = json.dumps({"version": _CACHE_VERSION, "files": files})
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _finish(
-    root: Path, classes: tuple[str, ...], split: _Split, checks: dict[str, _Check], bad: list[BadFile]
-) -> ImageList:
+def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad: list[BadFile], cut: int) -> ImageList:
     """Drops unreadable files; what was dropped, and classes left without an image, are added to ``bad``."""
     keep = []
     for i, n in enumerate(split.names):
         reason = checks[n].reason
+        if reason is None and checks[n].height <= cut:
+            reason = f"only {checks[n].height} rows high, {cut} of which data.crop_banner takes away"
         if reason is None:
             keep.append(i)
         else:
@@ -343,148 +319,16 @@ def _finish(
             if label not in present
         )
     used = [checks[n] for n in names]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"cut {cut}\n".encode() if cut else b"")
     for n, c in zip(names, used, strict=True):
-        digest.update(f"{n}\0{c.size}\0{c.mtime}\n".encode("utf-8", "surrogateescape"))
+        digest.update(os.fsencode(f"{n}\0{c.size}\0{c.mtime}\n"))
     return ImageList(
-        root=root,
+        root=layout.root,
         names=names,
         labels=labels,
-        classes=classes,
-        sizes=np.array([(c.height, c.width) for c in used], np.int32).reshape(-1, 2),
+        classes=layout.classes,
+        sizes=np.array([(c.height - cut, c.width) for c in used], np.int32).reshape(-1, 2),
         plain=np.array([c.plain for c in used], bool),
         fingerprint=digest.hexdigest(),
+        cut=cut,
     )
-
-
-def _read_cub(root: Path, name: str) -> _Layout:
-    """CUB-200-2011's own lists; every line is ``<image id> <value>``."""
-    lists = {n: root / n for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt")}
-    missing = [n for n, path in lists.items() if not path.is_file()]
-    missing += [] if (root / "images").is_dir() else ["images/"]
-    if missing:
-        raise ValueError(f"data.root={root} has no {', '.join(missing)}; data.name={name} expects {_LAYOUTS[name]}")
-    images, labels, split = (_read_pairs(path) for path in lists.values())
-    for path, column in zip(list(lists.values())[1:], (labels, split), strict=True):
-        without = [i for i in images if i not in column]
-        if without:
-            raise ValueError(f"{path}: no line for image {without[0]} ({images[without[0]]}), which images.txt lists")
-    for i, value in split.items():
-        if value not in ("0", "1"):
-            where = lists["train_test_split.txt"]
-            raise ValueError(f"{where}: image {i} has {value!r}; expected 1 (train) or 0 (test)")
-    for i, value in labels.items():
-        if not value.isdecimal():
-            raise ValueError(f"{lists['image_class_labels.txt']}: image {i} has class {value!r}; expected a number")
-    absent = [n for n in images.values() if not (root / "images" / _inside(n, lists["images.txt"])).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{lists['images.txt']} names {absent[0]}, which is not in {root / 'images'} "
-            f"({len(absent)} of {len(images)} files missing); unpack the archive again"
-        )
-    named = _read_pairs(root / "classes.txt") if (root / "classes.txt").is_file() else {}
-    ids = sorted({int(v) for v in labels.values()} | {int(i) for i in named if i.isdecimal()})
-    position = {class_id: p for p, class_id in enumerate(ids)}
-    first_folder = {int(labels[i]): PurePosixPath(n).parent.name for i, n in reversed(images.items())}
-    classes = tuple(named.get(str(c)) or first_folder.get(c) or str(c) for c in ids)
-
-    def part(flag: str, text: str) -> _Split:
-        chosen = [i for i in images if split[i] == flag]
-        expected = {p: f"{text}: class {classes[p]}" for p in range(len(classes))}
-        return _Split([f"images/{images[i]}" for i in chosen], [position[int(labels[i])] for i in chosen], expected)
-
-    train, test = part("1", "train"), part("0", "test")
-    found = {"train": len(train.names), "test": len(test.names)}
-    if name == "cub" and found != _CUB_COUNTS:
-        warnings.warn(f"{root}: CUB-200-2011 has {_CUB_COUNTS} images, found {found}", stacklevel=3)
-    return _Layout(classes, train, test if test.names else None, [])
-
-
-def _read_pairs(path: Path) -> dict[str, str]:
-    """``id value`` lines; the value may hold spaces. Raises ValueError naming file and line."""
-    pairs: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
-        if not line.strip():
-            continue
-        key, _, value = line.strip().partition(" ")
-        if not value:
-            raise ValueError(f"{path}:{number}: {line!r} is not '<id> <value>'")
-        if key in pairs:
-            raise ValueError(f"{path}:{number}: id {key} appears twice")
-        pairs[key] = value.strip()
-    return pairs
-
-
-def _inside(name: str, where: Path) -> str:
-    """``name`` when it stays below its folder. Raises ValueError for an absolute path or one with ``..``."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{where}: {name!r} leads out of the data folder; only relative paths below it are read")
-    return name
-
-
-def _read_folder(root: Path) -> _Layout:
-    """``train/<class>/…`` with an optional ``test`` or ``val``, or images anywhere below ``root`` without labels."""
-    bad: list[BadFile] = []
-    held_out = next((root / n for n in ("test", "val") if (root / n).is_dir()), None)
-    if not (root / "train").is_dir():
-        if held_out is not None:
-            raise ValueError(f"data.root={root} has {held_out.name}/ but no train/; {_FOLDER_LAYOUT}")
-        return _Layout((), _Split(_image_names(root, root, bad), None, {}), None, bad)
-    train_classes = _class_folders(root / "train")
-    test_classes = [] if held_out is None else _class_folders(held_out)
-    if not train_classes:
-        train = _Split(_image_names(root / "train", root, bad), None, {})
-        if test_classes:
-            raise ValueError(
-                f"data.root={root}: {held_out.name}/ has class folders but train/ has none; {_FOLDER_LAYOUT}"
-            )
-        return _Layout((), train, None, bad)
-    classes = tuple(sorted({*train_classes, *test_classes}))
-    position = {c: p for p, c in enumerate(classes)}
-
-    def part(folder: Path, folders: list[str]) -> _Split:
-        names: list[str] = []
-        labels: list[int] = []
-        for entry in sorted(folder.iterdir()):
-            if entry.is_file() and not entry.name.startswith("."):
-                bad.append(BadFile(f"{folder.name}/{entry.name}", "lies beside the class folders, so it has no class"))
-        for c in folders:
-            found = _image_names(folder / c, root, bad)
-            names += found
-            labels += [position[c]] * len(found)
-        return _Split(names, labels, {position[c]: f"{folder.name}/{c}" for c in folders})
-
-    train = part(root / "train", train_classes)
-    test = part(held_out, test_classes) if held_out is not None and test_classes else None
-    return _Layout(classes, train, test, bad)
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_names(folder: Path, root: Path, bad: list[BadFile]) -> list[str]:
-    """Sorted posix names, relative to ``root``, of the image files below ``folder``; hidden files are passed over,
-    files with another suffix are added to ``bad``. Links to folders are followed, each folder once."""
-    names: list[str] = []
-    visited: set[tuple[int, int]] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        stat = os.stat(here)
-        if (stat.st_dev, stat.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in sorted(files):
-            if file.startswith("."):
-                continue
-            name = (Path(here) / file).relative_to(root).as_posix()
-            suffix = os.path.splitext(file)[1].lower()
-            if suffix not in _SUFFIXES:
-                bad.append(BadFile(name, f"not the name of an image file ({suffix or 'no suffix'})"))
-            elif not os.path.isfile(os.path.join(here, file)):
-                bad.append(BadFile(name, "not a file (a broken link?)"))
-            else:
-                names.append(name)
-    return sorted(names)

@@ -1,0 +1,113 @@
+"""What a layout says of a data set before any picture is opened, and how its lists are read.
+
+What a list says is not trusted: it names files by relative paths without ``..``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BadFile(NamedTuple):
+    """Something of the data set that could not be used."""
+
+    name: str
+    """Posix path relative to the root: a file, or the folder or name of a class."""
+    reason: str
+
+
+class Split(NamedTuple):
+    """What a layout says about one split."""
+
+    names: list[str]
+    """Posix paths relative to the root."""
+    labels: list[int] | None
+    """Positions in the layout's ``classes``, or None for images without labels."""
+    expected: dict[int, str]
+    """Classes that should have images here: label -> name for a message."""
+
+
+class Layout(NamedTuple):
+    """What a layout says about a data set."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: Split
+    test: Split | None
+    bad: list[BadFile]
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines that hold something. Only a line feed ends one: a file name may hold other separators."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line := line.strip(" \t\r"):
+            yield number, line
+
+
+def pairs(path: Path, *, dashes: bool = True) -> dict[str, str]:
+    """``<id> <value>`` lines; the value may hold spaces. dashes: they tell ids apart. Raises ValueError naming file and line."""
+    found: dict[str, str] = {}
+    for number, line in lines(path):
+        key, _, value = line.partition(" ")
+        if not value:
+            raise ValueError(f"{path}:{number}: {line!r} is not '<id> <value>'")
+        key = key if dashes else key.replace("-", "")
+        if key in found:
+            raise ValueError(f"{path}:{number}: id {key} appears twice")
+        found[key] = value.strip(" \t")
+    return found
+
+
+def inside(folder: str, name: str, where: Path) -> str:
+    """``folder/name``. Raises ValueError, naming the list ``where``, for a name that leads out of its folder or that no file can
+    have."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{where}: {name!r} leads out of the data folder; only relative paths below it are read")
+    try:
+        possible = bool(path.name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{where}: {name!r} is not the name of a file")
+    return f"{folder}/{path}"
+
+
+def variables(path: Path, *names: str) -> list[np.ndarray]:
+    """Variables of a MATLAB file, at least 1-d. Raises ValueError naming the file for one that is damaged or lacks one."""
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path, squeeze_me=True, variable_names=names)
+    except OSError:
+        raise
+    except Exception as error:  # the parser raises a dozen kinds, by which byte is damaged
+        raise ValueError(f"{path}: not readable as a MATLAB file ({error}); unpack it again") from error
+    for name in names:
+        if name not in content:
+            raise ValueError(f"{path}: has no variable {name}; unpack it again")
+    return [np.atleast_1d(content[name]) for name in names]
+
+
+def texts(values: np.ndarray, path: Path, what: str) -> list[str]:
+    """A cell array as strings. Raises ValueError naming the first entry that is none."""
+    found = np.ravel(values).tolist()
+    for entry, text in enumerate(found, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: entry {entry} of {what} is {text!r}; expected text")
+    return found
+
+
+def numbers(values: np.ndarray, path: Path, what: str, known: Collection[int]) -> list[int]:
+    """An array as whole numbers that are all in ``known``. Raises ValueError naming the first entry that is none."""
+    found = np.ravel(values).tolist()
+    for entry, number in enumerate(found, 1):
+        if not isinstance(number, int | float) or number not in known:
+            raise ValueError(f"{path}: entry {entry} of {what} is {number!r}; expected a whole number in 1..{len(known)}")
+    return [int(number) for number in found]

@@ -1,0 +1,158 @@
+"""The lists of the seven official data sets, each as its archives hold them.
+
+torchvision reads three of them too, but only through private attributes, in fixed folder names, and without a word on what is
+missing; what it does offer, the names of the flowers, is taken from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from engine.data.layouts import lists
+from engine.data.layouts.lists import Layout, Split, inside
+
+AIRCRAFT_BANNER = 20
+"""Rows at the bottom of every image of FGVC-Aircraft that name its photographer (the set's own README)."""
+CARS_TEST = "cars_test_annos_withlabels.mat"
+
+Rows = list[tuple[str, int]]
+"""(posix path relative to the root, class id) of one split."""
+
+
+def cub(root: Path) -> Layout:
+    """CUB-200-2011: every line of every list is ``<image id> <value>``; classes.txt is optional and counts in full."""
+    return _birds(root, every_class=True)
+
+
+def nabirds(root: Path) -> Layout:
+    """NABirds: CUB's lists with UUIDs for ids, with dashes or without. classes.txt holds the taxonomy's inner nodes too, so that
+    only classes with images count."""
+    return _birds(root, every_class=False)
+
+
+def _birds(root: Path, *, every_class: bool) -> Layout:
+    paths = [root / n for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt")]
+    images, labels, split = (lists.pairs(path, dashes=every_class) for path in paths)
+    for path, column in zip(paths[1:], (labels, split), strict=True):
+        without = next((i for i in images if i not in column), None)
+        if without is not None:
+            raise ValueError(f"{path}: no line for image {without} ({images[without]}), which images.txt lists")
+    for i, value in split.items():
+        if value not in ("0", "1"):
+            raise ValueError(f"{paths[2]}: image {i} has {value!r}; expected 1 (train) or 0 (test)")
+    for i, value in labels.items():
+        if not value.isdecimal():
+            raise ValueError(f"{paths[1]}: image {i} has class {value!r}; expected a number")
+    named = lists.pairs(root / "classes.txt") if (root / "classes.txt").is_file() else {}
+    ids = {int(labels[i]) for i in images} | ({int(i) for i in named if i.isdecimal()} if every_class else set())
+    folder = {int(labels[i]): PurePosixPath(n).parent.name for i, n in reversed(images.items())}
+    rows: dict[str, Rows] = {"0": [], "1": []}
+    for i, n in images.items():
+        rows[split[i]].append((inside("images", n, paths[0]), int(labels[i])))
+    return _layout(root, rows["1"], rows["0"], {c: named.get(str(c)) or folder.get(c) or str(c) for c in ids})
+
+
+def cars(root: Path) -> Layout:
+    """Stanford Cars: struct arrays ``annotations`` with the fields ``fname`` and ``class`` (from 1). The test set's labels came
+    later than the devkit, as a file of their own: beside it or in it."""
+    meta = root / "devkit/cars_meta.mat"
+    (names,) = lists.variables(meta, "class_names")
+    classes = dict(enumerate(lists.texts(names, meta, "class_names"), 1))
+
+    def rows(path: Path, folder: str) -> Rows:
+        (annotations,) = lists.variables(path, "annotations")
+        for field in ("fname", "class"):
+            if field not in (annotations.dtype.names or ()):
+                raise ValueError(f"{path}: annotations has no field {field}; unpack it again")
+        files = lists.texts(annotations["fname"], path, "fname")
+        labels = lists.numbers(annotations["class"], path, "class", classes)
+        return [(inside(folder, n, path), label) for n, label in zip(files, labels, strict=True)]
+
+    test = root / CARS_TEST if (root / CARS_TEST).exists() else root / "devkit" / CARS_TEST
+    return _layout(root, rows(root / "devkit/cars_train_annos.mat", "cars_train"), rows(test, "cars_test"), classes)
+
+
+def aircraft(root: Path) -> Layout:
+    """FGVC-Aircraft: ``<image id> <variant>`` a line, variants in the order of variants.txt; training is train + val."""
+    classes = dict(enumerate(text for _, text in lists.lines(root / "data/variants.txt")))
+    ids = {text: i for i, text in classes.items()}
+
+    def rows(split: str) -> Rows:
+        path = root / f"data/images_variant_{split}.txt"
+        variants = lists.pairs(path)
+        for i, variant in variants.items():
+            if variant not in ids:
+                raise ValueError(f"{path}: image {i} has variant {variant!r}, which variants.txt does not list")
+        return [(inside("data/images", f"{i}.jpg", path), ids[variant]) for i, variant in variants.items()]
+
+    return _layout(root, rows("trainval"), rows("test"), classes)
+
+
+def flowers(root: Path) -> Layout:
+    """Flowers102: ``labels`` (from 1) of image_00001.jpg and on; ``trnid`` trains, ``tstid`` tests, ``valid`` is unused."""
+    from torchvision.datasets import Flowers102
+
+    classes = dict(enumerate(Flowers102.classes, 1))
+    (labels,) = lists.variables(root / "imagelabels.mat", "labels")
+    labels = lists.numbers(labels, root / "imagelabels.mat", "labels", classes)
+    training, test = lists.variables(root / "setid.mat", "trnid", "tstid")
+
+    def rows(ids: np.ndarray, what: str) -> Rows:
+        chosen = lists.numbers(ids, root / "setid.mat", what, range(1, len(labels) + 1))
+        return [(f"jpg/image_{i:05d}.jpg", labels[i - 1]) for i in chosen]
+
+    return _layout(root, rows(training, "trnid"), rows(test, "tstid"), classes)
+
+
+def butterfly(root: Path) -> Layout:
+    """Butterfly200: ``<path> <species> <genus> <subfamily> <family>`` a line, numbers from 1; training is train + val. A species
+    is named as its folder is."""
+    pictures = "images" if (root / "images").exists() else "images_small"
+    classes: dict[int, str] = {}
+
+    def rows(split: str) -> Rows:
+        path = root / f"Butterfly200_{split}_release.txt"
+        found: Rows = []
+        for number, line in lists.lines(path):
+            name, *levels = line.rsplit(" ", 4)
+            if len(levels) != 4 or not all(level.isdecimal() for level in levels):
+                raise ValueError(f"{path}:{number}: {line!r} is not '<path> <species> <genus> <subfamily> <family>'")
+            species = int(levels[0])
+            classes.setdefault(species, PurePosixPath(name).parent.name or str(species))
+            found.append((inside(pictures, name, path), species))
+        return found
+
+    return _layout(root, rows("train") + rows("val"), rows("test"), classes)
+
+
+def dogs(root: Path) -> Layout:
+    """Stanford Dogs: cells ``file_list`` of paths below Images/, and ``labels`` (from 1). A breed is named as its folder is,
+    without the WordNet number."""
+    classes: dict[int, str] = {}
+
+    def rows(split: str) -> Rows:
+        path = root / f"{split}_list.mat"
+        cells, values = lists.variables(path, "file_list", "labels")
+        files, labels = lists.texts(cells, path, "file_list"), lists.numbers(values, path, "labels", range(1, 1 << 16))
+        if len(files) != len(labels):
+            raise ValueError(f"{path}: {len(files)} files but {len(labels)} labels; unpack lists.tar again")
+        for n, label in zip(files, labels, strict=True):
+            folder = PurePosixPath(n).parent.name
+            classes.setdefault(label, folder.partition("-")[2] or folder or str(label))
+        return [(inside("Images", n, path), label) for n, label in zip(files, labels, strict=True)]
+
+    return _layout(root, rows("train"), rows("test"), classes)
+
+
+def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Layout:
+    """Class ids, whatever they are, as positions in their order."""
+    ids = sorted(classes)
+    position = {class_id: p for p, class_id in enumerate(ids)}
+
+    def split(rows: Rows, text: str) -> Split:
+        wanted = {position[c]: f"{text}: class {classes[c]}" for c in ids}
+        return Split([n for n, _ in rows], [position[c] for _, c in rows], wanted)
+
+    return Layout(root, tuple(classes[c] for c in ids), split(train, "train"), split(test, "test") if test else None, [])
