@@ -24,10 +24,10 @@ import yaml
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Which method is trained, and its switches; ``null`` takes what ``form`` says (both columns: ppssl/ppssl.py)."""
+    """Which method is trained, and its switches; ``null`` takes what ``form`` says (``FORMS`` in ppssl/ppssl.py, lcr.py)."""
 
     name: str = "ppssl"
-    """Registered method: ppssl, moco."""
+    """Registered method: byol, lcr, ldfs, moco, ppssl, simclr."""
     form: Literal["published", "guided"] = "published"
     """published: what the authors' code computes. guided: what the paper's text aims at."""
     minmax: Literal["batch", "image"] | None = None
@@ -112,7 +112,8 @@ class AisConfig:
 
 @dataclass(frozen=True)
 class IadmConfig:
-    """GradCAM guidance; ``null`` takes what ``method.form`` says."""
+    """GradCAM guidance of ppssl, and of lcr but for ``sources``, ``image``, ``pool``, ``mask`` and ``image_bn``; ``null`` takes
+    what ``method.form`` says."""
 
     weight: float | None = None
     """beta. published: 0.01 (of a sum), guided: 1.28 (of a mean)."""
@@ -138,6 +139,32 @@ class IadmConfig:
     """Batch-norm of the image branch: the feature branch's (published) or its own (guided)."""
     reduction: Literal["sum", "mean"] | None = None
     """KL summed over the batch (published) or averaged (guided)."""
+
+
+@dataclass(frozen=True)
+class LcrConfig:
+    """What lcr has beside ``iadm``; ``null`` takes what ``method.form`` says."""
+
+    detach: bool | None = None
+    """The CAM is a constant. published: false (the feature in it carries gradient), guided: true."""
+    updates: Literal["one", "three"] | None = None
+    """Moves of the mask's batch-norm a step: query map; or query, key and query map. published: three, guided: one."""
+
+
+@dataclass(frozen=True)
+class LdfsConfig:
+    """Method ldfs. Its authors did not publish these values: the defaults are ours."""
+
+    reconstruction: float = 0.05
+    """alpha, weight of the decoder's squared error."""
+    pair: float = 0.5
+    """nu, weight of the contrast of drawn images."""
+    share: float = 0.2
+    """Share of the feature's dimensions that count as not discriminative, by each of the two criteria."""
+    noise: float = 1.0
+    """Noise on those dimensions, in standard deviations of each."""
+    warmup: float = 0.2
+    """Share of the run in which the decoder learns before its images are contrasted."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +269,8 @@ class Config:
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
     ais: AisConfig = field(default_factory=AisConfig)
     iadm: IadmConfig = field(default_factory=IadmConfig)
+    lcr: LcrConfig = field(default_factory=LcrConfig)
+    ldfs: LdfsConfig = field(default_factory=LdfsConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -439,7 +468,8 @@ def resolve(values: dict[str, Any], origin: str) -> Config:
 
 _AT_LEAST: dict[str, int] = {
     "seed": 0, "epochs": 1, "batch_size": 1, "method.maxout_width": 1, "encoder.dim": 1, "queue.size": 1,
-    "bn.groups": 1, "ais.weight": 0, "ais.count": 2, "iadm.weight": 0, "optim.lr": 0, "optim.weight_decay": 0,
+    "bn.groups": 1, "ais.weight": 0, "ais.count": 2, "iadm.weight": 0, "ldfs.reconstruction": 0, "ldfs.pair": 0,
+    "ldfs.noise": 0, "optim.lr": 0, "optim.weight_decay": 0,
     "data.image_size": 1, "data.workers": 0, "run.log_every": 1, "run.save_every_steps": 1, "run.keep": 1,
     "eval.every": 0, "eval.batch_size": 1,
 }  # fmt: skip
@@ -471,8 +501,9 @@ def validate(config: Config) -> None:
             refuse(key, "must be in [0, 1)")
         if isinstance(value, str) and not value:
             refuse(key, "must not be empty")
-    if not 0 <= config.ais.warmup <= 1:
-        refuse("ais.warmup", "must be in [0, 1]: it is a share of the run")
+    for key in ("ais.warmup", "ldfs.warmup", "ldfs.share"):
+        if not 0 <= values[key] <= 1:
+            refuse(key, "must be in [0, 1]: it is a share")
     if config.seed >= 2**63:
         refuse("seed", "must be below 2**63")
     if config.data.crop_banner and config.data.name != "aircraft":
@@ -487,5 +518,5 @@ def validate(config: Config) -> None:
         refuse("bn.groups", f"must divide batch_size ({config.batch_size})")
     stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)
     cell = int(stride[1]) if stride else 32
-    if config.method.name != "moco" and (cell == 0 or config.data.image_size % cell):
+    if config.method.name in ("ppssl", "ldfs") and (cell == 0 or config.data.image_size % cell):
         refuse("data.image_size", f"must be a multiple of {cell}, the stride of {config.encoder.arch}'s map")

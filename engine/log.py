@@ -103,11 +103,10 @@ class RunLog:
             "seconds": now - self.opened,
         }
         self.waited_total += self.waited
+        shown = [name for name in self.sums if name not in ("grad_norm", "contrast_top5")]
         self.sums, self.count, self.images, self.waited, self.since = {}, 0, 0, 0.0, now
         self.write(record)
-        status = "  ".join(
-            f"{name} {value:.3f}" for name, value in record.items() if name in ("loss", "contrast", "iadm", "ais", "contrast_top1")
-        )
+        status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
         status += f"  lr {lr:.4f}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
         self.progress.update(self.task, status=status)
         if not console.is_terminal:

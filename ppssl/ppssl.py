@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Trunk, global_average_pool
+from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import Batch, Output, register
 from ppssl.moco import MoCo, contrast_accuracy
 from ppssl.ops import gradcam
@@ -193,17 +194,12 @@ class PPSSL(MoCo):
     def cam(self, losses: Tensor, activations: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
         sources = [activations[name] for name in self.sources]
-        loss = losses.sum() if self.form.cam_loss == "sum" else losses.mean()
-        scale = 1.0 if self.loss_scale is None else self.loss_scale
-        # only data gradients: asking for these inputs alone leaves every weight gradient out of this pass
-        gradients = torch.autograd.grad(loss * scale, sources, retain_graph=True)
+        gradients = contrast_gradients(losses, sources, of=self.form.cam_loss, loss_scale=self.loss_scale)
         sign = 1 if self.form.sign == "plus" else -1
         cam = 0.0
         for x, g in zip(sources, gradients, strict=True):
-            one = gradcam(x.detach(), g.float() / scale, size=tuple(size), pool=self.form.pool, sign=sign)
-            if self.form.cam_scale == "max":
-                one = one / one.amax((1, 2), keepdim=True).clamp_min(torch.finfo(one.dtype).tiny)
-            cam = cam + one / len(sources)
+            one = gradcam(x.detach(), g, size=tuple(size), pool=self.form.pool, sign=sign)
+            cam = cam + scale_cam(one, self.form.cam_scale) / len(sources)
         return cam.detach()
 
     def ais(self, pooled: Tensor, batch: Batch) -> Tensor:
@@ -224,13 +220,3 @@ class PPSSL(MoCo):
         if not self.ais_warmup or self.progress is None:
             return 1.0
         return (self.progress / self.ais_warmup).clamp(max=1.0)
-
-
-def spatial_kl(cam: Tensor, mask: Tensor, form: Form) -> Tensor:
-    """KL(softmax(cam / t) || softmax(mask / t)), [B, h, w] each: per row of cells and summed (published), or over all cells and
-    averaged over the batch (guided). A CAM that is zero everywhere is a uniform target."""
-    cam, mask = cam.float() / form.temperature, mask.float() / form.temperature
-    if form.softmax == "cells":
-        cam, mask = cam.flatten(1), mask.flatten(1)
-    kl = F.kl_div(F.log_softmax(mask, -1), F.softmax(cam, -1), reduction="sum")
-    return kl / len(cam) if form.reduction == "mean" else kl

@@ -1,0 +1,63 @@
+"""BYOL (Grill et al. 2020, arXiv 2006.07733): a predictor on the online network guesses the momentum network's embedding of the
+other view; no negatives, no queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_norm, projection_head
+from ppssl.method import Batch, Method, Output, register
+from ppssl.momentum import key_copy, parameter_pairs
+from ppssl.span import span
+from ppssl.teacher import Teacher
+
+
+@register("byol")
+class BYOL(Method):
+    """``L = mean_b[ 2 - 2 cos(p(z_q), t_k) ] + mean_b[ 2 - 2 cos(p(z_k), t_q) ]``: z of the online network, t of the momentum one.
+
+    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``; the predictor p is Linear-BN-ReLU-Linear, as wide
+    inside as the trunk's output. What keeps it from a constant answer is the predictor and a slow target (``ema.decay`` near 1).
+    """
+
+    def __init__(self, network: FeatureNet, head: nn.Module, *, dim: int):
+        super().__init__()
+        self.online = Encoder(network.trunk, head)
+        self.target = key_copy(self.online)
+        hidden = network.trunk.channels
+        self.predictor = nn.Sequential(
+            nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+        )
+
+    @classmethod
+    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> BYOL:
+        group_batch_norm(network.trunk, cfg.bn.groups)
+        head = projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim)
+        return cls(network, head, dim=cfg.encoder.dim)
+
+    @property
+    def network(self) -> FeatureNet:
+        return FeatureNet(self.online.trunk)
+
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        return parameter_pairs(self.online, self.target)
+
+    def forward(self, batch: Batch) -> Output:
+        with span("key_fwd"), torch.no_grad():
+            t_q, t_k = self.target(batch.x_q), self.target(batch.x_k)  # unit rows [B, D]
+        with span("query_fwd"):
+            p_q, p_k = self.predict(batch.x_q), self.predict(batch.x_k)
+        with span("losses"):
+            cosine = ((p_q * t_k).sum(1) + (p_k * t_q).sum(1)).mean() / 2
+            total = 4 - 4 * cosine
+        # a spread that falls to 0 is the constant answer: 1/sqrt(D) where the targets of a batch point everywhere
+        return Output(total, {"prediction": total.detach()}, t_k, {"cosine": cosine.detach(), "target_spread": t_k.std(0).mean()})
+
+    def predict(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> unit rows [B, D] float32."""
+        projection = self.online.head(global_average_pool(self.online.trunk(images)))
+        return F.normalize(self.predictor(projection).float(), dim=1)
