@@ -34,7 +34,6 @@ def resolve(cfg: Config, device: torch.device) -> Config:
     """``cfg`` with what depends on the machine decided. Raises ``ValueError`` naming the key for what this version cannot do."""
     absent = {
         "queue.sharded": cfg.queue.sharded,
-        "queue.mask_own": cfg.queue.mask_own,
     }
     for key, value in absent.items():
         if value:

@@ -119,7 +119,7 @@ class Step:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.enqueue(output.keys)
+        self.method.enqueue(output.keys, batch.index)
         return output
 
     def gradients(self, batch: Batch) -> tuple[Output, Sequence[Tensor | None]]:
@@ -157,7 +157,7 @@ class Step:
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, found)
             torch._foreach_sub_(parameters, torch._foreach_mul(buffers, self.rate))
-            self.method.enqueue(output.keys)
+            self.method.enqueue(output.keys, batch.index)
         return output
 
     def _compiled(self, backend: Any) -> Callable[[Batch], Output]:

@@ -34,6 +34,7 @@ def queue_infonce(
     return_rank: bool = False,
     impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
     precision: Literal["ieee", "tf32"] = "ieee",
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
 
@@ -49,31 +50,37 @@ def queue_infonce(
             (top-1 hit: rank == 0, top-5: rank < 5). Exact ties are decided by rounding.
         impl: ``"auto"`` is Triton on CUDA and the chunked pass elsewhere.
         precision: how the Triton path multiplies float32 operands.
+        own: (index [B], queue_index [K]) int64: queue row j is no negative of query i, nor counted in its rank, where
+            queue_index[j] == index[i]. The chunked path takes it, on a GPU too.
 
     Returns:
         loss, or (loss, rank): loss float32 (float64 for float64 inputs), rank int64 with the shape of the queries.
         Gradients flow to q and k. Results are deterministic. NaN in a query, key or any queue row gives NaN.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or temperature is not a number.
+        TypeError: an argument is not a floating tensor, temperature is not a number, or own not int64.
         ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option.
         RuntimeError: second derivatives (``create_graph=True``) of a fused path.
     """
     _check(q, k, queue, temperature, reduction, precision)
+    if own is not None:
+        _check_own(own, q, queue)
     unsupported = f"D must be at most {MAX_DIM}, got {q.shape[-1]}" if q.shape[-1] > MAX_DIM else None
     widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
     unsupported = "float64 is not supported" if widest == torch.float64 else unsupported
+    unsupported = unsupported if own is None else "own rows are not left out by the kernel"
     chosen = choose("queue_infonce", impl, queue, fast="chunked", unsupported=unsupported)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.infonce(
-                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank
+                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, own=own
             )
     shape = q.shape[:-1]
+    index, queue_index = (None, None) if own is None else (own[0].expand(shape).reshape(-1), own[1])
     with_dq = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     loss, _, rank = torch.ops.ppssl.infonce(
         q.reshape(-1, q.shape[-1]), k.expand(q.shape).reshape(-1, q.shape[-1]), queue.detach(), float(temperature),
-        with_dq, return_rank, chosen, precision,
+        with_dq, return_rank, chosen, precision, index, queue_index,
     )
     loss = loss.view(shape)
     if reduction != "none":
@@ -131,9 +138,21 @@ def _check(q: Tensor, k: Tensor, queue: Tensor, temperature: float, reduction: s
         raise ValueError(f"queue_infonce: precision must be 'ieee' or 'tf32', got {precision!r}")
 
 
+def _check_own(own: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> None:
+    index, queue_index = own
+    if index.dtype != torch.int64 or queue_index.dtype != torch.int64:
+        raise TypeError(f"queue_infonce: own must be int64, got {index.dtype} and {queue_index.dtype}")
+    if index.shape != q.shape[-2:-1] or queue_index.shape != queue.shape[:1]:
+        raise ValueError(
+            f"queue_infonce: own must be ([{q.shape[-2]}], [{queue.shape[0]}]), got {list(index.shape)} and "
+            f"{list(queue_index.shape)}"
+        )
+
+
 @torch.library.custom_op("ppssl::infonce", mutates_args=())
 def _infonce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, impl: str, precision: str
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, impl: str, precision: str,
+    index: Tensor | None = None, queue_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
     if impl == "triton":
@@ -141,7 +160,7 @@ def _infonce(
 
         return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
     with torch.autocast(q.device.type, enabled=False):
-        return _chunked(q, k, queue, temperature, with_dq, with_rank)
+        return _chunked(q, k, queue, temperature, with_dq, with_rank, index, queue_index)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -149,7 +168,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @_infonce.register_fake
-def _(q, k, queue, temperature, with_dq, with_rank, impl, precision):
+def _(q, k, queue, temperature, with_dq, with_rank, impl, precision, index=None, queue_index=None):
     batch, dim = q.shape
     dtype = _compute_dtype(q, k, queue)
     return (
@@ -188,6 +207,8 @@ def _backward(ctx, grad_loss, grad_dq, grad_rank):
         None,  # with_rank
         None,  # impl
         None,  # precision
+        None,  # index
+        None,  # queue_index
     )
 
 
@@ -195,7 +216,8 @@ _infonce.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _chunked(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, index: Tensor | None = None,
+    queue_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The online softmax (Milakov and Gimelshein 2018) over blocks of queue rows; extra memory independent of K."""
     dtype = _compute_dtype(q, k, queue)
@@ -216,6 +238,8 @@ def _chunked(
         block = queue[start : start + rows].to(dtype)
         shape = batch, block.shape[0]
         logits = torch.mm(scaled, block.T, out=buffer[: shape[0] * shape[1]].view(shape))
+        if index is not None:
+            logits.masked_fill_(index[:, None] == queue_index[start : start + rows], float("-inf"))
         if with_rank:
             # Ones and zeros in the dtype of the logits: summing booleans would convert them to int64 first.
             rank += torch.gt(logits, positive[:, None], out=above[: shape[0] * shape[1]].view(shape)).sum(1).long()

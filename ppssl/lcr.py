@@ -93,7 +93,7 @@ class LCR(MoCo):
             k = self.encoder_k.project(global_average_pool(key_feature))
 
         # L_con: the query against its key and the queue
-        losses, rank = self.contrast(q, k)
+        losses, rank = self.contrast(q, k, batch.index)
         contrast = losses.mean()
         if not self.form.weight:
             return Output(contrast, {"contrast": contrast.detach()}, k, contrast_accuracy(rank))

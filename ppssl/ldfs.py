@@ -80,7 +80,7 @@ class LDFS(MoCo):
 
         # L_con: the query against its key and the queue
         k = self.keys(batch.x_k)
-        losses, rank = self.contrast(q, k)
+        losses, rank = self.contrast(q, k, batch.index)
         contrast = losses.mean()
 
         # L_R: the feature says what the image looks like
@@ -96,7 +96,7 @@ class LDFS(MoCo):
                 altered = self.decoder(self.perturb(y)).float()  # x^' [B, 3, S, S]
             with span("query_fwd"):
                 q_drawn = self.encoder_q(altered)
-            pair_losses, _ = self.contrast(q_drawn, self.keys(drawn.detach()))
+            pair_losses, _ = self.contrast(q_drawn, self.keys(drawn.detach()), batch.index)
         pair = pair_losses.mean()
 
         total = contrast + self.reconstruction * reconstruction + self.pair * self.warmed_up() * pair

@@ -78,8 +78,8 @@ class Method(nn.Module):
         return [], []
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Called after the optimiser with ``Output.keys``."""
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        """Called after the optimiser with ``Output.keys`` and ``Batch.index``."""
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -19,7 +19,8 @@ from ppssl.teacher import Teacher
 class MoCo(Method):
     """``L = mean_b[ lse(q.k / T, q.queue / T) - q.k / T ]`` with ``q = l2(g(gap(f(x_q))))`` and ``k`` the momentum network's.
 
-    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``.
+    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. mask_own: the sum over the queue leaves out keys of
+    the query's own image from earlier epochs (about K / N of them among N images), which are no negatives.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class MoCo(Method):
         queue_size: int = 65536,
         queue_dtype: torch.dtype = torch.float32,
         temperature: float = 0.2,
+        mask_own: bool = False,
     ):
         super().__init__()
         self.encoder_q = Encoder(network.trunk, head)
         self.encoder_k = key_copy(self.encoder_q)
-        self.queue = KeyQueue(queue_size, dim, queue_dtype)
+        self.queue = KeyQueue(queue_size, dim, queue_dtype, remember=mask_own)
         self.temperature = temperature
 
     @classmethod
@@ -52,6 +54,7 @@ class MoCo(Method):
             queue_size=cfg.queue.size,
             queue_dtype=getattr(torch, cfg.queue.dtype),
             temperature=cfg.contrast.temperature,
+            mask_own=cfg.queue.mask_own,
         )
 
     @property
@@ -62,9 +65,9 @@ class MoCo(Method):
         return parameter_pairs(self.encoder_q, self.encoder_k)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
         with span("enqueue"):
-            self.queue.push(keys)
+            self.queue.push(keys, index)
 
     @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:
@@ -72,16 +75,18 @@ class MoCo(Method):
         with span("key_fwd"):
             return self.encoder_k(x_k)
 
-    def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first)."""
+    def contrast(self, q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first); ``index`` [B] the images."""
         with span("infonce"):
-            return queue_infonce(q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True)
+            return queue_infonce(
+                q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True, own=self.queue.own(index)
+            )
 
     def forward(self, batch: Batch) -> Output:
         with span("query_fwd"):
             q = self.encoder_q.project(global_average_pool(self.encoder_q.trunk(batch.x_q)))
         k = self.keys(batch.x_k)
-        losses, rank = self.contrast(q, k)
+        losses, rank = self.contrast(q, k, batch.index)
         total = losses.mean()
         return Output(total, {"contrast": total.detach()}, k, contrast_accuracy(rank))
 

@@ -27,17 +27,27 @@ def parameter_pairs(online: nn.Module, target: nn.Module) -> tuple[list[Tensor],
 class KeyQueue(nn.Module):
     """A ring of the last K keys, ``rows`` [K, D] unit rows, and the device-side ``pointer`` to the oldest one.
 
-    It starts with random directions, as MoCo's does.
+    It starts with random directions, as MoCo's does. With ``remember`` it also holds whose keys they are: ``index`` [K] int64,
+    the image of each row, -1 for a random one.
     """
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, remember: bool = False):
         super().__init__()
         if size < 1:
             raise ValueError(f"queue.size: {size} rows; at least 1 is needed")
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("index", torch.full((size,), -1, dtype=torch.int64) if remember else None)
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Overwrites the oldest rows by ``keys`` [B, D]; any B."""
+    def push(self, keys: Tensor, index: Tensor) -> None:
+        """Overwrites the oldest rows by ``keys`` [B, D] of the images ``index`` [B]; any B."""
+        if self.index is not None:
+            size, count = len(self.index), len(index)
+            slots = (self.pointer + torch.arange(count, device=index.device)) % size
+            self.index.index_copy_(0, slots[-size:], index[-size:])
         enqueue(self.rows, self.pointer, keys)
+
+    def own(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What ``queue_infonce`` needs to leave out the rows of the queries' own images ``index`` [B]; None unless remembered."""
+        return None if self.index is None else (index, self.index)

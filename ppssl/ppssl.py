@@ -160,7 +160,7 @@ class PPSSL(MoCo):
         # L_con: the query against its key and the queue
         k = self.keys(batch.x_k)
         q = self.encoder_q.project(pooled if self.contrast_mask else global_average_pool(feature))
-        losses, rank = self.contrast(q, k)
+        losses, rank = self.contrast(q, k, batch.index)
         contrast = losses.mean()
         total, terms = contrast, {"contrast": contrast.detach()}
 
@@ -172,7 +172,7 @@ class PPSSL(MoCo):
                 seen_maps = self.encoder_q.trunk.maps(seen)
                 seen_mask, seen_pooled = self.mask(seen_maps["layer4"])
                 q_o = seen_pooled if self.contrast_mask else global_average_pool(seen_maps["layer4"])
-                seen_losses, _ = self.contrast(self.encoder_q.project(q_o), k)
+                seen_losses, _ = self.contrast(self.encoder_q.project(q_o), k, batch.index)
             with span("cam"):
                 cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
             with span("losses"):

@@ -53,7 +53,7 @@ def build_by_name(name: str, trunk: torch.nn.Module, side: int = 64) -> Method:
     cfg = Config(
         method=MethodConfig(name=name),
         encoder=EncoderConfig(dim=DIM),
-        queue=QueueConfig(size=QUEUE, dtype="float32"),
+        queue=QueueConfig(size=QUEUE, dtype="float32", mask_own=True),
         data=DataConfig(image_size=side),
     )
     kind = METHODS[name]

@@ -115,7 +115,8 @@ def test_the_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -
     for loss in ("sum", "mean"):
         method, given = build(dataclasses.replace(GUIDED, cam_scale="none", cam_loss=loss)), batch()
         feature = method.encoder_q.trunk(given.x_q)
-        losses, _ = method.contrast(method.encoder_q.project(feature.mean((2, 3))), method.keys(given.x_k))
+        q = method.encoder_q.project(feature.mean((2, 3)))
+        losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
         cams.append(method.cam(losses, feature))
     assert torch.allclose(cams[0], BATCH * cams[1], rtol=1e-5, atol=1e-9)
 

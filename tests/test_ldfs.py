@@ -58,7 +58,7 @@ def test_variance_and_importance_are_running_means_of_their_definitions() -> Non
     method, given = build(), batch()
     feature = method.encoder_q.trunk(given.x_q)
     y = feature.mean((2, 3))
-    losses, _ = method.contrast(method.encoder_q.project(y), method.keys(given.x_k))
+    losses, _ = method.contrast(method.encoder_q.project(y), method.keys(given.x_k), given.index)
     (gradient,) = torch.autograd.grad(losses.sum(), feature, retain_graph=True)
     method.observe(y, losses)
     cells = feature.shape[2] * feature.shape[3]

@@ -11,10 +11,11 @@ from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 
 
-def build(queue_size: int = 12) -> MoCo:
+def build(queue_size: int = 12, **options) -> MoCo:
     torch.manual_seed(0)
     trunk = Trunk("resnet18_w8_s16")
-    return MoCo(FeatureNet(trunk), projection_head("mlp2", trunk.channels, 6), dim=6, queue_size=queue_size, temperature=0.2)
+    head = projection_head("mlp2", trunk.channels, 6)
+    return MoCo(FeatureNet(trunk), head, dim=6, queue_size=queue_size, temperature=0.2, **options)
 
 
 class Noise:
@@ -59,11 +60,40 @@ def test_queue_is_a_ring_of_the_last_keys() -> None:
     queue = KeyQueue(5, 2)
     assert torch.allclose(queue.rows.norm(dim=1), torch.ones(5))
     keys = torch.arange(14, dtype=torch.float32).view(7, 2)
-    queue.push(keys[:3])
+    queue.push(keys[:3], torch.arange(3))
     assert torch.equal(queue.rows[:3], keys[:3]) and int(queue.pointer) == 3
-    queue.push(keys[3:])  # wraps around
+    queue.push(keys[3:], torch.arange(4))  # wraps around
     assert torch.equal(queue.rows, torch.cat([keys[5:7], keys[2:5]])) and int(queue.pointer) == 2
     assert set(queue.state_dict()) == {"rows", "pointer"}  # a resumed run keeps its negatives
+
+
+def test_a_queue_that_remembers_whose_keys_it_holds() -> None:
+    queue = KeyQueue(5, 2, remember=True)
+    assert queue.index.tolist() == [-1] * 5 and "index" in queue.state_dict()
+    queue.push(torch.zeros(3, 2), torch.tensor([7, 8, 9]))
+    queue.push(torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))
+    assert queue.index.tolist() == [3, 4, 9, 1, 2] and int(queue.pointer) == 2
+    queue.push(torch.zeros(12, 2), torch.arange(12))  # more than it holds: the last five stay, where one by one left them
+    assert queue.index.tolist() == [8, 9, 10, 11, 7]
+
+
+def test_mask_own_takes_stale_keys_of_the_same_image_out_of_the_sum() -> None:
+    method, plain = build(mask_own=True).train(), build().train()
+    x_q, x_k = torch.randn(2, 4, 3, 32, 32)
+    batch = Batch(x_q, x_k, torch.tensor([5, 6, 7, 8]))
+    twin = copy.deepcopy(method)
+    assert torch.equal(method(batch).total, plain(batch).total)  # nothing is remembered yet
+    for m in (twin, plain):
+        m.load_state_dict({n: t for n, t in method.state_dict().items() if n != "queue.index"}, strict=False)
+        m.enqueue(m.keys(x_k), batch.index)
+    q = F.normalize(copy.deepcopy(twin).encoder_q(x_q), dim=1).detach()
+    losses, rank = twin.contrast(q, twin.keys(x_k), batch.index)
+    k = twin.keys(x_k)
+    for i in range(4):
+        others = [j for j in range(12) if j != i]  # row i is this image's key of the step before
+        logits = torch.cat([(q[i] * k[i]).sum()[None], twin.queue.rows[others] @ q[i]]) / 0.2
+        assert torch.allclose(losses[i], torch.logsumexp(logits, 0) - logits[0], rtol=1e-4)
+    assert twin(batch).total < plain(batch).total
 
 
 def test_a_method_trains_as_a_library_without_files() -> None:

@@ -184,7 +184,7 @@ def test_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> No
         method, given = build(dataclasses.replace(raw, cam_loss=loss)), batch()
         maps = {"image": given.x_q, **method.encoder_q.trunk.maps(given.x_q)}
         q = method.encoder_q.project(maps["layer4"].mean((2, 3)))
-        losses, _ = method.contrast(q, method.keys(given.x_k))
+        losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
         cams.append(method.cam(losses, maps, (4, 4)))
     assert torch.allclose(cams[0], BATCH * cams[1], rtol=1e-5, atol=1e-9)
 

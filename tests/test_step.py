@@ -36,7 +36,7 @@ class Toy(Method):
         (image_gradient,) = torch.autograd.grad(total, batch.x_q, retain_graph=True)
         return Output(total, {"sum": total.detach()}, image_gradient.mean((1, 2, 3), keepdim=True)[:, :, 0, 0], {})
 
-    def enqueue(self, keys: torch.Tensor) -> None:
+    def enqueue(self, keys: torch.Tensor, index: torch.Tensor) -> None:
         self.pushed.append(keys)
 
 
