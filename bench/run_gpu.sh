@@ -15,7 +15,8 @@ raw=$(mktemp -d)
 trap 'rm -rf "$raw"' EXIT
 
 stage_1() {
-  $limit python -m pytest -q tests/test_infonce.py tests/test_maxout.py tests/test_maxout_image.py tests/test_gradcam.py
+  $limit python -m pytest -q tests/test_infonce.py tests/test_maxout.py tests/test_maxout_image.py tests/test_gradcam.py \
+    tests/test_graph.py
 }
 stage_2() {
   $limit python bench/sweep.py --minutes 8
@@ -24,7 +25,7 @@ stage_2() {
 stage_3() {
   local status=0
   $limit python -m pytest -q bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py \
-    bench/bench_gradcam.py --benchmark-only --benchmark-json="$raw/ops.json" || status=$?
+    bench/bench_gradcam.py bench/bench_stem.py --benchmark-only --benchmark-json="$raw/ops.json" || status=$?
   python bench/summary.py collect "$raw/ops.json"
   return $status
 }
