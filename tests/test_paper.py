@@ -8,18 +8,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import miniatures
 import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is not installed
 
 from bench import paper, paper_figures
-from bench.paper import Claim, Exhibit, Outcome, Plan, Row, cells, compare, exhibits, main, obstacle, spread
+from bench.paper import Cell, Claim, Exhibit, Outcome, Plan, Row, cells, compare, exhibits, main, obstacle, spread
 from engine import train
 from engine.config import flatten
 from engine.data import birds
 from engine.trainer import Stopped
+from ppssl import METHODS
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*official split")
 TINY = (
     "encoder.arch=resnet18_w8_s16 encoder.weights=none encoder.dim=8 queue.size=20 batch_size=8 epochs=1 data.image_size=32 "
     "data.loader=torch data.workers=0 eval.batch_size=40 teacher.model=birds teacher.weights=birds"
@@ -48,18 +51,25 @@ def exhibit(*rows: Row, **changes) -> Exhibit:
 MOCO = Row("MoCo", {"method.name": "moco"})
 
 
-def test_every_cell_of_every_exhibit_is_a_valid_run() -> None:
+@pytest.fixture(scope="module")
+def planned() -> dict[str, list[Cell]]:
+    """All that is asked for, one seed."""
+    return {key: list(cells(entry, Plan(Path("data"), Path("out"), 1, ()))) for key, entry in exhibits().items()}
+
+
+def test_every_cell_of_every_exhibit_is_a_valid_run(planned: dict[str, list[Cell]]) -> None:
     known = exhibits()
     assert list(known) == [f"table {n}" for n in range(1, 7)] + ["figure 3", "figure 5"]
-    for entry in known.values():
-        found = list(cells(entry, Plan(Path("data"), Path("out"), 1, ())))
+    for key, entry in known.items():
+        found = planned[key]
+        assert all(cell.config.method.name in METHODS for cell in found)
         assert len({cell.folder for cell in found}) == len(found) == len(entry.data) * len(entry.rows)
         names = [row.name for row in entry.rows]
         assert len(set(names)) == len(names)
         for claim in entry.claims:
             assert {claim.row, *claim.over} <= set(names) and claim.data in entry.data and claim.measure in entry.measures
             assert (claim.value is None) == (claim.gain is not None) == bool(claim.over)
-    (names,) = (c for c in cells(known["table 5"], Plan(Path("d"), Path("o"), 1, ())) if c.row.name == "class names")
+    (names,) = (cell for cell in planned["table 5"] if cell.row.name == "class names")
     assert Path(names.config.ais.prompts).is_file() and names.folder.parent.name.endswith("class_names.yaml")
 
 
@@ -72,11 +82,10 @@ def test_the_published_gains_are_the_claims_of_the_tables() -> None:
     }  # fmt: skip
 
 
-def test_exhibits_share_the_papers_own_run() -> None:
-    plan = Plan(Path("data"), Path("out"), 1, ())
+def test_exhibits_share_the_papers_own_run(planned: dict[str, list[Cell]]) -> None:
     wanted = Path("out/cub/recipe/seed0")
     for key in ("table 1", "table 2", "table 4", "table 5", "table 6", "figure 3", "figure 5"):
-        assert wanted in [cell.folder for cell in cells(exhibits()[key], plan)]
+        assert wanted in [cell.folder for cell in planned[key]]
 
 
 def test_overrides_reach_every_run_and_its_name() -> None:
@@ -174,6 +183,22 @@ def test_dry_run_tries_every_cell_and_keeps_nothing(data_root: Path, capfd: pyte
     assert sorted(Path().rglob("*")) == before
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("one step on 8 images") == 2 and "without IADM, with IADM: one step done" in said
+
+
+def test_dry_runs_on_miniatures_of_all_seven_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    for name in miniatures.MAKERS:
+        miniatures.make(name, tmp_path / "sets" / name)
+    table = exhibits()["table 1"]
+    everywhere = replace(table, data=tuple(miniatures.MAKERS), rows=(Row("PP-SSL"),), claims=())
+    small = "batch_size=2 queue.size=4 encoder.arch=resnet18_w4_s16 data.image_size=16 method.maxout_width=4".split()
+    for chosen, runs in ((everywhere, 7), (replace(table, data=("cub",), rows=table.rows[:-1], claims=()), 2)):
+        monkeypatch.setattr(paper, "exhibits", lambda chosen=chosen: {"table 1": chosen})
+        assert main(["--table", "1", "--data-root", str(tmp_path / "sets"), "--dry-run", *TINY, *small]) == 0
+        said = " ".join(capfd.readouterr().err.split())
+        assert said.count("one step on 2 images") == runs and "failed" not in said and "no data" not in said
+    assert not list(tmp_path.rglob("weights.safetensors"))
 
 
 def test_the_pictures(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
