@@ -66,7 +66,7 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     source, state = find_checkpoint(cfg, out)
     cache = build.cache_folder()
     images = build.data(cfg, cache_dir=cache)
-    trainer = assemble(cfg, images, device, out=out, embed=lambda t: teacher_cache.embeddings(
+    trainer = assemble(cfg, images, device, out=out, cache=cache, embed=lambda t: teacher_cache.embeddings(
         t, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
     ))  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,7 @@ def dry_run(cfg: Config) -> None:
             cfg = replace(cfg, data=replace(cfg.data, root=str(Path(scratch) / "birds")))
             each = -(-cfg.batch_size // len(birds.SPECIES))
             birds.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
+        cfg = replace(cfg, data=replace(cfg.data, resident="off"))  # one batch is decoded, not the set
         images = build.data(cfg, cache_dir=None)
         index = sampler.batch_at(cfg.seed, 0, len(images.train), cfg.batch_size)[1]
 
@@ -111,7 +112,7 @@ def dry_run(cfg: Config) -> None:
             rows[index] = teacher_cache.embeddings_of(teacher, images.train, index, device=device)
             return rows
 
-        trainer = assemble(cfg, images, device, out=None, embed=embed_first_batch)
+        trainer = assemble(cfg, images, device, out=None, cache=None, embed=embed_first_batch)
         try:
             batch = next(iter(trainer.loader.batches(0, 1)))
             output = trainer.step(trainer.with_teacher(batch))
@@ -125,12 +126,13 @@ def dry_run(cfg: Config) -> None:
 
 
 def assemble(
-    cfg: Config, images: catalog.Catalog, device: torch.device, *, out: Path | None, embed: Callable[[Teacher], torch.Tensor]
-) -> Trainer:
+    cfg: Config, images: catalog.Catalog, device: torch.device, *, out: Path | None, cache: Path | None,
+    embed: Callable[[Teacher], torch.Tensor],
+) -> Trainer:  # fmt: skip
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
     teacher = build.teacher(cfg, device)
     method = build.method(cfg, teacher)
-    loader = build_loader(images.train, cfg, device, with_original=method.needs_original)
+    loader = build_loader(images.train, cfg, device, with_original=method.needs_original, cache_dir=cache)
     rows = embed(teacher) if method.needs_teacher_embeddings else None
     trainer = Trainer(
         method,

@@ -4,9 +4,10 @@ Imports torch only: triton is imported when a kernel first runs, so this works o
 """
 
 from kernels import reference
+from kernels.augment import augment, recolour
 from kernels.gradcam import gradcam
 from kernels.infonce import enqueue, queue_infonce
 from kernels.maxout import maxout
 from kernels.maxout_image import maxout_image
 
-__all__ = ["enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "reference"]
+__all__ = ["augment", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour", "reference"]

@@ -58,9 +58,9 @@ class Report:
 
 
 def _modules() -> list:
-    from kernels import gradcam_triton, infonce_triton, maxout_image_triton, maxout_triton
+    from kernels import augment_triton, gradcam_triton, infonce_triton, maxout_image_triton, maxout_triton
 
-    return [infonce_triton, maxout_triton, maxout_image_triton, gradcam_triton]
+    return [infonce_triton, maxout_triton, maxout_image_triton, gradcam_triton, augment_triton]
 
 
 def variants(arch: str) -> list[Variant]:

@@ -5,6 +5,8 @@ Nothing here is fast. Tests and benchmarks compare the fused paths with it, and 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 MINMAX_EPS = 1e-7
 """Added to the range before dividing, as in the published code."""
+BLUR_RADIUS = 11
+"""Largest half width of the blur's window in pixels (a window of 23, MoCo v2's at 224)."""
 
 Reduction = Literal["mean", "sum", "none"]
 MinMax = Literal["image", "batch"] | None
@@ -143,6 +147,139 @@ def gradcam(
     cam = torch.relu(sign * (act.to(dtype) * grad).sum(1))
     pooling = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
     return pooling(cam[:, None], size)[:, 0]
+
+
+
+class ViewValues(NamedTuple):
+    """What :func:`augment` does to each of B images, as tensors on one device."""
+
+    crop: Tensor
+    """int32 [B, 4] top, left, height, width in pixels of the image."""
+    flip: Tensor
+    """bool [B] mirrored left to right."""
+    jitter: Tensor
+    """bool [B] colour jitter happens."""
+    factors: Tensor
+    """float32 [B, 4] brightness, contrast, saturation, hue (turns)."""
+    order: Tensor
+    """uint8 [B, 4] a permutation: the column of ``factors`` that is applied first, second, …"""
+    grey: Tensor
+    """bool [B] turned to grey."""
+    blur_sigma: Tensor
+    """float32 [B] pixels of the view; 0 is no blur."""
+
+
+def augment(
+    pixels: Tensor, offsets: Tensor, sizes: Tensor, values: ViewValues, *, side: int, mean: Sequence[float],
+    std: Sequence[float], dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random resized crop, flip, colour jitter, grey, Gaussian blur and normalisation of 8-bit images (MoCo v2's recipe).
+
+    Args:
+        pixels: uint8 [total], images of [height, width, 3] one after the other.
+        offsets: int64 [B], where each image begins. sizes: int32 [B, 2], its height and width.
+        mean, std: of RGB in [0, 1].
+
+    Returns:
+        [B, 3, side, side] of ``dtype``; float64 computes in float64.
+    """
+    views = []
+    for b, (start, (height, width)) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
+        image = pixels[start : start + 3 * height * width].view(height, width, 3)
+        view = resized_crop(image, values.crop[b].tolist(), side)  # torchvision's are 8-bit again
+        view = (view + 0.5).floor().clamp(0, 255)
+        views.append(view.flip(-2) if values.flip[b] else view)
+    if not views:
+        return torch.empty(0, 3, side, side, dtype=dtype, device=pixels.device)
+    return recolour(torch.stack(views), values, mean=mean, std=std, dtype=dtype)
+
+
+def recolour(
+    views: Tensor, values: ViewValues, *, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The second half of :func:`augment`, on views [B, S, S, 3] that are cropped and flipped: jitter in the order of the
+    values, grey, blur, normalisation."""
+    compute = torch.promote_types(dtype, torch.float32)
+    adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    results = []
+    for b, view in enumerate(views):
+        x = view.permute(2, 0, 1).to(compute)
+        if values.jitter[b]:
+            for op in values.order[b].tolist():
+                x = adjust[op](x, values.factors[b, op].item())
+        if values.grey[b]:
+            x = grey(x).expand_as(x)
+        results.append(gaussian_blur(x, values.blur_sigma[b].item()))
+    x = torch.stack(results) / 255
+    mean, std = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))
+    return ((x - mean) / std).to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def resized_crop(image: Tensor, crop: Sequence[int], side: int) -> Tensor:
+    """The box (top, left, height, width) of an image [H, W, 3], resized: float64 [side, side, 3], not rounded.
+
+    Antialiased bilinear as PIL's and torchvision's: a triangle around each output pixel's centre whose half width is one
+    input pixel, or ``box / side`` of them where the image shrinks; pixels beyond the box do not count.
+    """
+    top, left, height, width = crop
+
+    def weights(length: int) -> Tensor:
+        scale = length / side
+        centre = (torch.arange(side, dtype=torch.float64, device=image.device) + 0.5) * scale
+        position = torch.arange(length, dtype=torch.float64, device=image.device) + 0.5
+        triangle = (1 - (position - centre[:, None]).abs() / max(scale, 1)).clamp(min=0)
+        return triangle / triangle.sum(1, keepdim=True)
+
+    box = image[top : top + height, left : left + width].double()
+    return torch.einsum("yi,xj,ijc->yxc", weights(height), weights(width), box)
+
+
+def grey(x: Tensor) -> Tensor:
+    """0.299 R + 0.587 G + 0.114 B: [3, H, W] to [1, H, W]."""
+    return 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:]
+
+
+def adjust_brightness(x: Tensor, factor: float) -> Tensor:
+    """torchvision's, for float images [3, H, W] in 0..255; so for the next three."""
+    return (factor * x).clamp(0, 255)
+
+
+def adjust_contrast(x: Tensor, factor: float) -> Tensor:
+    """Blend with the mean of the image's grey values."""
+    return (factor * x + (1 - factor) * grey(x).mean()).clamp(0, 255)
+
+
+def adjust_saturation(x: Tensor, factor: float) -> Tensor:
+    """Blend with the grey image."""
+    return (factor * x + (1 - factor) * grey(x)).clamp(0, 255)
+
+
+def adjust_hue(x: Tensor, turns: float) -> Tensor:
+    """To HSV, hue turned by ``turns`` (1 is the full circle), and back."""
+    r, g, b = x
+    value, chroma = x.amax(0), x.amax(0) - x.amin(0)
+    divisor = torch.where(chroma == 0, 1, chroma)
+    from_green = torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4)
+    sextant = torch.where(value == r, (g - b) / divisor, from_green)
+    sextant = (sextant / 6 + turns) % 1 * 6
+
+    def channel(n: int) -> Tensor:
+        k = (n + sextant) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack((channel(5), channel(3), channel(1)))
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of an image [3, H, W], mirrored at the borders without repeating the edge; the window reaches 4 sigma, at
+    most BLUR_RADIUS and the image's own size. ``sigma`` in pixels; 0 leaves the image."""
+    radius = min(BLUR_RADIUS, math.ceil(4 * sigma), x.shape[-2] - 1, x.shape[-1] - 1)
+    if radius < 1:
+        return x
+    taps = torch.exp(-((torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma) ** 2) / 2)
+    taps = taps / taps.sum()
+    padded = F.pad(x[None], (radius, radius, radius, radius), mode="reflect")[0][:, None]
+    return F.conv2d(F.conv2d(padded, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))[:, 0]
 
 
 _minmax = minmax  # the functions above take an argument of this name

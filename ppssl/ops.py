@@ -16,6 +16,7 @@ if Path(kernels.__file__).resolve().parent.parent != Path(__file__).resolve().pa
         f"run 'pip uninstall {_other}', or start from the folder that holds ppssl-engine's kernels/"
     )
 
-from kernels import enqueue, gradcam, maxout, maxout_image, queue_infonce  # noqa: E402  (after the check)
+from kernels import augment, enqueue, gradcam, maxout, maxout_image, queue_infonce, recolour  # noqa: E402  (after the check)
+from kernels.reference import ViewValues  # noqa: E402
 
-__all__ = ["enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce"]
+__all__ = ["ViewValues", "augment", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour"]

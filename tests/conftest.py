@@ -31,7 +31,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make):
         def made(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else 1 << 20)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(1 if tensor.dtype == torch.bool else min(1 << 20, torch.iinfo(tensor.dtype).max))
 
         return made
 

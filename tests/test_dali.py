@@ -116,7 +116,7 @@ def test_one_loader_goes_on_and_jumps(images):
         assert torch.equal(a.x_q, b.x_q) and torch.equal(a.index, b.index)
     assert list(loader.batches(3, 3)) == []
     loader.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith(("data", "colour"))]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("data", "views"))]
 
 
 def test_parity_with_the_torchvision_loader(images):

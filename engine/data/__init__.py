@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -45,30 +46,35 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def build_loader(images: ImageList, cfg: Config, device: torch.device | str, *, with_original: bool = False) -> Loader:
-    """The loader that ``data.loader`` names for a training list.
+def build_loader(
+    images: ImageList, cfg: Config, device: torch.device | str, *, with_original: bool = False, cache_dir: Path | None = None
+) -> Loader:
+    """The loader that ``data.resident`` and ``data.loader`` name for a training list.
 
     images: every file of an epoch; epochs drop the last partial batch.
     with_original: batches also carry ``x_o``, the un-augmented image (short side resized, centre crop).
-    An explicit ``data.loader`` is never replaced by another; ``auto`` is DALI where it is importable.
-    Raises ValueError for a list smaller than a batch and for settings this version cannot execute, ImportError for
-    ``data.loader=dali`` without DALI.
+    cache_dir: where resident data keeps its decoded images; None keeps them in memory only.
+    An explicit ``data.loader`` is never replaced by another. ``auto`` is resident data where memory allows it, else DALI where it
+    is importable.
+    Raises ValueError for a list smaller than a batch and for settings that exclude each other, ImportError for
+    ``data.loader=dali`` without DALI, catalog.BrokenFile where resident data meets a file that no longer decodes.
     """
     import torch
 
     from engine.data.sampler import steps_per_epoch
 
     steps_per_epoch(len(images), cfg.batch_size)
-    if cfg.data.resident not in ("auto", "off"):
-        raise ValueError(
-            f"data.resident={cfg.data.resident}: resident data is not available in this version; "
-            "use data.resident=off (auto is the same)"
-        )
     choice, device = cfg.data.loader, torch.device(device)
+    if cfg.data.resident != "off":
+        from engine.data import resident
+
+        loader = resident.build(images, cfg, device, with_original=with_original, cache_dir=cache_dir)
+        if loader is not None:
+            return loader
     if choice == "auto":
-        choice = "dali" if _dali_problem() is None else "torch"
+        choice = "dali" if dali_problem() is None else "torch"
     if choice == "dali":
-        problem = _dali_problem()
+        problem = dali_problem()
         if problem is not None:
             raise ImportError(
                 f"data.loader=dali: {problem}; install nvidia-dali-cuda130 (Linux) or use data.loader=torch"
@@ -119,7 +125,7 @@ def clean_batches(
     )
 
 
-def _dali_problem() -> str | None:
+def dali_problem() -> str | None:
     """None where DALI is importable, else why not."""
     try:
         import nvidia.dali  # noqa: F401

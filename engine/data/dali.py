@@ -6,11 +6,7 @@ Order and randomness are fed in by step number, so the pipeline holds no state w
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from queue import Full, Queue
 
 import numpy as np
 import torch
@@ -20,10 +16,11 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import ImageList
-from engine.data.colour import Colour
+from engine.data.execute import Threads, ahead, rows, to_tensors
 from engine.data.sampler import batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
+from ppssl.ops import recolour
 
 HARDWARE_DECODER_SHARE = 0.65
 """Share of a batch that the GPU's JPEG engine takes, where it has one; CUDA cores take the rest."""
@@ -33,7 +30,7 @@ _PREFETCH = 2
 class DaliLoader:
     """Loader over DALI, on a CPU or with decoding on the GPU.
 
-    ``data.aug=parity``: DALI decodes, crops, resizes and flips; colour.py does the rest by torchvision's formulas, on a
+    ``data.aug=parity``: DALI decodes, crops, resizes and flips; the fused op does the rest by torchvision's formulas, on a
     CPU with ``data.workers`` threads. ``data.aug=dali``: DALI's own colour operators, which differ in hue, contrast and
     order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
@@ -48,8 +45,7 @@ class DaliLoader:
         self.name = f"dali ({'gpu' if self._gpu else 'cpu'})"
         self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
         self._dali_colour = cfg.data.aug == "dali"
-        self._colour = Colour(IMAGENET_MEAN, IMAGENET_STD)
-        self._pool = None if self._gpu or self._dali_colour else _single_threaded_pool(self._workers)
+        self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
         self._pipeline = None
         self._next = -1  # the step that the pipeline yields next
 
@@ -57,12 +53,12 @@ class DaliLoader:
         steps = self._steps(start_step, stop_step)
         # On a GPU the pipeline itself runs ahead and colour is queued on the consumer's stream; on a CPU colour is
         # work.
-        return steps if self._gpu else _ahead(steps, _PREFETCH)
+        return steps if self._gpu else ahead(steps, _PREFETCH)
 
     def close(self) -> None:
         self._pipeline = None
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._threads is not None:
+            self._threads.close()
 
     def _steps(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         if self._pipeline is None or self._next != start_step:
@@ -76,9 +72,12 @@ class DaliLoader:
             if self._dali_colour:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
             elif self._gpu:
-                x_q, x_k = (self._colour.batch(o, v, torch.float16) for o, v in zip(outputs, values, strict=True))
+                x_q, x_k = (
+                    recolour(o, to_tensors([v], self._device), mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16)
+                    for o, v in zip(outputs, values, strict=True)
+                )
             else:
-                x_q, x_k = self._colour_on_cpu(outputs, values)
+                x_q, x_k = (self._colour(o, v) for o, v in zip(outputs, values, strict=True))
             self._pipeline, self._next = pipeline, step + 1
             position = torch.from_numpy(index.copy()).to(self._device, non_blocking=True)
             yield Batch(x_q=x_q, x_k=x_k, index=position, x_o=original)
@@ -100,17 +99,16 @@ class DaliLoader:
         query, key = (view_values(self._cfg.seed, epoch, index, view, sizes, self._cfg.data.image_size) for view in (0, 1))
         return index, (query, key)
 
-    def _colour_on_cpu(self, outputs: list[Tensor], values: tuple[ViewValues, ViewValues]) -> list[Tensor]:
-        results = [torch.empty(o.shape, dtype=torch.float32).permute(0, 3, 1, 2) for o in outputs]
-        jobs = [(view, b) for b in range(self._cfg.batch_size) for view in (0, 1)]
+    def _colour(self, pixels: Tensor, values: ViewValues) -> Tensor:
+        """Colour of one view on a CPU: uint8 [B, S, S, 3] -> [B, 3, S, S] channels_last."""
+        values = to_tensors([values], self._device)
+        out = torch.empty(pixels.shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
-        def colour(part: list[tuple[int, int]]) -> None:
-            for view, b in part:
-                self._colour.one(outputs[view][b], values[view], b, results[view][b])
+        def work(part: slice) -> None:
+            recolour(pixels[part], rows(values, part), mean=IMAGENET_MEAN, std=IMAGENET_STD, out=out[part])
 
-        parts = 4 * self._workers  # more than threads, since images differ in cost
-        list(self._pool.map(colour, [jobs[p::parts] for p in range(parts)]))
-        return results
+        self._threads.share(work, len(pixels))
+        return out
 
     def _build(self, start_step: int) -> Pipeline:
         images, side = self._images, self._cfg.data.image_size
@@ -241,59 +239,3 @@ def _centres(sizes: np.ndarray, side: int) -> list[np.ndarray]:
         boxes.append((top * y, left * x, (top + side) * y, (left + side) * x))
     start, end = np.split(np.array(boxes, np.float32), 2, axis=1)
     return [np.ascontiguousarray(start), np.ascontiguousarray(end)]
-
-
-def _single_threaded_pool(workers: int) -> ThreadPoolExecutor:
-    """Threads that run torch operators without threads of their own."""
-    kept = torch.get_num_threads()
-    started = threading.Barrier(workers)
-
-    def start() -> None:
-        torch.get_num_threads()  # a thread takes the process's setting at its first use, and would undo the next line
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="colour")
-    for future in [pool.submit(start) for _ in range(workers)]:
-        future.result()
-    torch.set_num_threads(kept)  # the setting is a thread's own, but threads that start later copy the last one made
-    return pool
-
-
-def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same items, made up to ``depth`` ahead in a thread; its exceptions arrive here, closing this ends it."""
-    queue: Queue = Queue(depth)
-    stop = threading.Event()
-
-    def put(kind: str, item: object) -> bool:
-        while not stop.is_set():
-            try:
-                queue.put((kind, item), timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            with closing(items):
-                for item in items:
-                    if not put("item", item):
-                        return
-            put("end", None)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            put("error", error)
-
-    thread = threading.Thread(target=produce, name="data", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, item = queue.get()
-            if kind == "error":
-                raise item
-            if kind == "end":
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()

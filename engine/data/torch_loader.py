@@ -15,7 +15,6 @@ from torchvision.transforms import functional as F
 from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import BrokenFile, ImageList
-from engine.data.colour import Normalise
 from engine.data.sampler import batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
@@ -45,6 +44,23 @@ def execute_view(image: Image.Image, values: ViewValues, b: int, side: int) -> I
 
 
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+class Normalise:
+    """uint8 [B, H, W, 3] on any device -> (x / 255 - mean) / std: [B, 3, H, W] channels_last of ``dtype`` on
+    ``device``."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype):
+        self._scale = 1 / (255 * torch.tensor(std, dtype=torch.float32, device=device))
+        self._shift = -torch.tensor(mean, dtype=torch.float32, device=device) * 255 * self._scale
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self._device, non_blocking=True)
+        b, h, w, c = pixels.shape
+        rows = pixels.reshape(b, h, w * c)  # a long last dimension instead of 3 keeps the CPU's vector units busy
+        x = torch.mul(rows, self._scale.repeat(w)).add_(self._shift.repeat(w))
+        return x.to(self._dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class TorchLoader:

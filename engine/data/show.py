@@ -1,0 +1,115 @@
+"""``python -m engine.data.show --cfg X --out sheet.png``: originals and views side by side, as every loader that runs here makes
+them from the same values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import arguments, build, data
+from engine.config import Config, ConfigError
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, catalog, sampler, sheet, views
+from engine.log import say
+
+IMAGES = 5
+"""Rows of the sheet: the first images of the run's order."""
+
+
+class Backend(NamedTuple):
+    """One way of making views."""
+
+    title: str
+    settings: dict[str, str]
+    """Of ``data.*``."""
+
+
+def backends(device: torch.device) -> list[Backend]:
+    """What runs on this machine; torchvision first, since the others are measured against it."""
+    found = [Backend("torchvision", {"loader": "torch", "resident": "off", "aug": "parity"})]
+    if data.dali_problem() is None:
+        found += [Backend(f"DALI, {aug}", {"loader": "dali", "resident": "off", "aug": aug}) for aug in ("parity", "dali")]
+    places = ("host", "device") if device.type == "cuda" else ("host",)
+    return found + [Backend(f"resident, {where}", {"loader": "auto", "resident": where, "aug": "parity"}) for where in places]
+
+
+def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.Image:
+    """The sheet: a row an image; the original, then the query and the key view of every backend. Under a view stands how far it
+    is from torchvision's, in levels of 0..255 in the mean, and the largest distance of a pixel."""
+    count = min(IMAGES, len(images))
+    chosen = sampler.epoch_order(cfg.seed, 0, len(images))[:count]
+    names = tuple(images.names[i] for i in chosen)
+    some = replace(images, names=names, labels=None, sizes=images.sizes[chosen], plain=images.plain[chosen])
+    cfg = replace(cfg, batch_size=count)
+    order = sampler.epoch_order(cfg.seed, 0, count)
+    values = [views.view_values(cfg.seed, 0, order, view, some.sizes[order], cfg.data.image_size) for view in (0, 1)]
+    made: dict[str, tuple[Tensor, ...]] = {}
+    for backend in backends(device):
+        own = replace(cfg, data=replace(cfg.data, **backend.settings))
+        loader = data.build_loader(some, own, device, with_original=True)
+        try:
+            batch = next(iter(loader.batches(0, 1)))
+        finally:
+            loader.close()
+        made[backend.title] = tuple(levels(x) for x in (batch.x_q, batch.x_k, batch.x_o))
+    theirs = made["torchvision"]
+    tiles = []
+    for b in range(count):
+        tiles.append(sheet.Tile(theirs[2][b].round().byte().numpy(), "original\n" + Path(some.names[order[b]]).name))
+        for title, ours in made.items():
+            for view, name in enumerate(("query", "key")):
+                if title == "torchvision":
+                    note = describe(values[view], b, some.sizes[order[b]])
+                else:
+                    difference = (ours[view][b] - theirs[view][b]).abs()
+                    note = f"{difference.mean():.1f} levels, at most {difference.max():.0f}"
+                tiles.append(sheet.Tile(ours[view][b].round().byte().numpy(), f"{title}: {name}\n{note}"))
+    title = f"{cfg.data.name}: the same values executed by every loader that runs here ({device})"
+    return sheet.draw(tiles, columns=1 + 2 * len(made), side=160, title=title)
+
+
+def levels(x: Tensor) -> Tensor:
+    """Normalised [B, 3, S, S] -> [B, S, S, 3] in 0..255 on the CPU."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((x.cpu().float() * std + mean) * 255).clamp(0, 255).permute(0, 2, 3, 1)
+
+
+def describe(values: views.ViewValues, b: int, size: np.ndarray) -> str:
+    """The values of image ``b`` in a few words."""
+    words = [f"{values.crop[b, 2:].prod() / size.prod():.0%}"]
+    if values.flip[b]:
+        words.append("flip")
+    if values.jitter[b]:
+        letters = "".join("bcsh"[op] for op in values.order[b])
+        words.append(letters + " " + " ".join(f"{f:.2g}" for f in values.factors[b]))
+    if values.grey[b]:
+        words.append("grey")
+    if values.blur_sigma[b] > 0:
+        words.append(f"blur {values.blur_sigma[b]:.1f}")
+    return ", ".join(words)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config."""
+    cfg = arguments.parse(argv).config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = Path(cfg.out or "sheet.png")
+    try:
+        images = build.data(cfg, cache_dir=build.cache_folder())
+        sheet.write(draw(images.train, cfg, device), out)
+    except (ValueError, OSError, ImportError, catalog.BrokenFile) as error:
+        say(f"error: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
+    say(f"drew {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

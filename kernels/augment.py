@@ -1,0 +1,306 @@
+"""Views from decoded images: random resized crop, flip, colour jitter, grey, Gaussian blur and normalisation, fused.
+
+What happens to each image comes in as values, so any path makes the same views. The crop is rounded to 8 bits, as
+torchvision's is; from there on everything is float and neither rounded nor truncated between two operators. On CUDA five
+launches whatever the images ask for; on a CPU the images are taken one by one, small enough for the cache and each with
+only the operators that its values ask for. A sequence of operators of one image never depends on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import BLUR_RADIUS, ViewValues
+from kernels.selection import choose
+
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+_GREY = (0.299, 0.587, 0.114)
+_KINDS = {
+    "crop": (torch.int32, 2), "flip": (torch.bool, 1), "jitter": (torch.bool, 1), "factors": (torch.float32, 2),
+    "order": (torch.uint8, 2), "grey": (torch.bool, 1), "blur_sigma": (torch.float32, 1),
+}  # fmt: skip
+"""Field of ViewValues -> dtype and rank; rank 2 is [B, 4]."""
+
+
+def augment(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    values: ViewValues,
+    *,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Views of B images of any sizes. No gradient.
+
+    Args:
+        pixels: uint8 [total], images of [height, width, 3] one after the other.
+        offsets: int64 [B], where each image begins; an image may be named twice.
+        sizes: int32 [B, 2], height and width of each.
+        values: what to do to each, on the same device. Boxes must lie inside their images: not checked on CUDA.
+        side: height and width of a view.
+        mean, std: of RGB in [0, 1].
+        dtype: float16, bfloat16 or float32; float64 on the reference and PyTorch paths.
+        out: [B, 3, side, side] channels_last, overwritten and returned; gives side and dtype then.
+        impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
+
+    Returns:
+        [B, 3, side, side] of ``dtype``, channels_last: (view / 255 - mean) / std.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, two devices, a box or an image outside its bounds (on a CPU), unknown ``impl``.
+    """
+    count = _check("augment", values, offsets.shape[0] if offsets.dim() == 1 else -1, pixels.device, mean, std)
+    for name, tensor, kind, shape in (
+        ("pixels", pixels, torch.uint8, list(pixels.shape[:1])),
+        ("offsets", offsets, torch.int64, [count]),
+        ("sizes", sizes, torch.int32, [count, 2]),
+    ):
+        _check_tensor("augment", name, tensor, kind, shape, pixels.device)
+    if side < 1:
+        raise ValueError(f"augment: side must be at least 1, got {side}")
+    if pixels.device.type == "cpu":
+        _check_bounds(pixels, offsets, sizes, values.crop)
+    out = _output("augment", out, count, side, dtype, pixels.device)
+    chosen = choose("augment", impl, out, fast="torch")
+    if chosen == "reference":
+        made = reference.augment(pixels, offsets, sizes, values, side=side, mean=mean, std=std, dtype=out.dtype)
+        return out.copy_(made)
+    torch.ops.ppssl.augment(pixels, offsets, sizes, *values, list(mean), list(std), chosen, out)
+    return out
+
+
+def recolour(
+    views: Tensor,
+    values: ViewValues,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The second half of :func:`augment`, for views that another program has cropped and flipped: uint8 [B, S, S, 3],
+    contiguous. ``values.crop`` and ``values.flip`` are not read."""
+    if views.dim() != 4 or views.shape[1] != views.shape[2] or views.shape[3] != 3 or views.shape[1] < 1:
+        raise ValueError(f"recolour: views must be [B, S, S, 3], got {list(views.shape)}")
+    count = _check("recolour", values, views.shape[0], views.device, mean, std)
+    _check_tensor("recolour", "views", views, torch.uint8, list(views.shape), views.device)
+    out = _output("recolour", out, count, views.shape[1], dtype, views.device)
+    chosen = choose("recolour", impl, out, fast="torch")
+    if chosen == "reference":
+        return out.copy_(reference.recolour(views, values, mean=mean, std=std, dtype=out.dtype))
+    torch.ops.ppssl.recolour(views, *values, list(mean), list(std), chosen, out)
+    return out
+
+
+def _check(op: str, values: ViewValues, count: int, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> int:
+    """Values of ``count`` images, three means and deviations."""
+    for name, (kind, rank) in _KINDS.items():
+        shape = [count] if rank == 1 else [count, 4]
+        _check_tensor(op, f"values.{name}", getattr(values, name), kind, shape, device)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{op}: mean and std must be three numbers each, std above 0, got {list(mean)} and {list(std)}")
+    return count
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor, kind: torch.dtype, shape: list[int], device: torch.device) -> None:
+    if tensor.dtype != kind:
+        raise TypeError(f"{op}: {name} must be {kind}, got {tensor.dtype}")
+    if list(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous {shape}, got {list(tensor.shape)} with strides {tensor.stride()}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, the pixels are on {device}; move one of them")
+
+
+def _check_bounds(pixels: Tensor, offsets: Tensor, sizes: Tensor, crop: Tensor) -> None:
+    ends = offsets + 3 * sizes.long().prod(1)
+    inside = (offsets >= 0) & (ends <= len(pixels)) & (sizes > 0).all(1)
+    boxes = (crop[:, :2] >= 0).all(1) & (crop[:, 2:] > 0).all(1) & (crop[:, :2] + crop[:, 2:] <= sizes).all(1)
+    for good, what in ((inside, "image"), (boxes, "box")):
+        if not good.all():
+            b = int((~good).nonzero()[0])
+            raise ValueError(
+                f"augment: {what} {b} lies outside its bounds: crop {crop[b].tolist()} of size {sizes[b].tolist()} at "
+                f"offset {int(offsets[b])} of {len(pixels)} bytes"
+            )
+
+
+def _output(op: str, out: Tensor | None, count: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if out is None:
+        if not dtype.is_floating_point:
+            raise TypeError(f"{op}: dtype must be a floating type, got {dtype}")
+        return torch.empty((count, side, side, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)
+    good = list(out.shape) == [count, 3, side, side] and out.permute(0, 2, 3, 1).is_contiguous()
+    if not good or not out.is_floating_point() or out.device != device:
+        raise ValueError(
+            f"{op}: out must be a floating [{count}, 3, {side}, {side}] in channels_last order on {device}, got {out.dtype} "
+            f"{list(out.shape)} with strides {out.stride()} on {out.device}"
+        )
+    return out
+
+
+@torch.library.custom_op("ppssl::augment", mutates_args=("out",))
+def _augment(
+    pixels: Tensor, offsets: Tensor, sizes: Tensor, crop: Tensor, flip: Tensor, jitter: Tensor, factors: Tensor,
+    order: Tensor, grey: Tensor, blur_sigma: Tensor, mean: list[float], std: list[float], impl: str, out: Tensor,
+) -> None:  # fmt: skip
+    values = ViewValues(crop, flip, jitter, factors, order, grey, blur_sigma)
+    if impl == "triton":
+        from kernels import augment_triton
+
+        views = augment_triton.crops(pixels, offsets, sizes, values, out.shape[-1])
+        augment_triton.recolour(views, values, mean, std, out)
+        return
+    side, colour = out.shape[-1], _Colour(values, mean, std, out.device)
+    places = zip(offsets.tolist(), sizes.tolist(), crop.tolist(), flip.tolist(), strict=True)
+    for b, (start, (height, width), box, mirrored) in enumerate(places):
+        view = _resized_crop(pixels[start : start + 3 * height * width].view(height, width, 3), box, side)
+        colour(b, view.flip(-1) if mirrored else view, out[b])
+
+
+@torch.library.custom_op("ppssl::recolour", mutates_args=("out",))
+def _recolour(
+    views: Tensor, crop: Tensor, flip: Tensor, jitter: Tensor, factors: Tensor, order: Tensor, grey: Tensor,
+    blur_sigma: Tensor, mean: list[float], std: list[float], impl: str, out: Tensor,
+) -> None:  # fmt: skip
+    values = ViewValues(crop, flip, jitter, factors, order, grey, blur_sigma)
+    if impl == "triton":
+        from kernels import augment_triton
+
+        augment_triton.recolour(views, values, mean, std, out)
+        return
+    colour = _Colour(values, mean, std, out.device)
+    for b, view in enumerate(views):
+        colour(b, view.permute(2, 0, 1)[None], out[b])
+
+
+@_augment.register_fake
+def _(pixels, offsets, sizes, crop, flip, jitter, factors, order, grey, blur_sigma, mean, std, impl, out):
+    return None
+
+
+@_recolour.register_fake
+def _(views, crop, flip, jitter, factors, order, grey, blur_sigma, mean, std, impl, out):
+    return None
+
+
+def _resized_crop(image: Tensor, box: list[int], side: int) -> Tensor:
+    """uint8 [1, 3, side, side]; PyTorch's 8-bit resize on a CPU rounds its weights to 15 bits, as PIL does."""
+    top, left, height, width = box
+    part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    if part.is_cuda:  # no 8-bit resize there
+        resized = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
+    return F.interpolate(part, (side, side), mode="bilinear", antialias=True)
+
+
+class _Colour:
+    """Jitter, grey, blur and normalisation of single views."""
+
+    def __init__(self, values: ViewValues, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.jitter, self.factors, self.order = values.jitter.tolist(), values.factors.tolist(), values.order.tolist()
+        self.grey, self.sigma = values.grey.tolist(), values.blur_sigma.tolist()
+        self.scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).view(3, 1, 1).to(device)
+        self.shift = -torch.tensor(mean, dtype=torch.float64, device=device).view(3, 1, 1) * 255 * self.scale
+
+    def __call__(self, b: int, view: Tensor, out: Tensor) -> None:
+        """view: uint8 [1, 3, S, S]; out: [3, S, S] of any strides, overwritten."""
+        dtype = torch.promote_types(out.dtype, torch.float32)
+        x = view.to(dtype, memory_format=torch.contiguous_format, copy=True)  # planes: every operator runs along one
+        if self.jitter[b]:
+            for op in self.order[b]:
+                JITTER[op](x, self.factors[b][op])
+        if self.grey[b]:
+            to_grey(x)
+        x = gaussian_blur(x, self.sigma[b])
+        out.copy_(x[0].mul_(self.scale.to(dtype)).add_(self.shift.to(dtype)))
+
+
+def adjust_brightness(x: Tensor, factor: float) -> Tensor:
+    """clamp(factor * x), in place. x: [1, 3, H, W] float, 0..255; so for all below."""
+    return x.mul_(factor).clamp_(0, 255)
+
+
+def adjust_contrast(x: Tensor, factor: float) -> Tensor:
+    """Blend with the mean of the image's own grey values, in place."""
+    mean = _grey_of(x).mean()
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
+
+
+def adjust_saturation(x: Tensor, factor: float) -> Tensor:
+    """Blend with the grey image, in place."""
+    grey = _grey_of(x)
+    return x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
+
+
+def adjust_hue(x: Tensor, turns: float) -> Tensor:
+    """Turn the hue of HSV by ``turns`` (1 is the full circle), in place.
+
+    Value and saturation stay, so a pixel's largest and smallest channel keep their values and only who holds them
+    changes: with h the new hue in sextants and c = max - min, R = min + c * (clamp(|h - 3|, 1, 2) - 1) and
+    G, B = max - c * (clamp(|h - 2|, 1, 2) - 1), the same with |h - 4|.
+    """
+    r, g, b = x.unbind(1)
+    top = torch.maximum(torch.maximum(r, g), b)
+    low = torch.minimum(torch.minimum(r, g), b)
+    chroma = top - low
+    # With channels scaled to (x - min) / c the hue lies 1 + g + b - r sextants from red: in each sextant one of the
+    # three varies while the others are 0 or 1. The sign of g - b tells the side of red.
+    hue = torch.add(g, b).sub_(r).sub_(low).div_(torch.clamp(chroma, min=1e-6)).add_(1).copysign_(g - b)
+    hue.mul_(1 / 6).add_(turns + 1).frac_().mul_(6)
+    low.sub_(chroma)
+    torch.addcmul(low, chroma, torch.sub(hue, 3).abs_().clamp_(1, 2), out=r)
+    top.add_(chroma)
+    torch.addcmul(top, chroma, torch.sub(hue, 2).abs_().clamp_(1, 2), value=-1, out=g)
+    torch.addcmul(top, chroma, torch.sub(hue, 4).abs_().clamp_(1, 2), value=-1, out=b)
+    return x
+
+
+def to_grey(x: Tensor) -> Tensor:
+    """All three channels become 0.299 R + 0.587 G + 0.114 B, in place."""
+    return x.copy_(_grey_of(x).expand_as(x))
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur, mirrored at the borders without repeating the edge; 0 returns x itself.
+
+    The window reaches 4 sigma, at most BLUR_RADIUS. Each direction adds up shifted copies: on planes that fit a CPU's
+    cache that beats both a depthwise convolution and a product with a banded matrix.
+    """
+    h, w = x.shape[-2:]
+    radius = min(BLUR_RADIUS, math.ceil(4 * sigma), h - 1, w - 1)
+    if radius < 1:
+        return x
+    taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the centre outwards
+    total = 2 * sum(taps) - taps[0]
+    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    for axis, size in ((2, h), (3, w)):
+        blurred = padded.narrow(axis, radius, size) * (taps[0] / total)
+        for distance in range(1, radius + 1):
+            for start in (radius - distance, radius + distance):
+                blurred.add_(padded.narrow(axis, start, size), alpha=taps[distance] / total)
+        padded = blurred
+    return padded
+
+
+JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+"""In the order of the columns of ``ViewValues.factors``."""
+
+
+def _grey_of(x: Tensor) -> Tensor:
+    r, g, b = x.split(1, 1)
+    return (r * _GREY[0]).add_(g, alpha=_GREY[1]).add_(b, alpha=_GREY[2])
