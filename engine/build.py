@@ -14,8 +14,7 @@ from PIL import Image, ImageOps
 from engine import checkpoint, weights
 from engine.config import Config, ConfigError, from_yaml
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog
-from engine.data.colour import Normalise
-from engine.data.torch_loader import clean_view
+from engine.data.torch_loader import Normalise, clean_view
 from engine.data.views import clean_resize
 from engine.log import say
 from ppssl.encoder import FeatureNet, Trunk

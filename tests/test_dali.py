@@ -207,6 +207,33 @@ def test_a_file_that_breaks_later_is_named(images, tmp_path, damage):
     loader.close()
 
 
+def test_images_of_another_step_are_noticed(images, monkeypatch):
+    """Should DALI ever lose or repeat a batch, the run stops instead of training on the wrong teacher's rows."""
+    from engine.data.dali import DaliLoader
+
+    values, asked = DaliLoader._values, set()
+
+    def values_once_wrong(self, step):
+        first = step not in asked  # the pipeline asks first, the loop later
+        asked.add(step)
+        return values(self, 3 if first and step == 2 else step)
+
+    monkeypatch.setattr(DaliLoader, "_values", values_once_wrong)
+    loader = build_loader(images, config(), "cpu")
+    batches = loader.batches(0, 4)
+    for _ in range(2):
+        next(batches)
+    with pytest.raises(RuntimeError, match="where step 2 has"):
+        next(batches)
+    loader.close()
+
+
+def test_batches_ahead_within_memory():
+    from engine.data.dali import depth_within
+
+    assert [depth_within(batch, 100) for batch in (10, 50, 51, 1000)] == [2, 2, 1, 1]
+
+
 def test_threads_of_the_process_stay_as_they_were(images):
     before = torch.get_num_threads()
     torch.set_num_threads(2)

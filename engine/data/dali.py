@@ -19,12 +19,16 @@ from engine.data.catalog import ImageList
 from engine.data.execute import Threads, ahead, rows, to_tensors
 from engine.data.sampler import batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
+from engine.log import say
 from ppssl.method import Batch
 from ppssl.ops import recolour
 
 HARDWARE_DECODER_SHARE = 0.65
 """Share of a batch that the GPU's JPEG engine takes, where it has one; CUDA cores take the rest."""
+MEMORY_SHARE = 0.2
+"""Of the free memory of a GPU: what decoded batches in flight may take."""
 _PREFETCH = 2
+"""Batches made ahead, where memory allows it."""
 
 
 class DaliLoader:
@@ -46,6 +50,13 @@ class DaliLoader:
         self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
         self._dali_colour = cfg.data.aug == "dali"
         self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
+        self._depth = _PREFETCH
+        if self._gpu:
+            batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-cfg.batch_size :].sum())
+            room = int(MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0])
+            self._depth = depth_within(batch, room)
+            if self._depth < _PREFETCH:
+                say(f"dali: up to {batch / 1e9:.1f} GB a decoded batch, room for {room / 1e9:.1f} GB: prefetch {self._depth}")
         self._pipeline = None
         self._next = -1  # the step that the pipeline yields next
 
@@ -67,7 +78,9 @@ class DaliLoader:
         for step in range(start_step, stop_step):
             pipeline, self._pipeline = self._pipeline, None  # an interrupted run leaves nothing half consumed behind
             index, values = self._values(step)
-            outputs = self._run(pipeline, step)
+            position, *outputs = self._run(pipeline, step)
+            if not np.array_equal(position.numpy(), index):
+                raise RuntimeError(f"DALI gave images {position.tolist()} where step {step} has {index.tolist()}")
             original = outputs.pop().permute(0, 3, 1, 2) if self._with_original else None
             if self._dali_colour:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
@@ -79,16 +92,15 @@ class DaliLoader:
             else:
                 x_q, x_k = (self._colour(o, v) for o, v in zip(outputs, values, strict=True))
             self._pipeline, self._next = pipeline, step + 1
-            position = torch.from_numpy(index.copy()).to(self._device, non_blocking=True)
-            yield Batch(x_q=x_q, x_k=x_k, index=position, x_o=original)
+            yield Batch(x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_o=original)
 
     def _run(self, pipeline, step: int) -> list[Tensor]:
         """One iteration's outputs as tensors that share DALI's memory (and keep it)."""
         try:
             outputs = pipeline.run(torch.cuda.current_stream(self._device)) if self._gpu else pipeline.run()
         except RuntimeError:
-            for ahead in range(step, step + _PREFETCH + 1):  # DALI does not say which file it was
-                for i in self._values(ahead)[0].tolist():
+            for later in range(step, step + self._depth + 1):  # DALI does not say which file it was
+                for i in self._values(later)[0].tolist():
                     self._images.read(i)
             raise
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
@@ -118,7 +130,7 @@ class DaliLoader:
 
         def feed(iteration: int) -> list:
             index, values = self._values(start_step + iteration)
-            fed: list = [[paths[i] for i in index]]
+            fed: list = [index, [paths[i] for i in index]]
             if not all_plain:
                 plain = images.plain[index]
                 pixels = [nothing if p else np.asarray(images.read(i)) for i, p in zip(index, plain, strict=True)]
@@ -146,7 +158,7 @@ class DaliLoader:
             batch_size=self._cfg.batch_size,
             num_threads=self._workers,
             device_id=self._device.index if self._gpu else None,
-            prefetch_queue_depth=_PREFETCH,
+            prefetch_queue_depth=self._depth,
         )
         pipeline.build()
         return pipeline
@@ -154,19 +166,19 @@ class DaliLoader:
 
 @pipeline_def(enable_conditionals=True)
 def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_original: bool, decode: dict):
-    """Query view, key view and, if asked for, the original, each [B, side, side, 3]: uint8 views where colour is still
-    to come, else normalised, float32 on a CPU and float16 on a GPU."""
+    """Positions [B] on the host, as they were fed; query view, key view and, if asked for, the original, each [B, side, side, 3]:
+    uint8 views where colour is still to come, else normalised, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
     view_inputs = 11 if dali_colour else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_original else 0)
-    fed = fn.external_source(source=feed, num_outputs=count, batch=True)
+    position, *fed = fn.external_source(source=feed, num_outputs=1 + count, batch=True)
     if all_plain:
         image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
     elif fed[1]:
         image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
     else:
         image = fn.reshape(fed[2].gpu() if gpu else fed[2], layout="HWC")
-    outputs = []
+    outputs = [position]
     for view in range(2):
         first = (1 if all_plain else 3) + view * view_inputs
         # cut out first: a resize of the box alone would look across its borders, which torchvision's does not
@@ -210,6 +222,11 @@ def _normalise(pixels, gpu: bool):
         mean=[255 * m for m in IMAGENET_MEAN],
         std=[255 * s for s in IMAGENET_STD],
     )
+
+
+def depth_within(batch: int, room: int) -> int:
+    """Batches to make ahead: as many decoded ones, of at most ``batch`` bytes, as ``room`` holds; one at the least."""
+    return max(1, min(_PREFETCH, room // batch))
 
 
 def _boxes(values: ViewValues) -> list[np.ndarray]:
