@@ -3,10 +3,11 @@
 #
 #   bench/run_gpu.sh             all stages
 #   bench/run_gpu.sh --stage N   one of: 1 correctness, 2 sweep, 3 op benchmarks, 4 whole step with the teacher cached,
-#                                5 the teacher on the view, 6 moco, 7 data path and retrieval
+#                                5 the teacher on the view, 6 moco, 7 data path and retrieval,
+#                                8 every loader in a process of its own, and how long a run waits for each
 #
-# Stages 3 to 7 leave bench/results/<gpu>/<date>_<commit>.json; send that file. Stage 2 may change kernels/configs.json:
-# run `python -m kernels.aot --update` and stage 1 again before committing it.
+# Stages 3 to 7 leave bench/results/<gpu>/<date>_<commit>.json; send that file, and what stage 8 prints.
+# Stage 2 may change kernels/configs.json: run `python -m kernels.aot --update` and stage 1 again before committing it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,15 +41,21 @@ stage_5() { step "view"; }
 stage_6() { step "moco"; }
 stage_7() {
   local status=0
-  $limit python -m pytest -q bench/bench_data.py bench/bench_retrieval.py --benchmark-only \
+  $limit python -m pytest -q tests/test_augment.py tests/test_resident.py tests/test_dali.py tests/test_views.py || status=$?
+  $limit python -m pytest -q bench/bench_data.py bench/bench_augment.py bench/bench_retrieval.py --benchmark-only \
     --benchmark-json="$raw/engine.json" || status=$?
   python bench/summary.py collect "$raw/engine.json"
   return $status
 }
 
+stage_8() {
+  $limit python bench/bench_data.py 4096
+  $limit python bench/bench_data.py wait
+}
+
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "needs torch and a CUDA GPU" >&2; exit 2; }
 case "${1:-}" in
-  "") for stage in 1 2 3 4 5 6 7; do echo "stage $stage"; "stage_$stage"; done ;;
-  --stage) [[ "${2:-}" =~ ^[1-7]$ ]] || { echo "--stage takes 1 to 7, got '${2:-}'" >&2; exit 2; }; "stage_$2" ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  "") for stage in 1 2 3 4 5 6 7 8; do echo "stage $stage"; "stage_$stage"; done ;;
+  --stage) [[ "${2:-}" =~ ^[1-8]$ ]] || { echo "--stage takes 1 to 8, got '${2:-}'" >&2; exit 2; }; "stage_$2" ;;
+  *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

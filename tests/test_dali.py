@@ -228,6 +228,20 @@ def test_images_of_another_step_are_noticed(images, monkeypatch):
     loader.close()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("aug", ["parity", "dali"])
+def test_on_a_gpu_the_pictures_are_those_of_the_cpu(images, aug):
+    """nvJPEG rounds its own way: 2 levels in the mean of a view."""
+    loader = build_loader(images, config(aug=aug), "cuda", with_original=True)
+    batches = list(loader.batches(0, 6))
+    loader.close()
+    for ours, expected in zip(batches, run(images, config(aug=aug), 0, 6, with_original=True), strict=True):
+        assert ours.x_q.is_cuda and ours.x_q.dtype == torch.float16 and torch.equal(ours.index.cpu(), expected.index)
+        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_o, expected.x_o)):
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            assert levels(x.float().cpu(), y).max() < 2
+
+
 def test_batches_ahead_within_memory():
     from engine.data.dali import depth_within
 

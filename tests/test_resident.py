@@ -120,6 +120,20 @@ def test_the_interpreted_kernels_make_the_same_views(images, monkeypatch, kernel
         assert difference.mean() < 0.3 and difference.mean((1, 2, 3)).max() < 1, difference.mean((1, 2, 3))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_on_a_gpu_from_the_device_and_from_pinned_memory(images, where):
+    loader = build_loader(images, config(resident=where), "cuda", with_original=True)
+    batches = list(loader.batches(1, 7))
+    loader.close()
+    for ours, expected in zip(batches, run(images, config(), 1, 7, with_original=True), strict=True):
+        assert ours.x_q.is_cuda and ours.x_q.dtype == torch.float16
+        assert torch.equal(ours.index.cpu(), expected.index)
+        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_o, expected.x_o)):
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            assert ((x.float().cpu() - y).abs() * TO_LEVELS).mean((1, 2, 3)).max() < 1
+
+
 def test_a_second_start_decodes_nothing(images, tmp_path, decoded_names):
     cold = run(images, config(), 0, 3, cache_dir=tmp_path / "cache", with_original=True)
     assert sorted(decoded_names) == sorted(images.names)

@@ -194,19 +194,20 @@ def test_every_backend_executes_every_operation_as_torchvision_does(backend, tmp
     for module in ("dali", "torch_loader", "resident"):
         if module != "dali" or backend.startswith("dali"):
             monkeypatch.setattr(f"engine.data.{module}.view_values", lambda seed, epoch, index, *rest: values_of(index))
-    if backend == "resident, triton":
+    device = kernel_device if backend == "resident, triton" else torch.device("cpu")
+    if backend == "resident, triton" and device.type == "cpu":
         monkeypatch.setattr(resident, "augment", lambda *args, **options: augment(*args, **options, impl="triton"))
     settings = {
         "torch": {"loader": "torch", "resident": "off", "workers": 0},
         "dali": {"loader": "dali", "resident": "off", "workers": 1},
         "dali's own": {"loader": "dali", "resident": "off", "workers": 1, "aug": "dali"},
-    }.get(backend, {"resident": "host", "workers": 1})
-    loader = build_loader(images, Config(batch_size=len(OPS), data=DataConfig(image_size=SIDE, **settings)), "cpu")
+    }.get(backend, {"resident": "device" if device.type == "cuda" else "host", "workers": 1})
+    loader = build_loader(images, Config(batch_size=len(OPS), data=DataConfig(image_size=SIDE, **settings)), device)
     (batch,) = loader.batches(0, 1)
     loader.close()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     functional = T.functional
-    for x, i in zip(batch.x_q, batch.index.tolist(), strict=True):
+    for x, i in zip(batch.x_q.float().cpu(), batch.index.tolist(), strict=True):
         name = OPS[i]
         view = functional.resized_crop(images.read(i), *fixed.crop[i].tolist(), [SIDE, SIDE])
         expected = torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255

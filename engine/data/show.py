@@ -35,14 +35,17 @@ def backends(device: torch.device) -> list[Backend]:
     """What runs on this machine; torchvision first, since the others are measured against it."""
     found = [Backend("torchvision", {"loader": "torch", "resident": "off", "aug": "parity"})]
     if data.dali_problem() is None:
-        found += [Backend(f"DALI, {aug}", {"loader": "dali", "resident": "off", "aug": aug}) for aug in ("parity", "dali")]
+        found += [
+            Backend("DALI", {"loader": "dali", "resident": "off", "aug": "parity"}),
+            Backend("DALI's own colour", {"loader": "dali", "resident": "off", "aug": "dali"}),
+        ]
     places = ("host", "device") if device.type == "cuda" else ("host",)
     return found + [Backend(f"resident, {where}", {"loader": "auto", "resident": where, "aug": "parity"}) for where in places]
 
 
 def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.Image:
     """The sheet: a row an image; the original, then the query and the key view of every backend. Under a view stands how far it
-    is from torchvision's, in levels of 0..255 in the mean, and the largest distance of a pixel."""
+    is from torchvision's, in levels of 0..255 in the mean, and the largest distance of a pixel; under torchvision's, the values."""
     count = min(IMAGES, len(images))
     chosen = sampler.epoch_order(cfg.seed, 0, len(images))[:count]
     names = tuple(images.names[i] for i in chosen)
@@ -82,18 +85,17 @@ def levels(x: Tensor) -> Tensor:
 
 
 def describe(values: views.ViewValues, b: int, size: np.ndarray) -> str:
-    """The values of image ``b`` in a few words."""
+    """The values of image ``b`` on two lines: the crop's share of the area and what else happens; the jitter in its order, by the
+    initials of brightness, contrast, saturation and hue."""
     words = [f"{values.crop[b, 2:].prod() / size.prod():.0%}"]
     if values.flip[b]:
         words.append("flip")
-    if values.jitter[b]:
-        letters = "".join("bcsh"[op] for op in values.order[b])
-        words.append(letters + " " + " ".join(f"{f:.2g}" for f in values.factors[b]))
     if values.grey[b]:
         words.append("grey")
     if values.blur_sigma[b] > 0:
         words.append(f"blur {values.blur_sigma[b]:.1f}")
-    return ", ".join(words)
+    jitter = [f"{'bcsh'[op]}{values.factors[b, op]:.2f}" for op in values.order[b]] if values.jitter[b] else ["no jitter"]
+    return ", ".join(words) + "\n" + " ".join(jitter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
