@@ -231,6 +231,8 @@ class RunConfig:
     """Steps between checkpoints; null is once an epoch."""
     keep: int = 2
     """Checkpoints kept."""
+    max_bad_steps: int = 10
+    """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
 
 
 @dataclass(frozen=True)
@@ -470,7 +472,7 @@ _AT_LEAST: dict[str, int] = {
     "seed": 0, "epochs": 1, "batch_size": 1, "method.maxout_width": 1, "encoder.dim": 1, "queue.size": 1,
     "bn.groups": 1, "ais.weight": 0, "ais.count": 2, "iadm.weight": 0, "ldfs.reconstruction": 0, "ldfs.pair": 0,
     "ldfs.noise": 0, "optim.lr": 0, "optim.weight_decay": 0,
-    "data.image_size": 1, "data.workers": 0, "run.log_every": 1, "run.save_every_steps": 1, "run.keep": 1,
+    "data.image_size": 1, "data.workers": 0, "run.log_every": 1, "run.save_every_steps": 1, "run.keep": 1, "run.max_bad_steps": 1,
     "eval.every": 0, "eval.batch_size": 1,
 }  # fmt: skip
 _ABOVE_ZERO = ("contrast.temperature", "ais.temperature", "ais.scale", "iadm.temperature")

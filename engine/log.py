@@ -36,7 +36,8 @@ class RunLog:
 
     def __init__(self, out: Path | None, *, total_steps: int, start_step: int, description: str):
         self.out, self.total_steps = out, total_steps
-        self.sums: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
         self.count = self.images = 0
         self.waited = self.waited_total = 0.0
         self.opened = self.since = time.perf_counter()
@@ -81,32 +82,37 @@ class RunLog:
             yield batch
 
     def add(self, output: Output, *, images: int) -> None:
-        """Adds one step's losses and statistics, without waiting for the device."""
+        """Adds one step's losses and statistics, without waiting for the device. A skipped step adds to ``skipped`` alone."""
         values = {"loss": output.total.detach()} | output.terms | output.stats
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        skipped = values.pop("skipped")
+        row = torch.stack([value.float() for value in values.values()])
+        row = torch.cat([torch.where(skipped > 0, 0.0, row), skipped[None]])
+        self.names, self.sums = [*values], row if self.sums is None else self.sums + row
         self.count += 1
         self.images += images
         self.progress.advance(self.task)
 
     def line(self, *, step: int, epoch: int, lr: float) -> dict[str, Any]:
         """Means since the last line, speed and data wait, to the bar, the file and TensorBoard."""
-        values = torch.stack([v.float() for v in self.sums.values()]).tolist()  # the one wait for the device
+        *values, skipped = self.sums.tolist()  # the one wait for the device
         now = time.perf_counter()
         elapsed = now - self.since
         record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
-        record |= {name: value / self.count for name, value in zip(self.sums, values, strict=True)}
+        if skipped < self.count:
+            record |= {name: value / (self.count - skipped) for name, value in zip(self.names, values, strict=True)}
         record |= {
+            "skipped": int(skipped),
             "lr": lr,
             "images_per_s": self.images / elapsed,
             "data_wait": self.waited / elapsed,
             "seconds": now - self.opened,
         }
-        self.waited_total += self.waited
-        shown = [name for name in self.sums if name not in ("grad_norm", "contrast_top5")]
-        self.sums, self.count, self.images, self.waited, self.since = {}, 0, 0, 0.0, now
+        self.waited_total, taken = self.waited_total + self.waited, self.count
+        self.sums, self.count, self.images, self.waited, self.since = None, 0, 0, 0.0, now
         self.write(record)
+        shown = [name for name in self.names if name in record and name not in ("grad_norm", "contrast_top5")]
         status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
+        status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
         status += f"  lr {lr:.4f}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
         self.progress.update(self.task, status=status)
         if not console.is_terminal:

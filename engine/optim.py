@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str) -> float:
@@ -36,6 +36,15 @@ def sgd(
     if backend == "apex" or (backend == "auto" and on_gpu and not missing):
         return importlib.import_module("apex.optimizers").FusedSGD(parameters, **options)
     return torch.optim.SGD(parameters, **options, fused=True)
+
+
+def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """Makes the next step of ``optimizer`` (from ``sgd``) leave weights and momentum alone if the 0-d bool ``bad`` is true; it is
+    read on the device."""
+    if isinstance(optimizer, torch.optim.SGD):
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # what fused SGD asks before it writes
+    else:
+        optimizer._dummy_overflow_buf.copy_(bad)  # apex's kernels return at once where this is not 0
 
 
 def apex_missing() -> str | None:

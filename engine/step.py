@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine import optim
 from engine.graph import CapturedStep
+from engine.guard import Guard
 from engine.precision import Precision
 from ppssl.encoder import Trunk
 from ppssl.method import Batch, Method, Output
@@ -57,8 +59,8 @@ class Step:
     update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
     of torch.compile. graph: capture the step as a CUDA graph.
 
-    Nothing here waits for the device. A non-finite loss or gradient is remembered on the device (``first_bad``, ``bad_terms``) and
-    read by whoever synchronises next.
+    Nothing here waits for the device. A step with a non-finite loss or gradient changes nothing and is counted there (``guard``);
+    whoever synchronises next asks for a streak of ``max_bad_steps``.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Step:
         compile: str = "off",
         backend: Any = "inductor",
         graph: bool = False,
+        max_bad_steps: int = 10,
     ):
         choose(compile, "on" if graph else "off", precision)  # refuses what cannot be had
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
@@ -84,17 +87,15 @@ class Step:
         device = precision.device
         method.progress = torch.zeros((), device=device)
         self.rate = torch.zeros((), device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad_terms: dict[str, Tensor] = {}
+        self.guard = Guard(method, device, patience=max_bad_steps)
         for module in method.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.num_batches_tracked = None  # one more kernel a layer, and unused with a fixed momentum
         self.compile = compile
-        self.buffers: list[Tensor] = []
+        self.buffers = [torch.zeros_like(p) for p in self.parameters]
+        self._keep_buffers()
         self.run = self._eager
         if compile == "step" or graph:
-            self.buffers = [torch.zeros_like(p) for p in self.parameters]
-            self._keep_buffers()
             self.run = self._compiled(backend) if compile == "step" else self._whole
         elif compile == "encoder":
             self._compile_encoders(backend)
@@ -102,19 +103,26 @@ class Step:
             self.run = CapturedStep(self.run)
 
     def __call__(self, batch: Batch) -> Output:
-        """Trains on ``batch``; returns the method's output, its ``stats`` with ``grad_norm`` added, all detached on the device."""
+        """Trains on ``batch``; returns the method's output, all detached on the device, its ``stats`` with ``grad_norm`` and
+        ``skipped`` (1.0 where the step was bad and changed nothing) added."""
         self.set_schedule()
-        if self.precision.scales:
-            self.method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
         output = self.run(self.prepare(batch))
-        self.watch(output)
+        self.guard.count(self.step, output, batch.index)
         self.step += 1
-        return output
+        return output._replace(stats=output.stats | {"skipped": self.guard.bad.float()})
 
     def _eager(self, batch: Batch) -> Output:
+        kept = self.guard.keep()
         output, gradients = self.gradients(batch)
+        self.judge(output, kept)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+        if self.precision.scales:
+            # the scaler finds by itself which gradients are not finite: this tells it of a bad loss
+            (first, *_) = (p.grad for p in self.parameters if p.grad is not None)
+            first.masked_fill_(self.guard.bad, float("nan"))
+        else:
+            optim.skip_where(self.optimizer, self.guard.bad)
         with span("optim_ema"):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -126,7 +134,9 @@ class Step:
         """Moves the key network, runs the method and differentiates by the parameters alone (gradients are scaled in fp16)."""
         if self.target:
             with span("optim_ema"), torch.no_grad():
-                torch._foreach_lerp_(self.target, self.online, 1.0 - self.decay)  # the key network first moves (MoCo)
+                # the key network first moves (MoCo); a step that was skipped has moved it for this one
+                weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
+                torch._foreach_lerp_(self.target, self.online, [weight] * len(self.target))
         with self.precision.autocast():
             output = self.method(batch)
         scaled = output.total * self.method.loss_scale if self.precision.scales else output.total
@@ -140,23 +150,33 @@ class Step:
         output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
         return output, gradients
 
+    def judge(self, output: Output, kept: Tensor | None) -> None:
+        """Decides on the device whether this step counts; takes back what the forward pass did to the statistics if not."""
+        self.guard.judge(output.total, output.stats["grad_norm"], self.method.loss_scale if self.precision.scales else None)
+        self.guard.restore(kept)
+
     def _keep_buffers(self) -> None:
-        """Puts the momentum buffers of the compiled update where the optimiser saves them. They begin as zeros: the first update
-        of a zero buffer is the gradient itself, as in ``torch.optim.SGD``."""
+        """Puts the momentum buffers where the optimiser keeps them. They begin as zeros: the first update of a zero buffer is the
+        gradient itself, as in ``torch.optim.SGD``, and a first step that is skipped leaves them defined."""
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
     def _whole(self, batch: Batch) -> Output:
         """Everything from the momentum update to the enqueue, with the learning rate read from the device."""
+        kept = self.guard.keep()
         output, gradients = self.gradients(batch)
+        self.judge(output, kept)
         (group,) = self.optimizer.param_groups
         with torch.no_grad():
             used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
             parameters, found, buffers = map(list, zip(*used, strict=True))
             found = torch._foreach_add(found, parameters, alpha=group["weight_decay"])
-            torch._foreach_mul_(buffers, group["momentum"])
+            # a bad step multiplies the buffers by one, adds zeros to them and goes nowhere
+            found = [torch.where(self.guard.bad, torch.zeros_like(g), g) for g in found]
+            torch._foreach_mul_(buffers, torch.where(self.guard.bad, 1.0, group["momentum"]))
             torch._foreach_add_(buffers, found)
-            torch._foreach_sub_(parameters, torch._foreach_mul(buffers, self.rate))
+            rate = torch.where(self.guard.bad, 0.0, self.rate)
+            torch._foreach_sub_(parameters, torch._foreach_mul(buffers, rate))
             self.method.enqueue(output.keys, batch.index)
         return output
 
@@ -204,43 +224,28 @@ class Step:
         return batch._replace(**changed)
 
     def set_schedule(self) -> None:
-        """Puts this step's learning rate and the share of the run that is done where they are read."""
+        """Puts this step's learning rate, the share of the run that is done and the loss scale where they are read."""
         rate = self.lr(self.step)
         self.method.progress.fill_(self.step / self.total_steps)
         self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
-    @torch.no_grad()
-    def watch(self, output: Output) -> None:
-        """Keeps the first step whose loss or gradient is not finite, with its terms."""
-        finite = torch.isfinite(output.total)
-        if not self.precision.scales:  # a gradient that overflows fp16 is the scaler's business: it skips that step
-            finite = finite & torch.isfinite(output.stats["grad_norm"])
-        terms = output.terms | {"total": output.total, "grad_norm": output.stats["grad_norm"]}
-        if not self.bad_terms:
-            self.bad_terms = {name: torch.zeros_like(value) for name, value in terms.items()}
-        newly = ~finite & (self.first_bad < 0)
-        self.first_bad.copy_(torch.where(newly, self.step, self.first_bad))
-        for name, value in terms.items():
-            self.bad_terms[name].copy_(torch.where(newly, value, self.bad_terms[name]))
-
-    def raise_if_bad(self) -> None:
-        """Waits for the device; raises ``FloatingPointError`` naming the first bad step and its terms."""
-        step = int(self.first_bad)
-        if step >= 0:
-            terms = ", ".join(f"{name} {float(value):.6g}" for name, value in self.bad_terms.items())
-            raise FloatingPointError(f"step {step}: the loss or its gradient is not finite ({terms})")
+        if self.precision.scales:
+            self.method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.buffers:  # the compiled graph holds these very tensors
-            for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-                saved = self.optimizer.state[parameter].get("momentum_buffer")
-                buffer.zero_() if saved is None else buffer.copy_(saved)
-            self._keep_buffers()
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            buffer.copy_(self.optimizer.state[parameter]["momentum_buffer"])
+        self._keep_buffers()  # a compiled graph holds these very tensors
         self.scaler.load_state_dict(state["scaler"])
+        self.guard.load_state_dict(state["guard"])

@@ -19,7 +19,7 @@ from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
 from engine.evaluate import evaluate
 from engine.log import say
-from engine.trainer import Stopped, Summary, Trainer
+from engine.trainer import Stopped, Summary, Trainer, signals_stop_at_once
 from ppssl.teacher import Teacher
 
 # What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
@@ -37,15 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(to_yaml(args.config), end="")
         return 0
     try:
-        if args.dry_run:
-            dry_run(args.config)
-        else:
-            train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started, profile=args.profile)
+        with signals_stop_at_once():
+            if args.dry_run:
+                dry_run(args.config)
+            else:
+                train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started, profile=args.profile)
     except Stopped as stopped:
         say(str(stopped))
         return stopped.code
     except KeyboardInterrupt:
-        say("interrupted before training began; nothing was saved")
+        say("interrupted outside of training: there was nothing to save")
         return 130
     except ConfigError as error:
         say(f"error: {error}")
@@ -69,6 +70,8 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     trainer = assemble(cfg, images, device, out=out, cache=cache, embed=lambda t: teacher_cache.embeddings(
         t, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
     ))  # fmt: skip
+    for folder in (out, out / "checkpoints", out / "replay"):
+        checkpoint.clean(folder)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
     catalog.write_bad_files(images, out / "bad_files.txt")
@@ -153,6 +156,7 @@ def assemble(
         log_every=cfg.run.log_every,
         save_every_steps=cfg.run.save_every_steps,
         keep=cfg.run.keep,
+        max_bad_steps=cfg.run.max_bad_steps,
         info={"config": to_yaml(cfg)},
     )
     say(f"method: {cfg.method.name} ({cfg.method.form}), {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
@@ -164,26 +168,26 @@ def assemble(
 def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
     """The checkpoint that ``resume`` names, read and compared with ``cfg``; (None, None) to start afresh, in which case a run that
     is already in ``out`` is moved aside, not overwritten."""
-    found = checkpoint.list_checkpoints(out / "checkpoints")
+    found = None
     if cfg.resume == "auto":
-        source = found[-1] if found else None
-    elif cfg.resume == "none":
-        source = None
-    else:
+        found = checkpoint.newest(out / "checkpoints", say)
+    elif cfg.resume != "none":
         source = Path(cfg.resume)
-        if source.is_dir():
-            inside = checkpoint.list_checkpoints(source / "checkpoints")
-            if not inside:
-                raise FileNotFoundError(f"resume: {source} holds no checkpoint")
-            source = inside[-1]
-    if source is None:
+        found = checkpoint.newest(source / "checkpoints", say) if source.is_dir() else (source, checkpoint.load(source))
+        if found is None:
+            raise FileNotFoundError(f"resume: {source} holds no checkpoint")
+    if found is None:
         if out.is_dir() and any(out.iterdir()):
             number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
             out.rename(out.with_name(f"{out.name}.{number}"))
             say(f"{out} held an earlier run; it is now {out}.{number}")
         return None, None
-    state = checkpoint.load(source)
-    then, now = flatten(from_yaml(state["info"].get("config", ""))), flatten(cfg)
+    source, state = found
+    try:
+        then = flatten(from_yaml(str(state.get("info", {}).get("config", ""))))
+    except ConfigError as error:
+        raise ValueError(f"resume: {source} was made with a config that this version cannot read: {error}") from error
+    now = flatten(cfg)
     for key, value in now.items():
         free = key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
         if not free and then[key] != value:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,8 @@ from torch import Tensor
 
 from engine import checkpoint, optim, precision
 from engine.data import Loader
-from engine.log import RunLog, rewind, say
+from engine.data.catalog import BrokenFile
+from engine.log import RunLog, console, rewind, say
 from engine.profiling import Profile
 from engine.step import Step, choose
 from ppssl.method import Batch, Method, Output
@@ -36,8 +40,8 @@ class Stopped(Exception):
     SIGTERM and SIGUSR1."""
 
     def __init__(self, number: int, saved: Path | None):
-        self.code = 130 if number == signal.SIGINT else 75
-        where = f"saved {saved}" if saved else "nothing to save to (no run folder)"
+        self.code = _exit_code(number)
+        where = f"saved {saved}" if saved else "there was nothing to save"
         super().__init__(f"stopped by {signal.Signals(number).name}, {where}")
 
 
@@ -74,6 +78,7 @@ class Trainer:
         log_every: int = 10,
         save_every_steps: int | None = None,
         keep: int = 2,
+        max_bad_steps: int = 10,
         profile: int = 0,
         info: dict[str, Any] | None = None,
         hooks: Sequence[Callable[[Trainer], None]] = (),
@@ -97,12 +102,14 @@ class Trainer:
             total_steps=self.total_steps,
             compile=self.execution.compile,
             graph=self.execution.graph,
+            max_bad_steps=max_bad_steps,
         )
         self.out = None if out is None else Path(out)
-        self.log_every, self.keep, self.info = log_every, keep, info or {}
+        self.log_every, self.info = log_every, info or {}
         self.profile = profile
         self.save_every = save_every_steps or loader.steps_per_epoch
-        self.saved: Path | None = None
+        self.saver = checkpoint.Saver(self.out or Path(), keep=keep)
+        self.saved_step = self.hooked_epoch = -1
         self.log: RunLog | None = None
 
     @property
@@ -111,14 +118,17 @@ class Trainer:
         return self.step.step // self.loader.steps_per_epoch
 
     def fit(self) -> Summary:
-        """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` on a non-finite loss, naming step, terms
-        and the last good checkpoint."""
+        """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` after ``max_bad_steps`` steps in a row whose
+        loss or gradient was not finite, ``BrokenFile`` after a save when an image can no longer be read, ``OSError`` when nothing
+        can be saved; each names the last good checkpoint."""
         step, began = self.step, self.step.step
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile((self.out or Path()) / "profile", steps=self.profile, device=self.device)
-        with _Signals() as asked, self.log as log, profile:
-            for batch in log.watch(self.loader.batches(began, self.total_steps)):
+        asked = _Signals()
+        with _handlers(asked, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self.log as log, profile, self.saver:
+            hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
+            for batch in self.or_saved(log.watch(self.loader.batches(began, self.total_steps))):
                 lr = step.lr(step.step)
                 batch = self.with_teacher(batch)
                 if step.step == began and self.execution.compile != "off":
@@ -128,17 +138,19 @@ class Trainer:
                 hooking += self.timed(profile.step)
                 log.add(output, images=len(batch.index))
                 batch_size = len(batch.index)
+                self.saver.poll()
                 last = step.step == self.total_steps
-                epoch_ends = step.step % self.loader.steps_per_epoch == 0
                 if step.step % self.log_every == 0 or last or asked.number:
                     self.check()
                     log.line(step=step.step, epoch=self.epoch, lr=lr)
+                if not asked.number:
+                    hooking += self.timed(self.run_hooks)
                 if step.step % self.save_every == 0 or last or asked.number:
                     saving += self.timed(self.save)
-                if epoch_ends and self.hooks and not asked.number:
-                    hooking += self.timed(*(lambda hook=hook: hook(self) for hook in self.hooks))
                 if asked.number and not last:
-                    raise Stopped(asked.number, self.saved)
+                    saving += self.timed(self.saver.wait)
+                    raise Stopped(asked.number, self.saver.saved)
+            saving += self.timed(self.saver.wait)
         seconds = time.perf_counter() - started
         images = (step.step - began) * batch_size
         training = max(seconds - compiling - saving - hooking, 1e-9)
@@ -164,6 +176,23 @@ class Trainer:
         self.log.leave_out(seconds)
         return seconds
 
+    def run_hooks(self) -> None:
+        """Calls the hooks where an epoch has just ended, once an epoch. Before the save, which remembers it: nothing that they
+        write is lost when the run dies."""
+        if self.step.step % self.loader.steps_per_epoch == 0 and self.epoch > max(0, self.hooked_epoch):
+            for hook in self.hooks:
+                hook(self)
+            self.hooked_epoch = self.epoch
+
+    def or_saved(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; when an image can no longer be read, what was learned until then is saved first."""
+        try:
+            yield from batches
+        except BrokenFile as error:
+            self.save()
+            self.saver.wait()
+            raise BrokenFile(f"{error}; last good checkpoint: {self.saver.saved or 'none'}") from None
+
     def with_teacher(self, batch: Batch) -> Batch:
         """The batch with its images' cached teacher embeddings, when the method wants them."""
         if not self.method.needs_teacher_embeddings:
@@ -171,28 +200,43 @@ class Trainer:
         return batch._replace(teacher=self.teacher[batch.index])
 
     def check(self) -> None:
-        """Raises ``FloatingPointError`` when a step since the last check was not finite."""
-        try:
-            self.step.raise_if_bad()
-        except FloatingPointError as error:
-            good = self.saved or "none"
-            raise FloatingPointError(f"{error}; last good checkpoint: {good}; a lower optim.lr or --amp off may help") from None
-
-    def save(self) -> None:
-        """Writes a checkpoint and the network's weights into the run folder, after checking that they are finite."""
-        if self.out is None:
+        """Raises ``FloatingPointError`` after a streak of bad steps, having written what ``python -m engine.replay`` needs to run
+        the first of them again."""
+        streak = self.step.guard.streak()
+        if streak is None:
             return
-        self.check()
-        state = self.step.state_dict() | {
+        self.saver.wait()
+        bundle = "none (no run folder)"
+        if self.out is not None:
+            bundle = self.out / "replay" / f"step_{streak.step:09d}.pt"
+            again = {"index": streak.index, "terms": streak.terms}
+            checkpoint.write(bundle, self.state() | {"step": streak.step, "replay": again})
+        terms = ", ".join(f"{name} {value:.6g}" for name, value in streak.terms.items())
+        raise FloatingPointError(
+            f"step {streak.step}: the loss or its gradient is not finite ({terms}), the first of {self.step.guard.patience} steps "
+            f"in a row (run.max_bad_steps); last good checkpoint: {self.saver.saved or 'none'}; to run that step again: "
+            f"python -m engine.replay {bundle}; a lower optim.lr or --amp off may help"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint restores."""
+        return self.step.state_dict() | {
             "epoch": self.epoch,
+            "hooked_epoch": self.hooked_epoch,
             "method": self.method.state_dict(),
             "rng": checkpoint.rng_state(),
             "info": self.info,
         }
-        self.saved = checkpoint.save(self.out / "checkpoints", state, keep=self.keep)
-        checkpoint.save_weights(
-            self.out / "weights.safetensors", self.method.network.weights(), {"step": str(self.step.step), "epoch": str(self.epoch)}
-        )
+
+    def save(self) -> None:
+        """Begins to write a checkpoint and the network's weights into the run folder, in the background; their numbers are finite,
+        since a step that is not changes nothing."""
+        if self.out is None or self.saved_step == self.step.step:
+            return
+        self.check()
+        metadata = {"step": str(self.step.step), "epoch": str(self.epoch)}
+        self.saver.save(self.state(), self.method.network.weights(), metadata)
+        self.saved_step = self.step.step
 
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
         """Continues the checkpoint at ``path`` (``state`` when it is already read). Raises ``ValueError`` when it belongs to
@@ -201,37 +245,51 @@ class Trainer:
         try:
             self.method.load_state_dict(state["method"])
             self.step.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+            checkpoint.load_rng_state(state["rng"])
+            self.hooked_epoch = state["hooked_epoch"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"resume: {path} is of another method or network than this config's: {error}") from error
-        checkpoint.load_rng_state(state["rng"])
-        self.saved = path
+        self.saver.saved = path
         if self.out is not None:
             rewind(self.out, self.step.step)
         say(f"continuing {path} at step {self.step.step} of {self.total_steps}")
 
 
+@contextmanager
+def _handlers(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """``handler`` in place of what the process does on these signals; nothing outside of the main thread, which cannot set any:
+    whoever runs us there handles signals."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = [(number, signal.signal(number, handler)) for number in numbers] if main else []
+    try:
+        yield
+    finally:
+        for number, before in previous:
+            signal.signal(number, before)
+
+
+def signals_stop_at_once() -> AbstractContextManager[None]:
+    """SIGTERM and SIGUSR1 raise ``Stopped``: for all that is not training, where nothing is to be finished or saved."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise Stopped(number, None)
+
+    return _handlers(stop, signal.SIGTERM, signal.SIGUSR1)
+
+
 class _Signals:
-    """While it is open, the first SIGINT, SIGTERM or SIGUSR1 is only noted in ``number``; a second one of SIGINT or SIGTERM ends
-    the process at once, which spoils nothing: files are replaced whole."""
+    """Notes the first SIGINT, SIGTERM or SIGUSR1 in ``number``; a second one of SIGINT or SIGTERM ends the process at once, which
+    spoils nothing: files are replaced whole."""
 
-    def __init__(self) -> None:
-        self.number = 0
-        self.previous: dict[int, Any] = {}
+    number = 0
 
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            try:
-                self.previous[number] = signal.signal(number, self.note)
-            except ValueError:  # not in the main thread: whoever runs us there handles signals
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _frame: object) -> None:
+    def __call__(self, number: int, _frame: object) -> None:
         if self.number and number != signal.SIGUSR1:
-            raise SystemExit(130 if number == signal.SIGINT else 75)
+            console.show_cursor()
+            os._exit(_exit_code(number))  # an exception would wait for the thread that saves, and for the loader
         self.number = number
         say(f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once")
+
+
+def _exit_code(number: int) -> int:
+    return 130 if number == signal.SIGINT else 75

@@ -89,7 +89,7 @@ def queue_infonce(
 
 
 @torch.no_grad()
-def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = None) -> None:
     """Write ``keys`` into the ring buffer at ``pointer`` and advance it, in place and without a host sync.
 
     Safe under CUDA graphs and ``torch.compile``: the pointer is read on the device.
@@ -99,6 +99,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
         pointer: 0-d int64 tensor in [0, K), on the queue's device.
         keys: [B, D], cast to the queue's dtype. Any B: with B > K the last K keys remain, where a one-by-one writer
             would have left them.
+        skip: 0-d bool tensor; where it is true nothing changes.
 
     Raises:
         TypeError: pointer is not int64, or queue or keys not floating.
@@ -116,7 +117,11 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     size, count = queue.shape[0], keys.shape[0]
     kept = min(size, count)
     slots = (pointer + torch.arange(count - kept, count, device=queue.device)) % size
-    queue.index_copy_(0, slots, keys[count - kept :].to(queue.dtype))
+    rows = keys[count - kept :].to(queue.dtype)
+    if skip is not None:
+        rows = torch.where(skip, queue[slots], rows)
+        count = count * ~skip
+    queue.index_copy_(0, slots, rows)
     pointer.add_(count).remainder_(size)
 
 

@@ -54,6 +54,9 @@ class Method(nn.Module):
     progress: Tensor | None = None
     """Share of the run that is done, 0-d float32 in [0, 1], set by the engine; for warm-ups."""
 
+    skip: Tensor | None = None
+    """0-d bool, set by the engine: true where this step's numbers are not finite and ``enqueue`` is to change nothing."""
+
     def forward(self, batch: Batch) -> Output:
         raise NotImplementedError(f"{type(self).__name__}.forward")
 

@@ -67,7 +67,7 @@ class MoCo(Method):
     @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
         with span("enqueue"):
-            self.queue.push(keys, index)
+            self.queue.push(keys, index, self.skip)
 
     @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:

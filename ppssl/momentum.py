@@ -40,13 +40,15 @@ class KeyQueue(nn.Module):
         self.register_buffer("index", torch.full((size,), -1, dtype=torch.int64) if remember else None)
 
     @torch.no_grad()
-    def push(self, keys: Tensor, index: Tensor) -> None:
-        """Overwrites the oldest rows by ``keys`` [B, D] of the images ``index`` [B]; any B."""
+    def push(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
+        """Overwrites the oldest rows by ``keys`` [B, D] of the images ``index`` [B]; any B. Nothing changes where the 0-d bool
+        ``skip`` is true."""
         if self.index is not None:
             size, count = len(self.index), len(index)
-            slots = (self.pointer + torch.arange(count, device=index.device)) % size
-            self.index.index_copy_(0, slots[-size:], index[-size:])
-        enqueue(self.rows, self.pointer, keys)
+            slots = ((self.pointer + torch.arange(count, device=index.device)) % size)[-size:]
+            whose = index[-size:] if skip is None else torch.where(skip, self.index[slots], index[-size:])
+            self.index.index_copy_(0, slots, whose)
+        enqueue(self.rows, self.pointer, keys, skip)
 
     def own(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """What ``queue_infonce`` needs to leave out the rows of the queries' own images ``index`` [B]; None unless remembered."""

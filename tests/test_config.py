@@ -84,6 +84,7 @@ FROZEN = {
     "run.log_every": 10,
     "run.save_every_steps": None,
     "run.keep": 2,
+    "run.max_bad_steps": 10,
     "eval.every": 0,
     "eval.batch_size": 128,
     "eval.protocols": ("retrieval",),

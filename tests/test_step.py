@@ -1,4 +1,4 @@
-"""One step: momentum first, gradients of the parameters only, SGD, enqueue, and a watch on what is not finite."""
+"""One step: momentum first, gradients of the parameters only, SGD, enqueue; a step that is not finite changes nothing."""
 
 import copy
 
@@ -8,7 +8,9 @@ from torch import nn
 
 from engine import optim, precision
 from engine.step import Step
+from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.method import Batch, Method, Output
+from ppssl.moco import MoCo
 
 CPU = torch.device("cpu")
 
@@ -67,21 +69,106 @@ def test_order_and_arithmetic_of_a_step() -> None:
     assert method.online.weight.grad is None
 
 
-def test_the_first_bad_step_is_kept_with_its_terms() -> None:
+def test_a_streak_is_named_by_its_first_step_and_holds_everything_still() -> None:
+    torch.manual_seed(0)
     method = Toy()
-    step = build(method)
-    for factor in (1.0, float("inf"), 1.0):
+    step = build(method, max_bad_steps=2)
+    for factor, expected in ((1.0, None), (float("inf"), None), (1.0, None), (float("nan"), None), (float("inf"), 3)):
         method.factor = factor
-        step(batch())
-    with pytest.raises(FloatingPointError, match=r"step 1: .*sum -?(inf|nan)"):
-        step.raise_if_bad()
+        output = step(batch())
+        assert float(output.stats["skipped"]) == (factor != 1.0)
+        assert (step.guard.streak() and step.guard.streak().step) == expected
+    weight = method.online.weight.detach().clone()
+    method.factor = 1.0
+    assert float(step(batch()).stats["skipped"]) == 1.0  # refused until somebody has looked
+    assert torch.equal(method.online.weight, weight) and torch.isfinite(weight).all() and int(step.guard.skipped) == 4
+    streak = step.guard.streak()
+    assert streak.index.tolist() == [0, 1] and set(streak.terms) == {"sum", "total", "grad_norm"}
+    assert streak.terms["total"] != streak.terms["total"]  # the first one's: nan
 
 
-def test_a_good_run_raises_nothing() -> None:
-    step = build(Toy())
-    step(batch())
-    step.raise_if_bad()
-    assert int(step.first_bad) == -1
+class Contrast(MoCo):
+    """MoCo whose loss is multiplied by ``factor``."""
+
+    factor = 1.0
+
+    def forward(self, batch: Batch) -> Output:
+        output = super().forward(batch)
+        return output._replace(total=output.total * self.factor)
+
+
+def contrast(**options) -> tuple[Contrast, Step]:
+    torch.manual_seed(0)
+    trunk = Trunk("resnet18_w8_s16")
+    method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10).train()
+    frozen = {id(p) for p in method.ema_pairs()[1]}
+    optimizer = optim.sgd([p for p in method.parameters() if id(p) not in frozen], lr=0.1, momentum=0.9, weight_decay=0.1)
+    whole = options.pop("whole", False)
+    step = Step(
+        method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=precision.resolve(None, CPU), total_steps=9, **options
+    )
+    if whole:  # what a CUDA graph replays, as it is
+        step.run = step._whole
+    return method, step
+
+
+def images(seed: int) -> Batch:
+    x = torch.randn(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    if seed < 0:  # a picture of nothing but infinities
+        x[0, 1] = float("inf")
+    return Batch(x[0], x[1], torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "bad_at"),
+    [
+        ({}, 0),
+        ({}, 1),
+        ({"whole": True}, 0),
+        ({"compile": "encoder", "backend": "aot_eager"}, 1),
+        ({"compile": "step", "backend": "aot_eager"}, 0),
+    ],
+    ids=["eager, first", "eager", "graph", "encoder", "step"],
+)
+def test_a_run_with_a_bad_step_is_the_run_without_it(options: dict, bad_at: int) -> None:
+    """Weights, momentum, key network, queue and both networks' batch-norm statistics: nothing remembers the bad step."""
+    torch._dynamo.reset()
+    method, step = contrast(**options)
+    start = copy.deepcopy((method.state_dict(), step.state_dict()))
+    results = []
+    for seeds in ([1, 2, 3], [*[1, 2, 3][:bad_at], -1, *[1, 2, 3][bad_at:]]):
+        method.load_state_dict(start[0])
+        step.load_state_dict(start[1])
+        skipped = [float(step(images(seed)).stats["skipped"]) for seed in seeds]
+        assert skipped == [float(seed < 0) for seed in seeds] and step.guard.streak() is None
+        results.append(copy.deepcopy((method.state_dict(), [b.clone() for b in step.buffers])))
+    (clean, momenta), (other, other_momenta) = results
+    assert [name for name in clean if not torch.equal(clean[name], other[name])] == []
+    assert all(map(torch.equal, momenta, other_momenta)) and int(step.guard.skipped) == 1 and int(method.queue.pointer) == 2
+    torch._dynamo.reset()
+
+
+def test_a_gradient_that_is_not_finite_is_as_bad_as_a_loss() -> None:
+    method, step = contrast()
+    before = copy.deepcopy(method.state_dict())
+    method.encoder_q.head[0].weight.register_hook(lambda g: g * float("inf"))
+    output = step(images(1))
+    assert torch.isfinite(output.total) and float(output.stats["skipped"]) == 1.0
+    assert torch.equal(before["encoder_q.head.0.weight"], method.encoder_q.head[0].weight)
+
+
+def test_a_checkpoint_after_a_bad_step_does_not_move_the_key_network_twice() -> None:
+    method, step = contrast()
+    for seed in (1, -1):
+        step(images(seed))
+    other_method, other = contrast()
+    other_method.load_state_dict(copy.deepcopy(method.state_dict()))
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for s in (step, other):
+        s(images(2))
+    for (name, a), b in zip(method.state_dict().items(), other_method.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert int(other.guard.skipped) == 1
 
 
 def test_state_round_trip_continues_to_the_bit() -> None:

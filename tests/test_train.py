@@ -1,10 +1,12 @@
 """``python -m engine.train`` from JPEG files to numbers: runs, resumes to the bit, stops on signals, refuses what is wrong."""
 
 import json
+import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -133,22 +135,35 @@ def test_dry_run_runs_one_step_and_writes_nothing(recipe: Path, capfd: pytest.Ca
     assert f"{STEPS} steps" in capfd.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_everything(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Makes the loss of the n-th step (from 0) not finite where ``bad(n)``."""
     forward, calls = MoCo.forward, []
 
     def poisoned(self: MoCo, batch):
         calls.append(1)
         output = forward(self, batch)
-        return output._replace(total=output.total * float("nan")) if len(calls) == 5 else output
+        return output._replace(total=output.total * float("nan")) if bad(len(calls) - 1) else output
 
     monkeypatch.setattr(MoCo, "forward", poisoned)
-    assert main(["--cfg", str(recipe), "--out", "bad"]) == 1
+
+
+def test_one_loss_that_is_not_finite_is_skipped_and_counted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda step: step == 4)
+    assert main(["--cfg", str(recipe), "--out", "one"]) == 0
+    assert [r["skipped"] for r in log.read(Path("one")) if r["kind"] == "train"] == [0, 0, 1, 0, 0]
+    assert all(math.isfinite(r["loss"]) for r in log.read(Path("one")) if r["kind"] == "train")  # of the other steps
+
+
+def test_a_streak_of_losses_that_are_not_finite_stops_the_run_and_names_everything(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    poison(monkeypatch, lambda step: step >= 4)
+    assert main(["--cfg", str(recipe), "--out", "bad", "run.max_bad_steps=3"]) == 1
     error = capfd.readouterr().err.replace("\n", " ")
-    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000003.pt" in error
+    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000006.pt" in error
+    assert "engine.replay bad/replay/step_000000004.pt" in error
     kept = checkpoint.list_checkpoints(Path("bad/checkpoints"))
-    assert [p.name for p in kept] == ["step_000000003.pt"]
+    assert [p.name for p in kept] == ["step_000000003.pt", "step_000000006.pt"]
     assert all(torch.isfinite(t).all() for t in checkpoint.load(kept[0])["method"].values() if t.is_floating_point())
 
 

@@ -1,0 +1,98 @@
+"""What becomes of a step whose numbers are not finite: the device itself skips and counts it, and a streak of them ends the run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppssl.method import Method, Output
+
+
+class Streak(NamedTuple):
+    """A streak of bad steps that is long enough to stop: the first of them, its batch and its terms."""
+
+    step: int
+    index: Tensor
+    """[B] int64 positions in the training list."""
+    terms: dict[str, float]
+
+
+class Guard:
+    """Decides on the device, without a host sync, whether a step counts.
+
+    ``bad`` (0-d bool) says so of the step that was run last. A bad step leaves weights, momentum, queue and batch-norm statistics
+    as they were, and the momentum update that opened it stands for the next step's: later steps are those of a run that never saw
+    this batch. After ``patience`` bad steps in a row every step is refused until the host reads ``streak``, so that the state a
+    replay starts from is still there.
+
+    Used in this order: ``keep`` before the forward pass, ``judge`` once loss and gradients are there, ``restore``, then whoever
+    changes state asks ``bad``; ``count`` after the step. Everything is in place, so a captured or compiled step may hold it.
+    """
+
+    def __init__(self, method: Method, device: torch.device, *, patience: int):
+        self.patience = patience
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+        self.index = torch.empty(0, dtype=torch.int64, device=device)
+        self.names: list[str] = []
+        self.values = torch.empty(0, device=device)
+        method.skip = self.bad
+        norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+        self.statistics = [tensor for m in norms for tensor in (m.running_mean, m.running_var)]
+        self.sizes = [tensor.numel() for tensor in self.statistics]
+
+    def keep(self) -> Tensor | None:
+        """A copy of the batch-norm statistics, in one tensor: a few launches instead of hundreds."""
+        return torch.cat(self.statistics) if self.statistics else None
+
+    @torch.no_grad()
+    def judge(self, total: Tensor, grad_norm: Tensor, scale: Tensor | None = None) -> None:
+        """Sets ``bad``. scale: of fp16 losses; a gradient that overflows is then the scaler's business, which skips that step and
+        halves the scale, until there is nothing left to halve."""
+        overflow = ~torch.isfinite(grad_norm)
+        if scale is not None:
+            overflow = overflow & (scale <= 1)
+        self.bad.copy_(~torch.isfinite(total) | overflow | (self.in_a_row >= self.patience))
+
+    @torch.no_grad()
+    def restore(self, kept: Tensor | None) -> None:
+        """Puts the statistics of ``keep`` back where the step is bad."""
+        if kept is not None:
+            chosen = torch.where(self.bad, kept, torch.cat(self.statistics))
+            torch._foreach_copy_(self.statistics, list(chosen.split(self.sizes)))
+
+    @torch.no_grad()
+    def count(self, step: int, output: Output, index: Tensor) -> None:
+        """Counts the step, and keeps number, batch and terms of the first of a streak."""
+        terms = output.terms | {"total": output.total, "grad_norm": output.stats["grad_norm"]}
+        values = torch.stack([value.float() for value in terms.values()])
+        if not self.names:
+            self.names, self.values = list(terms), torch.zeros_like(values)
+        if self.index.shape != index.shape:
+            self.index = torch.zeros_like(index)
+        first = self.bad & (self.in_a_row == 0)
+        self.first.copy_(torch.where(first, step, self.first))
+        self.index.copy_(torch.where(first, index, self.index))
+        self.values.copy_(torch.where(first, values, self.values))
+        self.skipped.add_(self.bad)
+        self.in_a_row.add_(1).mul_(self.bad)
+
+    def streak(self) -> Streak | None:
+        """Waits for the device; the streak that is to stop the run, or None."""
+        if int(self.in_a_row) < self.patience:
+            return None
+        return Streak(int(self.first), self.index.cpu(), dict(zip(self.names, self.values.tolist(), strict=True)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _SAVED:
+            getattr(self, name).copy_(state[name])
+
+
+_SAVED = ("bad", "skipped")  # a streak that a checkpoint cuts through begins anew
