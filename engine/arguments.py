@@ -171,7 +171,9 @@ def _value(key: str, text: str) -> Any:
         return text
     try:
         return yaml.load(text, Loader=YamlLoader)
-    except yaml.YAMLError:
+    except ConfigError as error:
+        raise ConfigError(f"{key}: got {text!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text  # the type check names key and value
 
 

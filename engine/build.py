@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,24 @@ def cache_folder() -> Path:
     if own := os.environ.get("PPSSL_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppssl-engine"
+
+
+def check_environment(*, writes: bool) -> None:
+    """Raises ``ConfigError`` naming an environment variable whose value cannot be used. writes: the run fills the cache."""
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("OMP_NUM_THREADS", 1)):
+        text = os.environ.get(name, "")
+        levels = text.split(",") if name == "OMP_NUM_THREADS" else [text]  # one number for each level of nesting
+        if text and not all(number.strip().isdecimal() and int(number) >= least for number in levels):
+            raise ConfigError(f"{name}: got {text!r} in the environment, expected a whole number of at least {least}; unset it")
+    if writes:
+        folder = cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(
+                f"PPSSL_CACHE: the cache folder {folder} cannot be written ({error}); set PPSSL_CACHE to a folder that can"
+            ) from error
 
 
 def resolve(cfg: Config, device: torch.device) -> Config:

@@ -327,9 +327,18 @@ def nearest(key: str) -> str:
 
 class YamlLoader(yaml.SafeLoader):
     """Safe YAML with the core schema of YAML 1.2 (PyYAML's 1.1 reads ``off`` as false and ``1e-4`` as text), in which a
-    key that is given twice is an error."""
+    key that is given twice, a tag and an alias are errors: a recipe needs none, and nested aliases can grow beyond any memory."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where}: the alias *{event.anchor} is refused; write the value out")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ConfigError(f"{where}: the tag {tag} is refused, a recipe holds plain values only; remove it")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -378,7 +387,7 @@ def read(text: str | bytes, origin: str) -> dict[str, Any]:
         tree = yaml.load(text, Loader=YamlLoader)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # beyond PyYAML's own: digits without end, nesting without end
         raise ConfigError(f"{origin}: not readable as YAML: {error}") from error
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{origin}: expected a mapping of keys, got {type(tree).__name__}")

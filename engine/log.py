@@ -140,14 +140,16 @@ def append(out: Path, record: dict[str, Any]) -> None:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The records of ``out``/metrics.jsonl; a line cut off by a kill is left out."""
+    """The records of ``out``/metrics.jsonl; a line cut off by a kill, or otherwise damaged, is left out."""
     path = out / "metrics.jsonl"
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
+            records.append(record)
     return records
 
 

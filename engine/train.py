@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(to_yaml(args.config), end="")
         return 0
     try:
+        build.check_environment(writes=not args.dry_run)
         with signals_stop_at_once():
             if args.dry_run:
                 dry_run(args.config)

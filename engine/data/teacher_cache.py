@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.checkpoint import write_atomically
 from engine.data import clean_batches
 from engine.data.catalog import ImageList
-from engine.log import console
+from engine.log import console, say
 from ppssl.teacher import Teacher
 
 
@@ -37,9 +37,10 @@ def embeddings(
     key = cache_key(teacher, images)
     path = cache_dir / "teacher" / f"{key}.npy" if cache_dir else None
     if path is not None and path.is_file():
-        stored = np.load(path, allow_pickle=False)
-        if stored.shape == (len(images), teacher.dim):
+        stored = _load(path, (len(images), teacher.dim))
+        if stored is not None:
             return torch.from_numpy(stored).to(device)
+        say(f"warning: {path} is damaged; the teacher looks at the images again")
     result = np.zeros((len(images), teacher.dim), np.float16)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"{teacher.name} looks at every image once", total=len(images))
@@ -80,6 +81,16 @@ def cache_key(teacher: Teacher, images: ImageList) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The stored rows, or None for a file that is not what ``_save`` wrote; a pickle in it is not executed."""
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = isinstance(stored, np.ndarray) and stored.shape == shape and stored.dtype == np.float16
+    return stored if whole and np.isfinite(stored).all() else None
 
 
 def _save(temporary: str, array: np.ndarray) -> None:

@@ -87,6 +87,7 @@ class TorchLoader:
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
             worker_init_fn=_leave_interrupts,
+            generator=torch.Generator(),  # for the seed that it hands to workers: a run's own state stays as it is
             pin_memory=self._device.type == "cuda",
         )
 
@@ -192,6 +193,7 @@ def iterate_clean(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_leave_interrupts,
+        generator=torch.Generator(),
     )
     for pixels, index in _checked(loader):
         yield normalise(pixels), index.to(device)
