@@ -335,9 +335,9 @@ class YamlLoader(yaml.SafeLoader):
         event = self.peek_event()
         where = f"line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{where}: the alias *{event.anchor} is refused; write the value out")
+            raise ConfigError(f"{where}: the YAML alias *{event.anchor} is refused; write the value out")
         if (tag := getattr(event, "tag", None)) is not None:
-            raise ConfigError(f"{where}: the tag {tag} is refused, a recipe holds plain values only; remove it")
+            raise ConfigError(f"{where}: the YAML tag {tag} is refused, a recipe holds plain values only; remove it")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
