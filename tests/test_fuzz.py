@@ -83,6 +83,7 @@ ROWS = st.lists(
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 
 
+@pytest.mark.filterwarnings("ignore:.*official split:UserWarning", "ignore:.*listed twice:UserWarning")
 @bounded
 @given(st.tuples(ROWS, ROWS, ROWS))
 def test_lists_are_read_or_refused_by_name(content: tuple[list[str], ...]) -> None:
