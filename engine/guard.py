@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppssl.method import Method, Output
 
@@ -22,10 +22,10 @@ class Streak(NamedTuple):
 class Guard:
     """Decides on the device, without a host sync, whether a step counts.
 
-    ``bad`` (0-d bool) says so of the step that was run last. A bad step leaves weights, momentum, queue and batch-norm statistics
-    as they were, and the momentum update that opened it stands for the next step's: later steps are those of a run that never saw
-    this batch. After ``patience`` bad steps in a row every step is refused until the host reads ``streak``, so that the state a
-    replay starts from is still there.
+    ``bad`` (0-d bool) says so of the step that was run last. A bad step leaves weights, momentum, queue and statistics (the
+    method's 1-d buffers) as they were, and the momentum update that opened it stands for the next step's: later steps are those
+    of a run that never saw this batch. After ``patience`` bad steps in a row every step is refused until the host reads
+    ``streak``, so that the state a replay starts from is still there.
 
     Used in this order: ``keep`` before the forward pass, ``judge`` once loss and gradients are there, ``restore``, then whoever
     changes state asks ``bad``; ``count`` after the step. Everything is in place, so a captured or compiled step may hold it.
@@ -41,12 +41,11 @@ class Guard:
         self.names: list[str] = []
         self.values = torch.empty(0, device=device)
         method.skip = self.bad
-        norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-        self.statistics = [tensor for m in norms for tensor in (m.running_mean, m.running_var)]
+        self.statistics = [b for b in method.buffers() if b.is_floating_point() and b.dim() == 1]
         self.sizes = [tensor.numel() for tensor in self.statistics]
 
     def keep(self) -> Tensor | None:
-        """A copy of the batch-norm statistics, in one tensor: a few launches instead of hundreds."""
+        """A copy of the statistics, batch-norm's and a method's own, in one tensor: a few launches instead of hundreds."""
         return torch.cat(self.statistics) if self.statistics else None
 
     @torch.no_grad()

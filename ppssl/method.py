@@ -40,7 +40,7 @@ class Output(NamedTuple):
 
 
 class Method(nn.Module):
-    """One self-supervised method. ``forward`` has no side effects but batch-norm buffers; the engine moves the key network
+    """One self-supervised method. ``forward`` has no side effects but statistics in 1-d buffers; the engine moves the key network
     (``ema_pairs``) before it and calls ``enqueue`` after the optimiser."""
 
     needs_image_grad: tuple[str, ...] = ()

@@ -107,6 +107,8 @@ def assert_same_run(out: Path, other: Path) -> None:
         ("dali", {"name": "ppssl", "form": "published"}, None, "off"),
         ("torch", {"name": "ppssl", "form": "guided"}, None, "off"),
         ("dali", {"name": "ppssl", "form": "guided"}, "bf16", "off"),
+        ("torch", {"name": "ldfs"}, None, "off"),
+        ("dali", {"name": "byol"}, None, "off"),
     ],
 )
 def test_every_configuration_resumes_to_the_bit_in_the_middle_of_an_epoch(
