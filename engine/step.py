@@ -82,7 +82,10 @@ class Step:
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
         self.step = 0
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        (group,) = optimizer.param_groups
+        self.parameters = group["params"]
+        # kept apart: a graph that read the group would be bound to its learning rate too, and compiled anew at every step
+        self.momentum, self.weight_decay = group["momentum"], group["weight_decay"]
         self.online, self.target = method.ema_pairs()
         device = precision.device
         method.progress = torch.zeros((), device=device)
@@ -166,14 +169,13 @@ class Step:
         kept = self.guard.keep()
         output, gradients = self.gradients(batch)
         self.judge(output, kept)
-        (group,) = self.optimizer.param_groups
         with torch.no_grad():
             used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
             parameters, found, buffers = map(list, zip(*used, strict=True))
-            found = torch._foreach_add(found, parameters, alpha=group["weight_decay"])
+            found = torch._foreach_add(found, parameters, alpha=self.weight_decay)
             # a bad step multiplies the buffers by one, adds zeros to them and goes nowhere
             found = [torch.where(self.guard.bad, torch.zeros_like(g), g) for g in found]
-            torch._foreach_mul_(buffers, torch.where(self.guard.bad, 1.0, group["momentum"]))
+            torch._foreach_mul_(buffers, torch.where(self.guard.bad, 1.0, self.momentum))
             torch._foreach_add_(buffers, found)
             rate = torch.where(self.guard.bad, 0.0, self.rate)
             torch._foreach_sub_(parameters, torch._foreach_mul(buffers, rate))

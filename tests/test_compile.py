@@ -248,3 +248,18 @@ def test_the_update_that_a_graph_replays_is_the_optimisers() -> None:
     assert torch.allclose(
         step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5
     )
+
+
+def test_one_graph_serves_every_learning_rate() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    step = step_of(build_moco("resnet18_w8"), compile="step", backend=backend)
+    rates = set()
+    for _ in range(4):
+        step(batch(2))
+        rates.add(float(step.rate))
+    assert len(rates) == 4 and len(graphs) == 1
