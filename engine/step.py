@@ -4,6 +4,7 @@ the only file that knows ``torch.compile``."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,11 @@ def choose(compile: str, cuda_graph: str, precision: Precision) -> Execution:
             compile, why = "step", "on a GPU"
     # auto leaves graphs off: what they gain over the compiled step has not been measured
     return Execution(compile, cuda_graph == "on", f"compile {compile} ({why}), CUDA graph {'on' if cuda_graph == 'on' else 'off'}")
+
+
+def uncompiled() -> AbstractContextManager:
+    """Within it, what was compiled runs eagerly: for passes of another shape, whose compiling would take longer than they do."""
+    return torch.compiler.set_stance("force_eager")
 
 
 class Step:

@@ -120,3 +120,9 @@ class LCR(MoCo):
         act = feature.detach() if self.form.detach else feature
         sign = 1 if self.form.sign == "plus" else -1
         return scale_cam(gradcam(act, gradient, size=tuple(feature.shape[2:]), sign=sign), self.form.cam_scale)
+
+    def attention(self, images: Tensor) -> dict[str, Tensor]:
+        """``mask``: A, by which the feature is pooled; ``cam``: the rationale it is drawn to, in this form, whatever its weight."""
+        feature = self.encoder_q.trunk(images)
+        losses = self.mirror_losses(self.encoder_q.project(global_average_pool(feature)), images)
+        return {"mask": self.mask(feature).mask.detach(), "cam": self.cam(losses, feature).detach()}

@@ -76,6 +76,15 @@ class Method(nn.Module):
         """The inference network: what is evaluated, exported and kept."""
         raise NotImplementedError(f"{type(self).__name__}.network")
 
+    def attention(self, images: Tensor) -> dict[str, Tensor]:
+        """Optional: where the method looks, as maps [B, h, w] by name, detached, for pictures; nothing unless overridden.
+
+        images: [B, 3, S, S] float32, normalised, un-augmented. Called in eval mode, without autocast and outside any compiled
+        region. Must leave the method as it was: no random numbers, no buffer moved, nothing enqueued. A method that contrasts
+        takes the mirrored image as the second view. Values are any non-negative numbers; a reader scales them.
+        """
+        return {}
+
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """(online, target) tensors in the same order; the engine moves target towards online."""
         return [], []

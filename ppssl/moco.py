@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_norm, projection_head
 from ppssl.method import Batch, Method, Output, register
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
-from ppssl.ops import queue_infonce
+from ppssl.ops import gradcam, queue_infonce
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -89,6 +89,20 @@ class MoCo(Method):
         losses, rank = self.contrast(q, k, batch.index)
         total = losses.mean()
         return Output(total, {"contrast": total.detach()}, k, contrast_accuracy(rank))
+
+    def attention(self, images: Tensor) -> dict[str, Tensor]:
+        """``cam``: relu(-x * dL/dx) of each image's own loss against its mirror image, averaged over the cells of the map: what
+        supports the agreement. MoCo itself has no use for it."""
+        x = images.detach().requires_grad_()
+        feature = self.encoder_q.trunk(x)
+        losses = self.mirror_losses(self.encoder_q.project(global_average_pool(feature)), images)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        return {"cam": gradcam(x.detach(), gradient, size=tuple(feature.shape[2:]), pool="mean", sign=-1)}
+
+    def mirror_losses(self, q: Tensor, images: Tensor) -> Tensor:
+        """InfoNCE [B] of the images' queries against the keys of their mirror images; no row of the queue is their own."""
+        nobody = torch.full((len(q),), -2, device=q.device)
+        return self.contrast(q, self.keys(images.flip(3)), nobody)[0]
 
 
 def contrast_accuracy(rank: Tensor) -> dict[str, Tensor]:

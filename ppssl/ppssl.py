@@ -202,6 +202,15 @@ class PPSSL(MoCo):
             cam = cam + scale_cam(one, self.form.cam_scale) / len(sources)
         return cam.detach()
 
+    def attention(self, images: Tensor) -> dict[str, Tensor]:
+        """``mask``: A, by which the feature is pooled; ``cam``: what IADM would draw it to, in this form, whatever its weight."""
+        x = images.detach().requires_grad_()
+        maps = self.encoder_q.trunk.maps(x)
+        mask, pooled = self.mask(maps["layer4"])
+        q = self.encoder_q.project(pooled if self.contrast_mask else global_average_pool(maps["layer4"]))
+        losses = self.mirror_losses(q, images)
+        return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, size=mask.shape[1:])}
+
     def ais(self, pooled: Tensor, batch: Batch) -> Tensor:
         """sum_b KL(softmax(z_t / tau) || softmax(z_s / tau)) / (P * B), in float32 with autocast off: logits are x 100."""
         embedding = self.embed(batch.x_q) if self.form.teacher_view == "query" else batch.teacher

@@ -1,0 +1,116 @@
+"""What the network looks at while it learns: maps of the same few images, kept in RUN/maps at every evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import checkpoint
+from engine.config import Config
+from engine.data import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.catalog import Catalog
+from engine.data.torch_loader import Normalise, clean_view
+from engine.data.views import clean_resize
+from engine.step import uncompiled
+from engine.trainer import Trainer
+from ppssl.method import Method
+
+COUNT = 8
+"""Images that are watched, spread evenly over the list so that they are of different classes."""
+SIDE = 160
+"""Pixels of a side of the kept picture, which shows what the network sees (the centre crop), larger where its input is small."""
+
+
+class Look(NamedTuple):
+    """The maps of one moment of a run."""
+
+    step: int
+    epoch: int
+    maps: dict[str, npt.NDArray[np.float32]]
+    """[N, h, w] by name, as the method gave them."""
+
+
+class Attention(NamedTuple):
+    """What RUN/maps holds."""
+
+    pictures: npt.NDArray[np.uint8]
+    """[N, SIDE, SIDE, 3] the watched images."""
+    names: tuple[str, ...]
+    """Their files, relative to ``data.root``."""
+    split: str
+    looks: list[Look]
+    """Oldest first."""
+
+
+def maps_into(out: Path, cfg: Config, images: Catalog, device: torch.device) -> Callable[[Trainer], None]:
+    """A function that keeps a trainer's maps of COUNT images of the test split (of the training images where there is none) in
+    ``out``/maps; it does nothing for a method without ``attention``. Raises ``BrokenFile`` naming a file that no longer opens.
+    """
+    split, watched = ("train", images.train) if images.test is None else ("test", images.test)
+    chosen = sorted({(2 * i + 1) * len(watched) // (2 * COUNT) for i in range(COUNT)})
+    loaded: list[Tensor] = []
+
+    def keep(trainer: Trainer) -> None:
+        if type(trainer.method).attention is Method.attention:
+            return
+        if not loaded:
+            read = [watched.read(i) for i in chosen]
+            pictures = torch.stack([_view(image, SIDE) for image in read])
+            about = {"names": json.dumps([watched.names[i] for i in chosen]), "split": split}
+            checkpoint.save_weights(out / "maps" / "images.safetensors", {"pictures": pictures}, about)
+            pixels = torch.stack([_view(image, cfg.data.image_size) for image in read])
+            loaded.append(Normalise(IMAGENET_MEAN, IMAGENET_STD, device, torch.float32)(pixels))
+        maps = attention(trainer.method, loaded[0])
+        step = trainer.step.step
+        for path in _files(out):
+            if int(path.stem[5:]) > step:  # of a run that was resumed from before it
+                path.unlink()
+        about = {"step": str(step), "epoch": str(trainer.epoch)}
+        checkpoint.save_weights(out / "maps" / f"step_{step:09d}.safetensors", maps, about)
+
+    return keep
+
+
+def attention(method: Method, images: Tensor) -> dict[str, Tensor]:
+    """``method.attention`` of [B, 3, S, S] normalised images in float32 and eval mode: [B, h, w] float32 by name. Leaves the
+    method as it was, and compiles nothing."""
+    modes = [(module, module.training) for module in method.modules()]
+    method.eval()
+    try:
+        with uncompiled(), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+            return {name: value.detach().float() for name, value in method.attention(images).items()}
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def read(out: Path) -> Attention | None:
+    """The maps in a run folder; None where there are none. Raises ``ValueError`` naming a file that is damaged."""
+    images = out / "maps" / "images.safetensors"
+    if not images.is_file() or not _files(out):
+        return None
+    pictures = checkpoint.load_weights(images)["pictures"].numpy()
+    about = checkpoint.read_metadata(images)
+    looks = []
+    for path in _files(out):
+        maps = {name: tensor.numpy() for name, tensor in checkpoint.load_weights(path).items()}
+        when = checkpoint.read_metadata(path)
+        looks.append(Look(int(when["step"]), int(when["epoch"]), maps))
+    return Attention(pictures, tuple(json.loads(about["names"])), about["split"], looks)
+
+
+def _files(out: Path) -> list[Path]:
+    return sorted((out / "maps").glob("step_*.safetensors"))
+
+
+def _view(image: Image.Image, side: int) -> Tensor:
+    """What a network of that input sees of an image: uint8 [side, side, 3]."""
+    return torch.from_numpy(np.array(clean_view(image, clean_resize(side), side, Image.Resampling.BILINEAR)))
