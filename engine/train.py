@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine import arguments, build, checkpoint, log
+from engine import arguments, attention, build, checkpoint, log
 from engine.checkpoint import write_atomically
 from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
@@ -76,24 +77,30 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
     catalog.write_bad_files(images, out / "bad_files.txt")
-    judge = judge_into(out, cfg, images, device)
+    judge, keep_maps = judge_into(out, cfg, images, device), attention.maps_into(out, cfg, images, device)
+
+    def look(trainer: Trainer) -> None:
+        judge(trainer)
+        keep_maps(trainer)
+
     if source is not None:
         trainer.resume(source, state)
     else:
-        log.append(out, {"kind": "start", "step": 0, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | environment(trainer, device))
-        judge(trainer)
+        log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
+        look(trainer)
     trainer.profile = profile
     if cfg.eval.every:
-        trainer.hooks.append(lambda t: judge(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
+        trainer.hooks.append(lambda t: look(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
     cold = time.perf_counter() - started
     try:
         summary = trainer.fit()
     finally:
         trainer.loader.close()
-    judge(trainer)
+    look(trainer)
     record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
     log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
     report(out, record)
+    make_page(out, device)
     return summary
 
 
@@ -214,14 +221,16 @@ def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.de
     return judge
 
 
-def environment(trainer: Trainer, device: torch.device) -> dict[str, str | None]:
-    """What the run ran on, for its record."""
+def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
+    """What the run ran on and when, for its record."""
     import platform
 
     import torchvision
 
     return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": log.commit(),
+        "steps_per_epoch": trainer.loader.steps_per_epoch,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -248,6 +257,16 @@ def report(out: Path, record: dict[str, float]) -> None:
             f"{record['total_seconds']:.0f} s"
         )
     say(f"run folder: {out}")
+
+
+def make_page(out: Path, device: torch.device) -> None:
+    """The run's report. Everything is saved by now: what goes wrong here is said and costs the run nothing."""
+    from engine import report as pages  # matplotlib, scikit-learn: a dry run does not need them
+
+    try:
+        pages.write([out], out / "report.html", device, quick=True)
+    except (Exception, KeyboardInterrupt) as error:
+        say(f"no report ({type(error).__name__}: {error}); the run is complete, python -m engine.report {out} tries again")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""What features say about their images: nearest neighbours, per-class accuracy, confused classes, near-duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 1024
+"""Rows of the similarity matrix held at a time."""
+
+
+class Neighbours(NamedTuple):
+    """The nearest other images of every image."""
+
+    index: np.ndarray
+    """[N, k] positions, nearest first."""
+    cosine: np.ndarray
+    """[N, k] float32."""
+
+
+class ClassScore(NamedTuple):
+    """1-NN accuracy of one class, leave-one-out."""
+
+    label: int
+    accuracy: float
+    images: int
+
+
+class Confusion(NamedTuple):
+    """Two classes whose images take each other for nearest."""
+
+    first: int
+    second: int
+    times: int
+    of: int
+    """Images of both classes."""
+    example: tuple[int, int]
+    """The image and its neighbour of the other class that are most alike."""
+
+
+def nearest(features: Tensor, k: int) -> Neighbours:
+    """The ``k`` most similar other images by cosine; features [N, D], N > 1; fewer where there are not so many.
+
+    Raises ``ValueError`` for fewer than two rows, or a feature that is not finite.
+    """
+    unit = _unit(features)
+    k = min(k, len(unit) - 1)
+    index, cosine = [], []
+    for start, similarity in _blocks(unit):
+        similarity[torch.arange(len(similarity)), torch.arange(start, start + len(similarity))] = -torch.inf
+        top = similarity.topk(k, dim=1)
+        index.append(top.indices)
+        cosine.append(top.values)
+    return Neighbours(torch.cat(index).numpy(), torch.cat(cosine).numpy())
+
+
+def most_similar(query: Tensor, features: Tensor, k: int) -> Neighbours:
+    """For every row of ``query`` [Q, D] the ``k`` most similar rows of ``features`` [N, D] by cosine."""
+    top = (F.normalize(query.float().cpu(), dim=1) @ _unit(features).T).topk(min(k, len(features)), dim=1)
+    return Neighbours(top.indices.numpy(), top.values.numpy())
+
+
+def near_duplicates(features: Tensor, threshold: float, most: int) -> tuple[list[tuple[int, int, float]], int]:
+    """Pairs (i, j, cosine), i < j, whose cosine is at least ``threshold``: the ``most`` alike first, and how many there are."""
+    pairs: list[tuple[float, int, int]] = []
+    count = 0
+    for start, similarity in _blocks(_unit(features)):
+        rows, columns = torch.nonzero(torch.triu(similarity >= threshold, diagonal=start + 1), as_tuple=True)
+        count += len(rows)
+        values = similarity[rows, columns]
+        best = values.topk(min(most, len(values))).indices
+        found = zip(values[best].tolist(), (rows[best] + start).tolist(), columns[best].tolist(), strict=True)
+        pairs = sorted([*pairs, *found], key=lambda p: (-p[0], p[1], p[2]))[:most]
+    return [(i, j, cosine) for cosine, i, j in pairs], count
+
+
+def class_scores(neighbours: Neighbours, labels: np.ndarray) -> list[ClassScore]:
+    """1-NN accuracy of every class with two or more images, worst first."""
+    hit = labels[neighbours.index[:, 0]] == labels
+    scores = []
+    for label, size in zip(*np.unique(labels, return_counts=True), strict=True):
+        if size > 1:
+            scores.append(ClassScore(int(label), float(hit[labels == label].mean()), int(size)))
+    return sorted(scores, key=lambda s: (s.accuracy, s.label))
+
+
+def confusions(neighbours: Neighbours, labels: np.ndarray, most: int) -> list[Confusion]:
+    """The pairs of classes that take each other most often for nearest, most confused (by share of their images) first."""
+    other = labels[neighbours.index[:, 0]]
+    size = np.bincount(labels)
+    wrong = np.flatnonzero((other != labels) & (size[labels] > 1))
+    found: dict[tuple[int, int], list[int]] = {}
+    for i in wrong.tolist():
+        found.setdefault((min(labels[i], other[i]), max(labels[i], other[i])), []).append(i)
+    pairs = []
+    for (a, b), images in found.items():
+        example = max(images, key=lambda i: (neighbours.cosine[i, 0], -i))
+        of = int(size[a] + size[b])
+        pairs.append(Confusion(int(a), int(b), len(images), of, (example, int(neighbours.index[example, 0]))))
+    return sorted(pairs, key=lambda c: (-c.times / c.of, c.first, c.second))[:most]
+
+
+def _unit(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features: expected [N, D] with at least two rows, got {list(features.shape)}")
+    unit = F.normalize(features.detach().float().cpu(), dim=1)
+    if not torch.isfinite(unit).all():
+        raise ValueError("features: not finite; the network that made them has diverged")
+    return unit
+
+
+def _blocks(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(unit), _BLOCK):
+        yield start, unit[start : start + _BLOCK] @ unit.T

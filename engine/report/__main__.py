@@ -1,0 +1,34 @@
+"""``python -m engine.report RUN [RUN …]``: the page about one run, or about several side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine import report
+from engine.log import say
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
+    parser = argparse.ArgumentParser("python -m engine.report", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; the images shown are the first one's")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="HTML file (default: report.html in the first run folder)")
+    args = parser.parse_args(argv)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report.write(args.runs, args.out or args.runs[0] / "report.html", device)
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

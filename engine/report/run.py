@@ -1,0 +1,75 @@
+"""A run folder as a page needs it: what is there, and for what is not there the sentence that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import attention, build, log
+from engine.attention import Attention
+from engine.config import Config, from_yaml
+from engine.data.catalog import ImageList
+from engine.protocols.features import extract
+
+
+class Run(NamedTuple):
+    """What was found in a run folder. A field that may be missing is a ``str`` then: one sentence why."""
+
+    folder: Path
+    name: str
+    config: Config
+    records: list[dict[str, Any]]
+    attention: Attention | str
+    images: ImageList | str
+    """The labelled test split, or the training images where there is none."""
+    split: str
+    features: Tensor | str
+    """[N, C] of ``images`` by the run's weights, on the CPU."""
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl of that kind, in order."""
+        return [r for r in self.records if r.get("kind") == kind]
+
+
+def read(folder: Path, device: torch.device, *, with_features: bool = True) -> Run:
+    """Reads ``folder`` and, with its images at hand, takes their features. Raises ``FileNotFoundError`` when it is not a run
+    folder, ``ValueError`` when its config is damaged."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+    cfg = from_yaml(path)
+    images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
+    features = images if isinstance(images, str) else _features(folder, cfg, images, device)
+    return Run(folder, folder.resolve().name, cfg, log.read(folder), _attention(folder), images, split, features)
+
+
+def _attention(folder: Path) -> Attention | str:
+    try:
+        found = attention.read(folder)
+    except (ValueError, KeyError) as error:
+        return f"No attention maps: {error}."
+    return found or "No attention maps: the run folder holds none (the method offers none, or the run is of an earlier version)."
+
+
+def _images(cfg: Config) -> tuple[ImageList | str, str]:
+    root = Path(cfg.data.root or "")
+    missing = not root.is_dir() or cfg.data.name == "birds" and not (root / "images.txt").is_file()  # a page draws no demo world
+    if cfg.data.root is None or missing:
+        return f"The images are not at hand: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
+    try:
+        found = build.data(cfg, cache_dir=build.cache_folder(), progress=False)
+    except (ValueError, OSError, NotImplementedError) as error:
+        return f"The images are not at hand: {error}.", ""
+    if found.test is not None and found.test.labels is not None:
+        return found.test, "test"
+    return found.train, "train"
+
+
+def _features(folder: Path, cfg: Config, images: ImageList, device: torch.device) -> Tensor | str:
+    try:
+        return extract(build.load_run(folder, device).network, images, cfg, device).cpu()
+    except (ValueError, OSError, RuntimeError) as error:
+        return f"No features: {error}."

@@ -1,0 +1,111 @@
+"""``python -m engine.search RUN IMAGE``: the images of a run's data set that are most like a photograph."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from engine import build, precision
+from engine.data import sheet
+from engine.data.catalog import BrokenFile, ImageList, read_image
+from engine.log import console, say
+from engine.neighbours import most_similar
+from engine.protocols.features import extract
+
+_SIDE = 160
+
+
+class Match(NamedTuple):
+    """One answer."""
+
+    cosine: float
+    split: str
+    images: ImageList
+    index: int
+    """Position in ``images``."""
+
+    @property
+    def path(self) -> Path:
+        return self.images.path(self.index)
+
+    @property
+    def label(self) -> str:
+        """The name of its class; nothing where there are none."""
+        return "" if self.images.labels is None else self.images.classes[self.images.labels[self.index]]
+
+
+def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Match]:
+    """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
+
+    Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
+    read, ``BrokenFile`` for one of the data set that no longer opens.
+    """
+    run = build.load_run(folder, device)
+    cfg, network = run.config, run.network
+    try:
+        picture = build.Transform(cfg.data.image_size)(image)
+    except (OSError, ValueError) as error:
+        if not image.is_file():
+            raise FileNotFoundError(f"there is no image {image}") from error
+        raise ValueError(f"{image} cannot be read as an image ({error})") from error
+    with torch.no_grad(), precision.resolve(cfg.amp, device).autocast():  # as the list's features are taken
+        query = network(picture[None].to(device, memory_format=torch.channels_last))
+    found = build.data(cfg, cache_dir=build.cache_folder())
+    matches = []
+    for split, images in (("train", found.train), ("test", found.test)):
+        if images is None:
+            continue
+        near = most_similar(query, extract(network, images, cfg, device), top)
+        matches += [Match(float(c), split, images, int(i)) for i, c in zip(near.index[0], near.cosine[0], strict=True)]
+    return sorted(matches, key=lambda m: -m.cosine)[:top]
+
+
+def contact_sheet(image: Path, matches: Sequence[Match], out: Path) -> None:
+    """The photograph and its matches as one PNG."""
+    tiles = [sheet.Tile(np.asarray(read_image(image)[0]), f"searched for\n{image.name}", frame=sheet.INK)]
+    for number, match in enumerate(matches, 1):
+        caption = f"{number}. {match.cosine:.3f}\n{match.label or match.path.name}"
+        tiles.append(sheet.Tile(np.asarray(match.images.read(match.index)), caption))
+    sheet.write(sheet.draw(tiles, columns=min(6, len(tiles)), side=_SIDE), out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints files and scores and writes the contact sheet; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
+    parser = argparse.ArgumentParser("python -m engine.search", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="photograph to search with")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="answers (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: RUN/search.png)")
+    args = parser.parse_args(argv)
+    if args.top < 1:
+        parser.error(f"--top: got {args.top}, must be at least 1")
+    out = args.out or args.run / "search.png"
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        matches = search(args.run, args.image, args.top, device)
+        contact_sheet(args.image, matches, out)
+    except (ValueError, OSError, NotImplementedError, BrokenFile) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    table = Table(title=Text(f"{args.image} in {args.run}"), title_justify="left")
+    for name in ("", "cosine", "list", "class", "file"):
+        table.add_column(name, overflow="fold", justify="right" if name in ("", "cosine") else "left")
+    for number, match in enumerate(matches, 1):
+        table.add_row(str(number), f"{match.cosine:.4f}", match.split, Text(match.label), Text(str(match.path)))
+    console.print(table)
+    say(f"contact sheet: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
