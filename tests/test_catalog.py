@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from miniatures import picture
-from PIL import Image
+from miniatures import make, picture
+from PIL import Image, ImageFile
 
-from engine.data import catalog
-from engine.data.catalog import BrokenFile, load, read_image, write_bad_files
+from engine.config import Config, DataConfig
+from engine.data import build_loader, catalog
+from engine.data.catalog import BadFile, BrokenFile, load, read_image, write_bad_files
+from engine.log import say
 
 
 def open_set(name: str, root: Path, **options):
@@ -39,7 +45,9 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
     (where / "notes.txt").write_text("mine")
     (where / "link.jpg").symlink_to(tmp_path / "gone.jpg")
     (where / "float.tif").write_bytes(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
-    (where / "huge.png").write_bytes(huge_png())
+    (where / "huge.png").write_bytes(huge("png", 30000))
+    (where / "circle.jpg").symlink_to("circle.jpg")
+    os.mkfifo(where / "pipe.jpg")
     picture(folder / "train/loose.jpg")
     (folder / "train/empty class").mkdir()
     (folder / "train/all bad").mkdir()
@@ -56,6 +64,8 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
         "a b/link.jpg": "broken link",
         "a b/float.tif": "floating-point",
         "a b/huge.png": "pixels",
+        "a b/circle.jpg": "not a file",
+        "a b/pipe.jpg": "not a file",
         "loose.jpg": "beside the class folders",
         "empty class": "empty class",
         "all bad": "empty class",
@@ -66,7 +76,7 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
         assert text in reasons[name].lower(), (name, reasons[name])
     write_bad_files(result, tmp_path / "bad_files.txt")
     lines = (tmp_path / "bad_files.txt").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 12 and "train/all bad/line\\nbreak.jpg\tempty file (0 bytes)" in lines
+    assert len(lines) == 14 and "train/all bad/line\\nbreak.jpg\tempty file (0 bytes)" in lines
 
 
 def test_only_bad_files_is_an_error_with_the_first_reason(tmp_path):
@@ -81,16 +91,166 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     return file.getvalue()
 
 
-def huge_png() -> bytes:
-    """A few bytes whose header promises 400 million pixels."""
-    import struct
-    import zlib
+def huge(kind: str, side: int) -> bytes:
+    """A small file whose header promises an image of ``side`` x ``side`` pixels."""
+    if kind == "png":
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        def chunk(name: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    small = encoded(Image.new("RGB", (0x1234, 0x4321 >> 4), "teal"), kind)
+    order = ">" if kind == "jpeg" else "<"
+    size = (0x4321 >> 4, 0x1234) if kind == "jpeg" else (0x1234, 0x4321 >> 4)
+    layout = f"{order}{'ii' if kind == 'bmp' else 'HH'}"
+    assert small.count(struct.pack(layout, *size)) >= 1
+    return small.replace(struct.pack(layout, *size), struct.pack(layout, side, side))
+
+
+@pytest.mark.parametrize("side", [15_000, 30_000])  # PIL itself warns of the first and refuses the second
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
+def test_an_image_bomb_is_refused_by_its_header(kind, side, tmp_path, monkeypatch):
+    (tmp_path / "bomb.jpg").write_bytes(huge(kind, side))
+    picture(tmp_path / "good.jpg")
+    load_pixels = ImageFile.ImageFile.load
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: load_pixels(image) if image.width < 100 else pytest.fail("decoded a bomb")
+    )
+    result = open_set("folder", tmp_path, workers=1)
+    assert result.train.names == ("good.jpg",)
+    assert [b.name for b in result.bad] == ["bomb.jpg"] and "pixels" in result.bad[0].reason
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "lime", "blue")]
+    for kind in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:], lossless=True)
+        with Image.open(tmp_path / f"x.{kind}") as image:
+            assert image.n_frames == 3
+        got, _ = read_image(tmp_path / f"x.{kind}")
+        assert got.mode == "RGB" and got.size == (24, 16) and np.asarray(got).reshape(-1, 3).tolist() == [[255, 0, 0]] * 384
+
+
+def test_damage_at_any_byte_is_a_reason_or_a_picture(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x"
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ODD:
+            ODD[name](ramp()).save(tmp_path / name)
+            whole = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+            for i in range(30):
+                damaged = whole[: rng.integers(1, len(whole))].copy() if i % 3 == 0 else whole.copy()
+                damaged[rng.integers(0, len(damaged), 1 + i % 4)] = rng.integers(0, 256)
+                path.write_bytes(damaged.tobytes())
+                try:
+                    image, _ = read_image(path)
+                    assert image.mode == "RGB" and min(image.size) > 0
+                except (OSError, ValueError) as error:
+                    assert str(error)
+                    refused += 1
+    assert 50 < refused < 270
+
+
+NAMES = [
+    "a b.png",
+    "it's \"quoted\".png",
+    "größe 鳥 \U0001f426.png",
+    "line\nbreak\ttab.png",
+    "back\\slash.png",
+    "-rf *.png",
+    "\udcff\udcfe.png",  # bytes that are no UTF-8
+]
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    for i, name in enumerate(NAMES):
+        picture(tmp_path / "any name" / name, (40, 30), seed=i)
+    return tmp_path / "any name"
+
+
+def test_any_name_is_listed_cached_and_reported(named, tmp_path, monkeypatch, capfd):
+    (named / NAMES[3]).write_bytes(b"")
+    first = open_set("folder", named, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(catalog, "read_image", lambda path: pytest.fail(f"{path} was opened again"))
+    again = open_set("folder", named, cache_dir=tmp_path / "cache")
+    assert set(first.train.names) == set(NAMES) - {NAMES[3]} and again.train.fingerprint == first.train.fingerprint
+    more = tuple(BadFile(name, "why") for name in NAMES)
+    write_bad_files(first._replace(bad=first.bad + more), tmp_path / "bad_files.txt")
+    lines = [line.split("\t") for line in (tmp_path / "bad_files.txt").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [(len(line), line[1]) for line in lines] == [(2, "empty file (0 bytes)")] + [(2, "why")] * len(NAMES)
+    assert lines[0][0] == lines[4][0] == "line\\nbreak\\ttab.png" and lines[5][0] == "back\\\\slash.png"
+    say("\n".join(NAMES))
+    assert "quoted" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_any_name_is_read_by_every_loader(loader, named):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    images = open_set("folder", named).train
+    assert images.plain.all()  # DALI opens the files itself
+    cfg = Config(batch_size=len(NAMES), data=DataConfig(name="folder", loader=loader, image_size=32, workers=1))
+    for broken in (False, True):
+        made = build_loader(images, cfg, "cpu")
+        if not broken:
+            (batch,) = made.batches(0, 1)
+            assert sorted(batch.index.tolist()) == list(range(len(NAMES)))
+            images.path(3).write_bytes(b"broken")
+        else:
+            with pytest.raises(BrokenFile, match=re.escape(catalog.printable(images.names[3]))):
+                list(made.batches(0, 1))
+        made.close()
+
+
+def test_a_picture_of_another_size_than_listed_is_a_broken_file(folder):
+    train = open_set("folder", folder).train
+    picture(train.path(0), (21, 14))
+    with pytest.raises(BrokenFile, match="it has 21 x 14 pixels instead of 20 x 14"):
+        train.read(0)
+
+
+def test_links_out_of_the_root_are_followed(folder, tmp_path):
+    picture(tmp_path / "elsewhere/far.jpg", (30, 10))
+    (folder / "train/a b/near.jpg").symlink_to(tmp_path / "elsewhere/far.jpg")
+    (tmp_path / "root").symlink_to(folder)
+    train = open_set("folder", tmp_path / "root").train
+    i = train.names.index("train/a b/near.jpg")
+    assert train.sizes[i].tolist() == [10, 30] and train.read(i).size == (30, 10)
+
+
+def test_listed_files_that_are_no_files(tmp_path):
+    root = make("dogs", tmp_path)
+    spoiled = sorted(root.glob("Images/*/*.jpg"))[:3]
+    for path in spoiled:
+        path.unlink()
+    spoiled[0].symlink_to(spoiled[0].name)
+    os.mkfifo(spoiled[1])
+    spoiled[2].mkdir()
+    with pytest.warns(UserWarning, match="official split"):
+        bad = open_set("dogs", root).bad
+    reasons = {b.name: b.reason for b in bad if b.name.startswith("Images")}
+    assert [reasons[p.relative_to(root).as_posix()] for p in spoiled] == [
+        "Too many levels of symbolic links",
+        "not a regular file",
+        "not a regular file",
+    ]
+
+
+def test_a_cache_with_wrong_rows_is_only_slower(folder, tmp_path, monkeypatch):
+    open_set("folder", folder, cache_dir=tmp_path)
+    (file,) = tmp_path.glob("catalog-*.json")
+    content = json.loads(file.read_text())
+    rows = content["files"]
+    good = dict(rows)
+    for name, column, value in zip(sorted(rows), (2, 3, 4, 5, 0), ("14", 10**12, 1, 7, None), strict=True):
+        rows[name] = [*rows[name][:column], value, *rows[name][column + 1 :]]
+    file.write_text(json.dumps(content))
+    train = open_set("folder", folder, cache_dir=tmp_path).train
+    assert train.sizes.tolist() == [[14, 20]] * 3 and json.loads(file.read_text())["files"] == good
 
 
 def ramp() -> np.ndarray:

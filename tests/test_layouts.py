@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from miniatures import make, picture
 from PIL import Image
 from scipy.io import loadmat, savemat
@@ -13,6 +15,7 @@ from scipy.io import loadmat, savemat
 from engine.config import Config, ConfigError, DataConfig, from_yaml
 from engine.data import build_loader, clean_batches, layouts
 from engine.data.catalog import load
+from engine.data.layouts import matlab
 
 
 def open_set(name: str, root: Path, **options):
@@ -241,7 +244,7 @@ def test_an_official_layout(name, tmp_path):
 def test_other_counts_than_the_official_ones_are_a_warning_with_both(name, tmp_path, monkeypatch):
     training, test, classes = layouts.KNOWN[name].counts
     root = make(name, tmp_path)
-    match = f"official split has {training} training images, {test} test images, {classes} classes; found 6 .* 6 .* 3 classes"
+    match = f"official split of .* has {training} training images, {test} test images, {classes} classes; found 6 .* 6 .* 3 classes"
     with pytest.warns(UserWarning, match=match) as said:
         open_set(name, root)
     assert len(said) == 1
@@ -392,6 +395,73 @@ def test_lists_with_every_separator_but_a_line_feed_in_a_name(cub):
     text = (cub / "images.txt").read_text().replace("002.Bee_eater/b1.jpg", odd)
     (cub / "images.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert open_set("birds", cub).train.names == ("images/001.Auk/Auk 1.jpg", f"images/{odd}")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_no_list_makes_a_reader_fail_in_another_way_or_leave_the_root(lists_root, data):
+    """Any text, and any damage to a real list of lines: read as relative paths below the root, or refused as ValueError."""
+    name, file = data.draw(st.sampled_from(sorted(lists_root)))
+    root = lists_root[name, file]
+    whole = (root / f"{file}.whole").read_bytes()
+    if data.draw(st.booleans()):
+        content = data.draw(st.text("1-0 ./a\n\r\0\u2028é", max_size=40)).encode()
+    else:
+        content = bytearray(whole)
+        for position in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=4)):
+            content[position] = data.draw(st.integers(0, 255))
+        content = content[: data.draw(st.integers(0, 2 * len(whole)))]
+    (root / file).write_bytes(content)
+    try:
+        layout = layouts.KNOWN[name].read(root)
+    except ValueError as error:
+        assert file.rpartition("/")[2] in str(error)
+    else:
+        for split in (layout.train, layout.test):
+            for n in split.names if split else ():
+                assert not n.startswith("/") and ".." not in n.split("/") and "\0" not in n
+    finally:
+        (root / file).write_bytes(whole)
+
+
+def test_damage_at_any_byte_of_a_matlab_file_is_refused_or_read(tmp_path):
+    root = make("dogs", tmp_path, (2, 2))
+    path = root / "test_list.mat"
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        damaged = whole[: rng.integers(0, len(whole))].copy() if i % 2 else whole.copy()
+        damaged[rng.integers(0, len(damaged), 1 + 2 * i)] = rng.integers(0, 256)
+        path.write_bytes(damaged.tobytes())
+        try:
+            assert all(n.startswith("Images/") for n in layouts.KNOWN["dogs"].read(root).train.names)
+        except ValueError as error:
+            assert "test_list.mat: " in str(error)
+
+
+@pytest.mark.parametrize("end", ["kill -SEGV $$", "exec sleep 60"])
+def test_a_parser_that_dies_or_hangs_over_a_file_is_an_error_with_its_name(end, tmp_path, monkeypatch):
+    """scipy's parser can be crashed by damaged bytes; a stand-in that always crashes after its first answer."""
+    root = make("dogs", tmp_path / "dogs", (2, 2))
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh\necho '{{"file_list": [], "labels": []}}'\n{end}\n""")
+    python.chmod(0o755)
+    monkeypatch.setattr(matlab.sys, "executable", str(python))
+    monkeypatch.setattr(matlab, "SECONDS", 1)
+    with pytest.raises(ValueError, match="test_list.mat: not readable as a MATLAB file"):
+        open_set("dogs", root)
+
+
+@pytest.fixture(scope="module")
+def lists_root(tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """(set, list) -> root; beside every list lies a copy, ``.whole``."""
+    found = {}
+    for name in OFFICIAL:
+        root = make(name, tmp_path_factory.mktemp(name), (2, 2))
+        for path in list(root.rglob("*.txt")):
+            path.with_name(f"{path.name}.whole").write_bytes(path.read_bytes())
+            found[name, path.relative_to(root).as_posix()] = root
+    return found
 
 
 @pytest.fixture(scope="module")

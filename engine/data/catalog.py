@@ -74,7 +74,7 @@ class ImageList:
             return image.crop((0, 0, width, height)) if self.cut else image
         except (OSError, ValueError) as error:
             raise BrokenFile(
-                f"{self.path(i)}: unreadable now ({error}), but not when the list was made; "
+                f"{printable(str(self.path(i)))}: unreadable now ({error}), but not when the list was made; "
                 "restore or remove the file and resume"
             ) from error
 
@@ -126,7 +126,7 @@ def load(
     if not len(train):
         listed = len(layout.train.names)
         found = f"{listed} training files, none readable" if listed else "no training files"
-        first = f" (first: {bad[0].name}: {bad[0].reason})" if bad else ""
+        first = f" (first: {printable(bad[0].name)}: {bad[0].reason})" if bad else ""
         raise ValueError(f"data.root={root}: {found}{first}; expected {layouts.expected(name)}")
     return Catalog(train, test, tuple(bad))
 
@@ -236,7 +236,7 @@ def _check_files(
     if absent:
         listed = len(absent) + len(checks) + len(todo)
         raise FileNotFoundError(
-            f"data.root={root}: {absent[0]} is listed but not there ({len(absent)} of {listed} files missing); "
+            f"data.root={root}: {printable(absent[0])} is listed but not there ({len(absent)} of {listed} files missing); "
             f"{layouts.remedy(name, root, absent[0])}"
         )
     if not todo:

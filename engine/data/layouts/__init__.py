@@ -77,7 +77,7 @@ def read(name: str, root: str | Path | None) -> Layout:
         if found != known.counts:
             text = "{} training images, {} test images, {} classes"
             warnings.warn(
-                f"{root}: {known.title}'s official split has {text.format(*known.counts)}; found {text.format(*found)}",
+                f"{root}: the official split of {known.title} has {text.format(*known.counts)}; found {text.format(*found)}",
                 stacklevel=3,
             )
     if len(set(names)) < len(names):

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-
 
 class BadFile(NamedTuple):
     """Something of the data set that could not be used."""
@@ -79,35 +77,17 @@ def inside(folder: str, name: str, where: Path) -> str:
     return f"{folder}/{path}"
 
 
-def variables(path: Path, *names: str) -> list[np.ndarray]:
-    """Variables of a MATLAB file, at least 1-d. Raises ValueError naming the file for one that is damaged or lacks one."""
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(path, squeeze_me=True, variable_names=names)
-    except OSError:
-        raise
-    except Exception as error:  # the parser raises a dozen kinds, by which byte is damaged
-        raise ValueError(f"{path}: not readable as a MATLAB file ({error}); unpack it again") from error
-    for name in names:
-        if name not in content:
-            raise ValueError(f"{path}: has no variable {name}; unpack it again")
-    return [np.atleast_1d(content[name]) for name in names]
-
-
-def texts(values: np.ndarray, path: Path, what: str) -> list[str]:
-    """A cell array as strings. Raises ValueError naming the first entry that is none."""
-    found = np.ravel(values).tolist()
-    for entry, text in enumerate(found, 1):
+def texts(values: list, path: Path, what: str) -> list[str]:
+    """``values`` if all are strings. Raises ValueError naming the first entry that is none."""
+    for entry, text in enumerate(values, 1):
         if not isinstance(text, str):
             raise ValueError(f"{path}: entry {entry} of {what} is {text!r}; expected text")
-    return found
+    return list(values)
 
 
-def numbers(values: np.ndarray, path: Path, what: str, known: Collection[int]) -> list[int]:
-    """An array as whole numbers that are all in ``known``. Raises ValueError naming the first entry that is none."""
-    found = np.ravel(values).tolist()
-    for entry, number in enumerate(found, 1):
+def numbers(values: list, path: Path, what: str, known: Collection[int]) -> list[int]:
+    """``values`` if all are whole numbers in ``known``. Raises ValueError naming the first entry that is none."""
+    for entry, number in enumerate(values, 1):
         if not isinstance(number, int | float) or number not in known:
             raise ValueError(f"{path}: entry {entry} of {what} is {number!r}; expected a whole number in 1..{len(known)}")
-    return [int(number) for number in found]
+    return [int(number) for number in values]

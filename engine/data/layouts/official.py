@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
-from engine.data.layouts import lists
+from engine.data.layouts import lists, matlab
 from engine.data.layouts.lists import Layout, Split, inside
 
 AIRCRAFT_BANNER = 20
@@ -57,21 +55,21 @@ def _birds(root: Path, *, every_class: bool) -> Layout:
 def cars(root: Path) -> Layout:
     """Stanford Cars: struct arrays ``annotations`` with the fields ``fname`` and ``class`` (from 1). The test set's labels came
     later than the devkit, as a file of their own: beside it or in it."""
-    meta = root / "devkit/cars_meta.mat"
-    (names,) = lists.variables(meta, "class_names")
-    classes = dict(enumerate(lists.texts(names, meta, "class_names"), 1))
+    meta, train = root / "devkit/cars_meta.mat", root / "devkit/cars_train_annos.mat"
+    test = root / CARS_TEST if (root / CARS_TEST).exists() else root / "devkit" / CARS_TEST
+    content = matlab.read({meta: ("class_names",), train: ("annotations",), test: ("annotations",)})
+    classes = dict(enumerate(lists.texts(content[0]["class_names"], meta, "class_names"), 1))
 
-    def rows(path: Path, folder: str) -> Rows:
-        (annotations,) = lists.variables(path, "annotations")
+    def rows(path: Path, annotations: list | dict[str, list], folder: str) -> Rows:
         for field in ("fname", "class"):
-            if field not in (annotations.dtype.names or ()):
+            if field not in annotations:
                 raise ValueError(f"{path}: annotations has no field {field}; unpack it again")
         files = lists.texts(annotations["fname"], path, "fname")
         labels = lists.numbers(annotations["class"], path, "class", classes)
         return [(inside(folder, n, path), label) for n, label in zip(files, labels, strict=True)]
 
-    test = root / CARS_TEST if (root / CARS_TEST).exists() else root / "devkit" / CARS_TEST
-    return _layout(root, rows(root / "devkit/cars_train_annos.mat", "cars_train"), rows(test, "cars_test"), classes)
+    training = rows(train, content[1]["annotations"], "cars_train")
+    return _layout(root, training, rows(test, content[2]["annotations"], "cars_test"), classes)
 
 
 def aircraft(root: Path) -> Layout:
@@ -95,15 +93,15 @@ def flowers(root: Path) -> Layout:
     from torchvision.datasets import Flowers102
 
     classes = dict(enumerate(Flowers102.classes, 1))
-    (labels,) = lists.variables(root / "imagelabels.mat", "labels")
-    labels = lists.numbers(labels, root / "imagelabels.mat", "labels", classes)
-    training, test = lists.variables(root / "setid.mat", "trnid", "tstid")
+    label_file, split_file = root / "imagelabels.mat", root / "setid.mat"
+    content = matlab.read({label_file: ("labels",), split_file: ("trnid", "tstid")})
+    labels = lists.numbers(content[0]["labels"], label_file, "labels", classes)
 
-    def rows(ids: np.ndarray, what: str) -> Rows:
-        chosen = lists.numbers(ids, root / "setid.mat", what, range(1, len(labels) + 1))
-        return [(f"jpg/image_{i:05d}.jpg", labels[i - 1]) for i in chosen]
+    def rows(what: str) -> Rows:
+        ids = lists.numbers(content[1][what], split_file, what, range(1, len(labels) + 1))
+        return [(f"jpg/image_{i:05d}.jpg", labels[i - 1]) for i in ids]
 
-    return _layout(root, rows(training, "trnid"), rows(test, "tstid"), classes)
+    return _layout(root, rows("trnid"), rows("tstid"), classes)
 
 
 def butterfly(root: Path) -> Layout:
@@ -130,12 +128,13 @@ def butterfly(root: Path) -> Layout:
 def dogs(root: Path) -> Layout:
     """Stanford Dogs: cells ``file_list`` of paths below Images/, and ``labels`` (from 1). A breed is named as its folder is,
     without the WordNet number."""
+    paths = [root / "train_list.mat", root / "test_list.mat"]
+    content = matlab.read({path: ("file_list", "labels") for path in paths})
     classes: dict[int, str] = {}
 
-    def rows(split: str) -> Rows:
-        path = root / f"{split}_list.mat"
-        cells, values = lists.variables(path, "file_list", "labels")
-        files, labels = lists.texts(cells, path, "file_list"), lists.numbers(values, path, "labels", range(1, 1 << 16))
+    def rows(path: Path, variables: dict[str, list]) -> Rows:
+        files = lists.texts(variables["file_list"], path, "file_list")
+        labels = lists.numbers(variables["labels"], path, "labels", range(1, 1 << 16))
         if len(files) != len(labels):
             raise ValueError(f"{path}: {len(files)} files but {len(labels)} labels; unpack lists.tar again")
         for n, label in zip(files, labels, strict=True):
@@ -143,7 +142,8 @@ def dogs(root: Path) -> Layout:
             classes.setdefault(label, folder.partition("-")[2] or folder or str(label))
         return [(inside("Images", n, path), label) for n, label in zip(files, labels, strict=True)]
 
-    return _layout(root, rows("train"), rows("test"), classes)
+    training, test = map(rows, paths, content)
+    return _layout(root, training, test, classes)
 
 
 def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Layout:
