@@ -245,7 +245,7 @@ def show(exhibit: Exhibit, found: dict[tuple[str, str], Outcome], plan: Plan) ->
             if reason := found.get((row.name, data), Outcome([], "not reached")).reason:
                 empty.setdefault(reason, []).append(row.name)
         for reason, names in empty.items():
-            say(f"{', '.join(names)}: {reason}")
+            say(f"{'all rows' if len(names) == len(exhibit.rows) else '; '.join(names)}: {reason}")
     say(f"last epoch, percent, {seeds}")
     for note in exhibit.notes:
         say(f"note: {note}")

@@ -18,6 +18,7 @@ from engine.data.views import clean_resize
 
 # What a person would have to know about the machine that trained it, not about the network.
 _LOCAL = ("out", "resume")
+_NUMBERS = ("rank1", "rank5", "mAP", "top1", "top5", "knn_top1", "linear_top1")
 
 
 def write(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> None:
@@ -104,7 +105,7 @@ def _licence(run: Run) -> str:
     sources = [f"the images of {cfg.data.name}"]
     if cfg.encoder.weights != "none":
         sources.append(f"the initial weights {_short(cfg.encoder.weights)}")
-    if cfg.method.name == "ppssl" and cfg.ais.weight:
+    if cfg.method.name == "ppssl" and cfg.ais.weight and cfg.teacher.weights != "birds":
         sources.append(f"the teacher {cfg.teacher.model} ({_short(cfg.teacher.weights)})")
     return (
         f"The code is MIT. The weights were learned from {' and '.join(sources)}, which have terms of their own (many image sets "
@@ -115,11 +116,12 @@ def _licence(run: Run) -> str:
 def markdown(facts: dict[str, Any]) -> str:
     """The card as a page of text; the whole configuration is in the JSON."""
     network, images, training = facts["network"], facts["preprocessing"], facts["training"]
+    start = training["initial_weights"]
     lines = [
         f"# {facts['file']}",
         "",
         f"{network['arch']} trained by {training['method']} on {training['data']}, epoch {training['epoch']} (step "
-        f"{training['step']}), from {training['initial_weights']}. Commit {training['commit'] or 'not recorded'}.",
+        f"{training['step']}), from {'random weights' if start == 'none' else start}. Commit {training['commit'] or 'not recorded'}.",
         "",
         "```python",
         facts["use"],
@@ -147,13 +149,17 @@ def markdown(facts: dict[str, Any]) -> str:
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    """Every number that was recorded, below the name of its record."""
-
-    def leaves(value: Any, path: str) -> list[str]:
-        if isinstance(value, dict):
-            return [line for key, inner in value.items() for line in leaves(inner, f"{path}.{key}" if path else key)]
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        return [f"| {path} | {shown} |"]
-
-    rows = leaves(found, "")
-    return ["| record | value |", "|---|---|", *rows] if rows else []
+    """One line a record: what was measured, how, and its numbers in percent."""
+    evaluated = found.get("evaluation", [])
+    records = [found[name] for name in ("before", "last", "retrieval") if name in found]
+    records += evaluated if isinstance(evaluated, list) else [evaluated]
+    rows = []
+    for record in records:
+        epoch = f"epoch {record['epoch']}" if record.get("epoch") is not None else None
+        what = ", ".join(str(part) for part in (record.get("model"), epoch) if part is not None)
+        fraction = f"{record['fraction']:g} % of the labels" if "fraction" in record else None
+        how = "; ".join(str(part) for part in (record.get("protocol"), record.get("setting"), fraction, record.get("feature")) if part)
+        numbers = ", ".join(f"{name} {100 * record[name]:.2f} %" for name in _NUMBERS if isinstance(record.get(name), float))
+        if numbers:
+            rows.append(f"| {what} | {how} | {numbers} |")
+    return ["| network | protocol | result |", "|---|---|---|", *dict.fromkeys(rows)] if rows else []

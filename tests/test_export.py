@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -159,12 +160,13 @@ def test_published_depends_on_the_batch_and_the_card_says_so(masked: Path, tmp_p
 
 
 def test_the_card(plain: Path) -> None:
-    (plain / "evaluation.json").write_text(json.dumps({"knn": {"top1": 0.375}, "run": "/somebody/runs/plain"}))
+    record = {"model": "run", "protocol": "linear", "setting": "SGD", "fraction": 20, "epoch": 1, "top1": 0.375}
+    (plain / "evaluation.json").write_text(json.dumps([record | {"run": "/somebody/runs/plain"}]))
     assert main([str(plain), "--to", "torchvision"]) == 0
     path = plain / "export" / "resnet18_torchvision.safetensors"
     text = path.with_name(path.name + ".json").read_text()
     facts = json.loads(text)
-    assert facts["metrics"]["last"]["rank1"] == 0.5 and facts["metrics"]["evaluation"]["knn"]["top1"] == 0.375
+    assert facts["metrics"]["last"]["rank1"] == 0.5 and facts["metrics"]["evaluation"][0]["top1"] == 0.375
     assert facts["training"]["commit"] == "0123456789ab" and (facts["training"]["epoch"], facts["training"]["step"]) == (1, 46)
     assert facts["preprocessing"]["resize_short_side"] == 73 and facts["preprocessing"]["centre_crop"] == SIZE
     assert facts["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
@@ -172,11 +174,20 @@ def test_the_card(plain: Path) -> None:
     assert facts["config"]["data.root"] == "CUB_200_2011" and "/somebody" not in text  # no paths of the machine
     assert "terms of their own" in facts["licence"] and "cub" in facts["licence"]
     page = path.with_name(path.name + ".md").read_text()
-    for word in ("resnet18", "epoch 1", "512-d", "| last.rank1 | 0.5 |", "0.229", "load_state_dict", facts["sha256"]):
+    for word in (
+        "resnet18", "epoch 1", "512-d", "rank1 50.00 %", "| run, epoch 1 | linear; SGD; 20 % of the labels | top1 37.50 % |", "0.229", "load_state_dict", facts["sha256"],
+    ):  # fmt: skip
         assert word in page
     scope: dict = {"torchvision": torchvision, "torch": torch}
     exec(facts["use"].replace(path.name, str(path)), scope)  # the card's own lines
     assert isinstance(scope["model"].fc, torch.nn.Identity)
+
+
+def test_the_commit_is_of_this_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (Path(log.__file__).parents[1] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", log.commit())
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "engine" / "log.py"))
+    assert log.commit() is None
 
 
 def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str) -> None:

@@ -80,6 +80,7 @@ def test_a_moco_step_with_the_loss_replaced() -> None:
     """The replacement that README shows, on a network: the same parameters after a step of SGD, and the same top-1 accuracy."""
     torch.manual_seed(0)
     x, k, queue = torch.randn(16, 12, dtype=torch.float64), *inputs(16, 100, 6, unit=True)[1:]
+    columns = queue.T.contiguous()  # MoCo keeps its queue as [D, K]
     after, hits = [], []
     for replaced in (False, True):
         torch.manual_seed(1)
@@ -87,10 +88,10 @@ def test_a_moco_step_with_the_loss_replaced() -> None:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
         q = F.normalize(net(x), dim=1)
         if replaced:
-            loss, rank = queue_infonce(q, k.detach(), queue, temperature=0.2, return_rank=True)
+            loss, rank = queue_infonce(q, k.detach(), columns.T, temperature=0.2, return_rank=True)
             hits.append((rank == 0).double().mean())
         else:
-            logits = torch.cat([(q * k.detach()).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.2
+            logits = torch.cat([(q * k.detach()).sum(1, keepdim=True), q @ columns], dim=1) / 0.2
             loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
             hits.append((logits.argmax(1) == 0).double().mean())
         loss.backward()

@@ -182,7 +182,7 @@ def test_dry_run_tries_every_cell_and_keeps_nothing(data_root: Path, capfd: pyte
     assert main(["--figure", "3", "--data-root", str(data_root), "--dry-run", *TINY]) == 0
     assert sorted(Path().rglob("*")) == before
     said = " ".join(capfd.readouterr().err.split())
-    assert said.count("one step on 8 images") == 2 and "without IADM, with IADM: one step done" in said
+    assert said.count("one step on 8 images") == 2 and "all rows: one step done" in said
 
 
 def test_dry_runs_on_miniatures_of_all_seven_sets(
