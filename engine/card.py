@@ -121,7 +121,8 @@ def markdown(facts: dict[str, Any]) -> str:
         f"# {facts['file']}",
         "",
         f"{network['arch']} trained by {training['method']} on {training['data']}, epoch {training['epoch']} (step "
-        f"{training['step']}), from {'random weights' if start == 'none' else start}. Commit {training['commit'] or 'not recorded'}.",
+        f"{training['step']}), from {'random weights' if start == 'none' else start}. Commit "
+        f"{training['commit'] or 'not recorded'}.",
         "",
         "```python",
         facts["use"],
@@ -158,7 +159,8 @@ def _table(found: dict[str, Any]) -> list[str]:
         epoch = f"epoch {record['epoch']}" if record.get("epoch") is not None else None
         what = ", ".join(str(part) for part in (record.get("model"), epoch) if part is not None)
         fraction = f"{record['fraction']:g} % of the labels" if "fraction" in record else None
-        how = "; ".join(str(part) for part in (record.get("protocol"), record.get("setting"), fraction, record.get("feature")) if part)
+        parts = (record.get("protocol"), record.get("setting"), fraction, record.get("feature"))
+        how = "; ".join(part for part in parts if part)
         numbers = ", ".join(f"{name} {100 * record[name]:.2f} %" for name in _NUMBERS if isinstance(record.get(name), float))
         if numbers:
             rows.append(f"| {what} | {how} | {numbers} |")

@@ -175,7 +175,8 @@ def test_the_card(plain: Path) -> None:
     assert "terms of their own" in facts["licence"] and "cub" in facts["licence"]
     page = path.with_name(path.name + ".md").read_text()
     for word in (
-        "resnet18", "epoch 1", "512-d", "rank1 50.00 %", "| run, epoch 1 | linear; SGD; 20 % of the labels | top1 37.50 % |", "0.229", "load_state_dict", facts["sha256"],
+        "resnet18", "epoch 1", "512-d", "rank1 50.00 %",
+        "| run, epoch 1 | linear; SGD; 20 % of the labels | top1 37.50 % |", "0.229", "load_state_dict", facts["sha256"],
     ):  # fmt: skip
         assert word in page
     scope: dict = {"torchvision": torchvision, "torch": torch}

@@ -13,7 +13,7 @@ from PIL import Image
 from test_export import SIZE, run_folder
 
 import engine
-from engine import Trainer, log
+from engine import Trainer, checkpoint, log
 from engine.config import Config, DataConfig
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, clean_batches
 from engine.data.catalog import load as load_catalog
@@ -66,7 +66,7 @@ def test_the_trainer_runs_anybody_s_method(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "weights.safetensors").is_file()
 
     again = Trainer(Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, lr=0.1, device="cpu", out=tmp_path / "mine")
-    again.resume(trainer.saved)
+    again.resume(checkpoint.list_checkpoints(tmp_path / "mine" / "checkpoints")[-1])
     assert again.fit().steps == 8
 
 
