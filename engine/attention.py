@@ -1,9 +1,8 @@
-"""What the network looks at while it learns: maps of the same few images, kept in RUN/maps at every evaluation."""
+"""What the network looks at while it learns: maps of the same few images, kept in RUN/maps five times a run or more."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,33 +49,54 @@ class Attention(NamedTuple):
     """Oldest first."""
 
 
-def maps_into(out: Path, cfg: Config, images: Catalog, device: torch.device) -> Callable[[Trainer], None]:
-    """A function that keeps a trainer's maps of COUNT images of the test split (of the training images where there is none) in
-    ``out``/maps; it does nothing for a method without ``attention``. Raises ``BrokenFile`` naming a file that no longer opens.
-    """
-    split, watched = ("train", images.train) if images.test is None else ("test", images.test)
-    chosen = sorted({(2 * i + 1) * len(watched) // (2 * COUNT) for i in range(COUNT)})
-    loaded: list[Tensor] = []
+class Watch:
+    """Keeps a trainer's maps of COUNT images of the test split (of the training images where there is none) in ``out``/maps.
 
-    def keep(trainer: Trainer) -> None:
+    Calling it keeps them now. As a hook, ``after_epoch`` keeps them whenever a quarter of the run is done and every ``eval.every``
+    epochs; the last epoch is looked at after training. Nothing is done for a method without ``attention``. With ``out`` None the
+    maps are made and not kept: the other processes of a run, whose part of a queue the first one needs.
+    Raises ``BrokenFile`` naming an image that no longer opens.
+    """
+
+    def __init__(self, out: Path | None, cfg: Config, images: Catalog, device: torch.device):
+        self.out, self.cfg, self.device = out, cfg, device
+        self.split, self.images = ("train", images.train) if images.test is None else ("test", images.test)
+        self.chosen = sorted({(2 * i + 1) * len(self.images) // (2 * COUNT) for i in range(COUNT)})
+        self.loaded: Tensor | None = None
+
+    def __call__(self, trainer: Trainer) -> None:
         if type(trainer.method).attention is Method.attention:
             return
-        if not loaded:
-            read = [watched.read(i) for i in chosen]
-            pictures = torch.stack([_view(image, SIDE) for image in read])
-            about = {"names": json.dumps([watched.names[i] for i in chosen]), "split": split}
-            checkpoint.save_weights(out / "maps" / "images.safetensors", {"pictures": pictures}, about)
-            pixels = torch.stack([_view(image, cfg.data.image_size) for image in read])
-            loaded.append(Normalise(IMAGENET_MEAN, IMAGENET_STD, device, torch.float32)(pixels))
-        maps = attention(trainer.method, loaded[0])
-        step = trainer.step.step
-        for path in _files(out):
+        if self.loaded is None:
+            self.loaded = self._load()
+        maps, step = attention(trainer.method, self.loaded), trainer.step.step
+        if self.out is None:
+            return
+        for path in _files(self.out):
             if int(path.stem[5:]) > step:  # of a run that was resumed from before it
                 path.unlink()
         about = {"step": str(step), "epoch": str(trainer.epoch)}
-        checkpoint.save_weights(out / "maps" / f"step_{step:09d}.safetensors", maps, about)
+        checkpoint.save_weights(self.out / "maps" / f"step_{step:09d}.safetensors", maps, about)
 
-    return keep
+    def after_epoch(self, trainer: Trainer) -> None:
+        if trainer.epoch < trainer.epochs and self.is_due(trainer.epoch, trainer.epochs):
+            self(trainer)
+
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether to look after ``epoch`` of ``epochs``."""
+        every = self.cfg.eval.every
+        quarters = {round(epochs * part / 4) for part in (1, 2, 3)}
+        return epoch in quarters or (isinstance(every, int) and every > 0 and epoch % every == 0)
+
+    def _load(self) -> Tensor:
+        """The watched images as the network gets them; their pictures are kept beside the maps."""
+        read = [self.images.read(i) for i in self.chosen]
+        if self.out is not None:
+            pictures = torch.stack([_view(image, SIDE) for image in read])
+            about = {"names": json.dumps([self.images.names[i] for i in self.chosen]), "split": self.split}
+            checkpoint.save_weights(self.out / "maps" / "images.safetensors", {"pictures": pictures}, about)
+        pixels = torch.stack([_view(image, self.cfg.data.image_size) for image in read])
+        return Normalise(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
 
 
 def attention(method: Method, images: Tensor) -> dict[str, Tensor]:

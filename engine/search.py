@@ -97,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    table = Table(title=Text(f"{args.image} in {args.run}"), title_justify="left")
+    say(f"most like {args.image}, below {matches[0].images.root}:")
+    table = Table()
     for name in ("", "cosine", "list", "class", "file"):
         table.add_column(name, overflow="fold", justify="right" if name in ("", "cosine") else "left")
     for number, match in enumerate(matches, 1):
-        table.add_row(str(number), f"{match.cosine:.4f}", match.split, Text(match.label), Text(str(match.path)))
+        table.add_row(str(number), f"{match.cosine:.4f}", match.split, Text(match.label), Text(match.images.names[match.index]))
     console.print(table)
     say(f"contact sheet: {out}")
     return 0

@@ -77,26 +77,24 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
     catalog.write_bad_files(images, out / "bad_files.txt")
-    judge, keep_maps = judge_into(out, cfg, images, device), attention.maps_into(out, cfg, images, device)
-
-    def look(trainer: Trainer) -> None:
-        judge(trainer)
-        keep_maps(trainer)
-
+    judge, watch = judge_into(out, cfg, images, device), attention.Watch(out, cfg, images, device)
     if source is not None:
         trainer.resume(source, state)
     else:
         log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
-        look(trainer)
+        judge(trainer)
+        watch(trainer)
     trainer.profile = profile
     if cfg.eval.every:
-        trainer.hooks.append(lambda t: look(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
+        trainer.hooks.append(lambda t: judge(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
+    trainer.hooks.append(watch.after_epoch)
     cold = time.perf_counter() - started
     try:
         summary = trainer.fit()
     finally:
         trainer.loader.close()
-    look(trainer)
+    judge(trainer)
+    watch(trainer)
     record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
     log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
     report(out, record)

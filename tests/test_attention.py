@@ -14,7 +14,7 @@ from PIL import Image
 from test_compile import build_moco, build_ppssl, step_of
 
 from engine import attention, checkpoint
-from engine.config import Config, DataConfig
+from engine.config import Config, DataConfig, EvalConfig
 from engine.data import catalog
 from ppssl.encoder import Trunk, projection_head
 from ppssl.lcr import FORMS as LCR_FORMS
@@ -113,7 +113,7 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
         Image.fromarray(np.full((30 + n, 50, 3), 10 * n, np.uint8)).save(root / f"{n:02}.png")
     cfg = Config(data=DataConfig(name="folder", root=str(root), image_size=32))
     found = catalog.load("folder", root, progress=False)
-    keep = attention.maps_into(tmp_path / "run", cfg, found, CPU)
+    keep = attention.Watch(tmp_path / "run", cfg, found, CPU)
     trainer = SimpleNamespace(method=build("guided").train(), step=SimpleNamespace(step=0), epoch=0)
     assert attention.read(tmp_path / "run") is None
     for step in (0, 10, 30, 20):  # the run was resumed from before step 30
@@ -131,10 +131,35 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     assert json.loads(names) == list(kept.names)
 
 
+def test_a_run_is_looked_at_five_times_or_at_every_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos/a.png")
+    found = catalog.load("folder", tmp_path / "photos", progress=False)
+    looked: list[int] = []
+    for every, epochs, wanted in ((0, 100, [25, 50, 75]), (0, 1, []), (0, 3, [1, 2]), (3, 8, [2, 3, 4, 6])):
+        watch = attention.Watch(None, Config(eval=EvalConfig(every=every)), found, CPU)
+        watch.__class__ = type("Counted", (attention.Watch,), {"__call__": lambda self, t: looked.append(t.epoch)})
+        for epoch in range(1, epochs + 1):
+            watch.after_epoch(SimpleNamespace(epoch=epoch, epochs=epochs))
+        assert looked == wanted
+        looked.clear()
+
+
+def test_a_process_that_keeps_nothing_still_looks(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40), (9, 90, 9)).save(tmp_path / "photos/a.png")
+    found = catalog.load("folder", tmp_path / "photos", progress=False)
+    method, calls = build("moco"), []
+    method.keys = lambda x: calls.append(len(x)) or type(method).keys(method, x)
+    watch = attention.Watch(None, Config(data=DataConfig(name="folder", image_size=32)), found, CPU)
+    watch(SimpleNamespace(method=method, step=SimpleNamespace(step=0), epoch=0))
+    assert calls == [1] and [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
 def test_a_method_without_attention_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "photos/a.png")
     found = catalog.load("folder", tmp_path / "photos", progress=False)
-    keep = attention.maps_into(tmp_path / "run", Config(data=DataConfig(name="folder", image_size=32)), found, CPU)
+    keep = attention.Watch(tmp_path / "run", Config(data=DataConfig(name="folder", image_size=32)), found, CPU)
     keep(SimpleNamespace(method=Method()))
     assert not (tmp_path / "run").exists()

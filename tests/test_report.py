@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -275,3 +276,22 @@ def test_the_map_takes_part_of_many_images() -> None:
     finally:
         embedding.MOST = embedding_most
     assert len(part.points) == 10 and part.chosen[0] == 0 and part.chosen[-1] == 29 and "10 of 30 images" in part.how
+
+
+def test_everything_that_was_judged_is_in_one_table(photos: Path, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", photos)
+    about = {"feature": "l2(gap(F))", "setting": "as asked"}
+    records = [
+        {"model": "initial", "protocol": "retrieval", "epoch": 0, "step": 0, "rank1": 0.125, "mAP": 0.5} | about,
+        {"model": "run", "protocol": "knn", "k": 20, "epoch": 2, "step": 6, "top1": 0.2} | about,
+        {"model": "run", "protocol": "knn", "k": 20, "epoch": 4, "step": 12, "top1": 0.75, "top5": 1.0} | about,
+        {"model": "run", "protocol": "linear", "solver": "convex", "fraction": 20.0, "epoch": 4, "step": 12, "top1": 0.3} | about,
+        {"model": "teacher", "protocol": "retrieval", "epoch": None, "step": None, "rank1": 0.4} | about,
+    ]
+    (run / "evaluation.json").write_text(json.dumps(records))
+    found = page(run).text
+    assert "initial, epoch 0 retrieval rank-1 12.5 % mAP 50.0 % as asked; feature l2(gap(F))" in found
+    assert "run, epoch 4 kNN, k 20 top-1 75.0 % top-5 100.0 %" in found and "20.0 % as asked" not in found
+    assert "linear convex, 20 % of the labels top-1 30.0 %" in found and "teacher retrieval rank-1 40.0 %" in found
+    (run / "evaluation.json").write_text("{half")
+    assert "All that was judged" not in page(run).text

@@ -48,6 +48,7 @@ def render(runs: Sequence[Run], *, quick: bool = False) -> str:
     values = dict(
         runs=runs,
         headline=sections.headline(lead),
+        protocols=sections.protocols(lead),
         curves=sections.curves(runs),
         attention=sections.attention(runs),
         speed=sections.speed(lead),

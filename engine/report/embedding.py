@@ -55,7 +55,9 @@ def _umap(rows: np.ndarray) -> tuple[np.ndarray, str] | None:
 
 def _tsne(rows: np.ndarray) -> tuple[np.ndarray, str]:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    made = TSNE(perplexity=perplexity, init="pca", metric="euclidean", random_state=0).fit_transform(rows)
+    with threadpool_limits(1):  # of so few points; on cores that others use too, its threads wait for each other by spinning
+        made = TSNE(perplexity=perplexity, init="pca", metric="euclidean", random_state=0).fit_transform(rows)
     return made, f"t-SNE (perplexity {perplexity:g})"

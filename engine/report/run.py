@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ class Run(NamedTuple):
     name: str
     config: Config
     records: list[dict[str, Any]]
+    """Of metrics.jsonl."""
+    evaluation: list[dict[str, Any]]
+    """Of evaluation.json."""
     attention: Attention | str
     images: ImageList | str
     """The labelled test split, or the training images where there is none."""
@@ -43,7 +47,18 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
     cfg = from_yaml(path)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, cfg, images, device)
-    return Run(folder, folder.resolve().name, cfg, log.read(folder), _attention(folder), images, split, features)
+    name, judged = folder.resolve().name, _evaluation(folder)
+    return Run(folder, name, cfg, log.read(folder), judged, _attention(folder), images, split, features)
+
+
+def _evaluation(folder: Path) -> list[dict[str, Any]]:
+    """The list in evaluation.json; empty where it is missing or not one."""
+    path = folder / "evaluation.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError:
+        return []
+    return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
 
 
 def _attention(folder: Path) -> Attention | str:

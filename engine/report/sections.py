@@ -17,7 +17,8 @@ from engine.report.charts import Chart
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run
 
-SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP"}
+SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
+"""Of the lines of the log."""
 MOMENTS = 5
 """Columns of attention maps at most."""
 QUERIES = 8
@@ -32,6 +33,13 @@ _BARS = 60
 _PICTURES_ON_MAP = 70
 # Keys that say where a run is, not what it computes
 _PLACES = ("out", "resume", "data.root", "data.workers")
+
+
+class Table(NamedTuple):
+    """Rows of text, the first cell of a row its header."""
+
+    head: list[str]
+    rows: list[list[str]]
 
 
 class Change(NamedTuple):
@@ -82,6 +90,29 @@ def headline(run: Run) -> Headline | str:
     return Headline(changes, "; ".join(part for part in parts if part) + ".")
 
 
+def protocols(run: Run) -> Table | None:
+    """Everything that was judged, by the newest numbers of each model (the untouched network, the run, the teacher)."""
+    newest: dict[str, int] = {}
+    for record in run.evaluation:
+        model = record.get("model", "run")
+        newest[model] = max(newest.get(model, -1), record.get("step") or 0)
+    rows = []
+    for r in run.evaluation:
+        model = r.get("model", "run")
+        if (r.get("step") or 0) < newest[model]:
+            continue
+        name = r.get("protocol", "?")
+        if name == "knn":
+            name = f"kNN, k {r.get('k', '?')}"
+        elif name == "linear":
+            name = f"linear {r.get('solver', '')}, {r.get('fraction', 100):g} % of the labels"
+        shown = {**SCORES, "top1": "top-1", "top5": "top-5"}
+        values = [f"{text} {100 * r[key]:.1f} %" for key, text in shown.items() if isinstance(r.get(key), float)]
+        epoch = "" if r.get("epoch") is None else f", epoch {r['epoch']}"
+        rows.append([f"{model}{epoch}", name, "\n".join(values), f"{r.get('setting', '')}; feature {r.get('feature', '?')}"])
+    return Table(["model", "protocol", "result", "how"], rows) if rows else None
+
+
 def curves(runs: Sequence[Run]) -> list[Chart] | str:
     """Losses, rates and, where it was measured more than twice, retrieval over the training."""
     trained = {run.name: run.of_kind("train") for run in runs}
@@ -107,8 +138,10 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
     for key in [*[k for k in logged if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
         title = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second", "data_wait": "data wait",
                  "contrast_top1": "contrast top-1", "contrast_top5": "contrast top-5"}.get(key, key)  # fmt: skip
-        chart = charts.line_chart(title, series("train", key), x_name=x_name, percent=key in shares or key == "data_wait")
-        made += [chart] if chart else []
+        lines = series("train", key)
+        if any(value for line in lines.values() for _, value in line):  # what stayed 0 throughout needs no picture
+            chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key == "data_wait")
+            made += [chart] if chart else []
     return made or "No curves: fewer than two lines were logged."
 
 
@@ -311,21 +344,16 @@ def duplicates(run: Run, thumbnail: Thumbnails) -> DuplicatesPart:
     return DuplicatesPart(pairs, count, len(judged), len(same))
 
 
-class Table(NamedTuple):
-    """Rows of text, the first cell of a row its header."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
 def side_by_side(runs: Sequence[Run]) -> tuple[Table, Table]:
     """Numbers of several runs, and the config keys in which they differ."""
     rows = []
     for name, text in SCORES.items():
+        if not any(name in r for run in runs for r in run.of_kind("eval")):
+            continue
         cells = []
         for run in runs:
             judged = [r for r in run.of_kind("eval") if name in r]
-            ends = [f"{100 * r[name]:.1f} %" for r in (judged[:1] if len(judged) < 2 else [judged[0], judged[-1]])]
+            ends = [f"{100 * r[name]:.1f}\u00a0%" for r in (judged[:1] if len(judged) < 2 else [judged[0], judged[-1]])]
             cells.append(" → ".join(ends) or "not judged")
         rows.append([text, *cells])
     for text, value in _speed_rows().items():
