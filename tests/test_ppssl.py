@@ -146,6 +146,43 @@ def test_published_target_is_uniform_to_three_digits_for_gradients_of_the_usual_
     assert float((spatial_kl(cam, mask, PUBLISHED) - constant).abs() / constant) < 1e-3
 
 
+def test_plus_marks_what_hurts_agreement_and_minus_what_supports_it() -> None:
+    """G is the gradient of the loss: more of what relu(+x * G) marks raises the loss, more of what relu(-x * G) marks lowers it."""
+    for sign, direction in (("plus", 1), ("minus", -1)):
+        method, given = build(dataclasses.replace(GUIDED, sign=sign)), batch()
+
+        def losses(images: torch.Tensor, method=method, given=given) -> torch.Tensor:
+            q = method.encoder_q.project(method.encoder_q.trunk(images).mean((2, 3)))
+            return method.contrast(q, method.keys(given.x_k), given.index)[0]
+
+        at = losses(given.x_q)
+        cam = method.cam(at, {"image": given.x_q}, (SIDE, SIDE))  # one cell a pixel
+        assert float(cam.amax()) > 0
+        with torch.no_grad():
+            change = losses(given.x_q * (1 + 1e-3 * cam[:, None])) - at
+        assert (change * direction > 0).all()
+
+
+def test_a_shared_batch_norm_ends_as_a_mixture_so_that_no_mask_is_evaluated_as_it_was_trained() -> None:
+    """Two updates a step, feature map then image, momentum 0.1: the buffers end at 9/19 of the one and 10/19 of the other."""
+    method, given = build(dataclasses.replace(PUBLISHED, iadm_weight=1.0), ais_weight=0.0), batch()
+    with torch.no_grad():
+        feature = F.conv2d(method.encoder_q.trunk(given.x_q), method.mask.conv.weight).mean((0, 2, 3))
+        pixels = F.conv2d(given.x_q, method.image_mask.conv.weight).mean((0, 2, 3))
+    own = build(dataclasses.replace(PUBLISHED, image_bn="own"), ais_weight=0.0)
+    for _ in range(100):
+        method(given), own(given)
+    assert torch.allclose(method.mask.bn.running_mean, 9 / 19 * feature + 10 / 19 * pixels, atol=1e-5)
+
+    def gap(m: PPSSL) -> float:
+        """Between the mask in training and in evaluation, on the very images trained on."""
+        with torch.no_grad():
+            maps = m.encoder_q.trunk(given.x_q)
+            return float((m.train().mask(maps).mask - m.eval().mask(maps).mask).abs().max())
+
+    assert gap(method) > 10 * gap(own)
+
+
 def test_zero_cam_is_a_uniform_target() -> None:
     mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
     loss = spatial_kl(torch.zeros(3, 4, 4), mask, GUIDED)
@@ -210,6 +247,71 @@ def test_sources_and_original_image() -> None:
         build(sources=("layer9",))
 
 
+@pytest.mark.parametrize("sources", [("layer4",), ("image", "layer1", "layer4")], ids="+".join)
+def test_several_sources_are_the_mean_of_their_own_cams(sources: tuple[str, ...]) -> None:
+    def cam(*names: str) -> torch.Tensor:
+        method, given = build(sources=names), batch()
+        maps = {"image": given.x_q, **method.encoder_q.trunk.maps(given.x_q)}
+        q = method.encoder_q.project(maps["layer4"].mean((2, 3)))
+        losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
+        return method.cam(losses, maps, (4, 4))
+
+    each = torch.stack([cam(name) for name in sources])
+    assert torch.allclose(cam(*sources), each.mean(0), atol=1e-6)
+    highest = each.amax((2, 3))  # 1 in every source, so that all count alike; or 0, where nothing supports the agreement
+    assert ((highest - highest.round()).abs() < 1e-5).all() and float(highest.mean()) > 0.8
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_number_of_descriptions(count: int) -> None:
+    torch.manual_seed(4)
+    text = F.normalize(torch.randn(8, 5), dim=1)[:count]
+    method, given = build(), batch()
+    method.text_features = text
+    pooled = torch.rand(BATCH, CHANNELS)
+    student = F.normalize(method.to_text(F.normalize(pooled, dim=1)), dim=1)
+    p_t = F.softmax(100 * given.teacher @ text.T, 1)
+    plain = [(p * (p.log() - F.log_softmax(z, 0))).nan_to_num().mean() for p, z in zip(p_t, 100 * student @ text.T, strict=True)]
+    assert torch.allclose(method.ais(pooled, given), torch.stack(plain).mean(), rtol=1e-4)
+
+
+def test_temperature_and_scale_of_the_text_guidance() -> None:
+    """tau divides both sides' logits, ais.scale multiplies the student's alone."""
+    given, pooled = batch(), torch.rand(BATCH, CHANNELS, generator=torch.Generator().manual_seed(5))
+    cooler, scaled = build(ais_temperature=4.0), build(ais_scale=25.0, teacher_logit_scale=25.0)
+    assert torch.allclose(cooler.ais(pooled, given), scaled.ais(pooled, given), rtol=1e-4)
+    assert not torch.allclose(build(ais_scale=25.0).ais(pooled, given), scaled.ais(pooled, given), rtol=1e-2)
+
+
+def test_the_teacher_looks_at_the_view_or_not_at_all() -> None:
+    seen = []
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.ones(BATCH, 5)
+
+    given = batch()
+    assert build(embed=embed).needs_teacher_embeddings and not build(PUBLISHED, embed=embed).needs_teacher_embeddings
+    build(embed=embed)(given)
+    assert seen == []  # the clean image's embedding came with the batch
+    build(PUBLISHED, embed=embed)(given)
+    assert len(seen) == 1 and seen[0] is given.x_q
+
+
+def test_maxout_width_and_head_are_the_configs() -> None:
+    from engine.config import Config, EncoderConfig, IadmConfig, MethodConfig, QueueConfig
+    from ppssl.encoder import Trunk
+
+    cfg = Config(
+        method=MethodConfig(maxout_width=5), encoder=EncoderConfig(head="mlp3_bn", dim=7), iadm=IadmConfig(mask="image"),
+        queue=QueueConfig(size=30, dtype="float32"),
+    )  # fmt: skip
+    cfg = dataclasses.replace(cfg, ais=dataclasses.replace(cfg.ais, weight=0.0))
+    method = PPSSL.from_config(cfg, PPSSL.build_network(cfg, Trunk("resnet18_w8")))
+    assert method.mask.conv.out_channels == 5 and method.image_mask.conv.out_channels == 5
+    assert isinstance(method.encoder_q.head[-1], nn.BatchNorm1d) and method.queue.rows.shape == (30, 7)
+
+
 def test_contrast_mask_contrasts_the_masked_feature() -> None:
     assert not torch.equal(build(contrast_mask=True)(batch()).terms["contrast"], build()(batch()).terms["contrast"])
 
@@ -220,7 +322,8 @@ def test_warmup_raises_the_weight_with_the_share_of_the_run_done() -> None:
         method = build(ais_warmup=0.2)
         method.progress = torch.tensor(progress)
         output = method(batch())
-        totals.append(float((output.total - output.terms["contrast"] - 1.28 * output.terms["iadm"]) / output.terms["ais"]))
+        rest = output.total.detach() - output.terms["contrast"] - 1.28 * output.terms["iadm"]
+        totals.append(float(rest / output.terms["ais"]))
     assert totals == pytest.approx([0.0, 0.6, 1.2, 1.2], abs=1e-4)
 
 

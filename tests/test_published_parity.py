@@ -193,5 +193,13 @@ def test_one_published_step(path: Path, impl: str, compile: str, monkeypatch: py
     close("feature_sum", feature.double().sum(1), expected["feature_sum"])
 
 
+@pytest.mark.parametrize("path", [*CASES, *LCR_CASES], ids=lambda p: p.stem)
+def test_the_published_targets_are_uniform(path: Path) -> None:
+    """The cams that the published code made on the fixtures, as its softmax over rows of seven sees them."""
+    cam = torch.from_numpy(np.load(path.with_suffix(".npz"))["cam"])
+    target = F.softmax(cam, -1)
+    assert cam.max() > 0 and float((target - 1 / 7).abs().max()) < 5e-4
+
+
 def test_there_are_cases() -> None:
     assert CASES and LCR_CASES, f"no published_*.json or no lcr_published_*.json in {FIXTURES}"
