@@ -6,8 +6,8 @@
 
 PPSSL_BENCH_STEP=small|full[:BATCH] sets the size for pytest. The table's ratios are to the first rung that ran. Before
 any timing, rungs of one precision must give the same first loss. Operations: useful convolution passes (2 forward, 2
-data gradients, 1 weight gradient; MoCo one data gradient less) x the trunk's forward operations. The rung "pruned" is
-our step with the ops in their eager definitions, which are float32 throughout.
+data gradients, 1 weight gradient; MoCo and LCR one data gradient less; LDFS twice MoCo's, its decoder not counted) x the
+trunk's forward operations. The rung "pruned" is our step with the ops in their eager definitions, which are float32 throughout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import ppssl.ppssl
 from engine import optim, precision
 from engine.data import cores
 from engine.step import Step
-from ppssl import PPSSL, Batch, MoCo, Teacher
+from ppssl import LCR, LDFS, PPSSL, Batch, MoCo, Teacher
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
 from ppssl.ppssl import FORMS
@@ -46,7 +46,7 @@ LEARNING_RATE = 1e-3
 FLOOR_MS = {("NVIDIA H200", "ppssl"): 23.8, ("NVIDIA H200", "moco"): 16.9}
 """Least time of a ResNet-50 step at 224 pixels for 128 images whose element-wise work is fused as Inductor does, by the
 bytes moved at 4.3 TB/s and 16-bit products at 790 TFLOP/s. A floor, not a measurement."""
-PASSES = {"ppssl": 5, "moco": 4}
+PASSES = {"ppssl": 5, "moco": 4, "lcr": 4, "ldfs": 8}
 
 
 class Size(NamedTuple):
@@ -99,6 +99,10 @@ RUNGS = {
     "moco": Rung("moco"),
     "moco compiled": Rung("moco", compile="step"),
     "moco graphed": Rung("moco", compile="step", graph=True),
+    "lcr": Rung("lcr"),
+    "lcr compiled": Rung("lcr", compile="step"),
+    "ldfs": Rung("ldfs"),
+    "ldfs compiled": Rung("ldfs", compile="step"),
 }
 HERE = [name for name, rung in RUNGS.items() if CUDA or rung.compile == "off"]
 """Compiling makes a CPU's step slower and takes minutes."""
@@ -113,8 +117,12 @@ def build_method(size: Size, rung: Rung) -> Method:
     contrast = dict(dim=size.dim, queue_size=size.queue, queue_dtype=torch.bfloat16 if narrow else torch.float32)
     if rung.method == "moco":
         return MoCo(FeatureNet(trunk), head, **contrast)
-    teacher = build_teacher(size)
+    if rung.method == "ldfs":
+        return LDFS(FeatureNet(trunk), head, side=size.side, **contrast)
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax="batch"))
+    if rung.method == "lcr":
+        return LCR(network, head, **contrast)
+    teacher = build_teacher(size)
     form = FORMS["published"].override(teacher_view=rung.teacher)
     return PPSSL(network, head, teacher.text_features, form=form, embed=teacher.to(DEVICE).embed, **contrast)
 
@@ -281,6 +289,19 @@ def test_step_guard(benchmark, size: Size, first: dict):
     where = "cuda" if CUDA else "cpu_full" if size.arch == "resnet50" else "cpu"
     guard(benchmark, "step", ratios, GUARDS["step"][where])
     benchmark.pedantic(sides[pair[1]], rounds=1)
+
+
+def test_methods_guard(benchmark, size: Size, first: dict):
+    """LCR's and LDFS's steps against PP-SSL's, all eager on a CPU and compiled on a GPU."""
+    names = ("compiled", "lcr compiled", "ldfs compiled") if CUDA else ("teacher cached", "lcr", "ldfs")
+    sides = {name: ready(name, size, first).run for name in names}
+
+    def ratios() -> dict[str, float]:
+        seconds = alternate(sides, 9 if CUDA or size.arch != "resnet50" else 2)
+        return {f"ppssl_over_{RUNGS[name].method}": seconds[names[0]] / seconds[name] for name in names[1:]}
+
+    guard(benchmark, "step_methods", ratios, GUARDS["step_methods"])
+    benchmark.pedantic(sides[names[0]], rounds=1)
 
 
 def main() -> None:

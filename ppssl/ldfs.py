@@ -174,12 +174,13 @@ class _Residual(nn.Module):
 
 @contextmanager
 def real_statistics(*networks: nn.Module) -> Iterator[None]:
-    """Inside, batch-norm in training mode normalises by the batch as always but leaves its running statistics alone."""
+    """Inside, batch-norm in training mode normalises by the batch as always but leaves its running statistics where they are."""
     norms = [m for network in networks for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
