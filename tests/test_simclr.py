@@ -1,13 +1,17 @@
-"""SimCLR: the loss over all views, its symmetry, and a run."""
+"""SimCLR: the loss over all views, its symmetry, and a run; and that a method is one file, whoever wrote it."""
+
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import Trainer
+from engine import Trainer, load, log
 from engine.config import from_yaml
+from engine.data import birds
+from engine.train import main
 from ppssl.encoder import Trunk
-from ppssl.method import METHODS, Batch
+from ppssl.method import METHODS, Batch, Output, register
 from ppssl.simclr import SimCLR, nt_xent
 
 BATCH = 5
@@ -80,3 +84,33 @@ def test_it_learns_which_views_belong_together() -> None:
     assert float(after.total) < 0.7 * float(before.total) and float(after.stats["contrast_top1"]) > 0.9
     feature = method.network.eval()(batch().x_q)
     assert feature.shape == (BATCH, 64) and feature.norm(dim=1).detach().numpy() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_method_is_its_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that the project does not know trains, is logged, judged and loaded from a recipe, as soon as it is registered."""
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    world = birds.generate(tmp_path / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False)
+
+    @register("alignment")
+    class Alignment(SimCLR):
+        """The twin alone, without negatives."""
+
+        def forward(self, batch: Batch) -> Output:
+            z_q, z_k = self.encoder(torch.cat([batch.x_q, batch.x_k])).chunk(2)
+            total = 2 - 2 * (z_q * z_k).sum(1).mean()
+            return Output(total, {"alignment": total.detach()}, z_k.detach(), {})
+
+    try:
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text(
+            f"epochs: 2\nbatch_size: 20\nmethod: {{name: alignment}}\nqueue: {{size: 20}}\n"
+            f"encoder: {{arch: resnet18_w8_s16, weights: none, dim: 8, head: mlp3_bn}}\n"
+            f"data: {{name: birds, root: {world}, image_size: 40, workers: 1, loader: torch}}\nrun: {{log_every: 2}}\n"
+        )
+        assert main(["--cfg", str(recipe), "--out", str(tmp_path / "run")]) == 0
+        records = log.read(tmp_path / "run")
+        assert [r["alignment"] for r in records if r["kind"] == "train"][-1] < 2
+        assert len([r for r in records if r["kind"] == "eval"]) == 2
+        assert load(tmp_path / "run")(torch.randn(2, 3, 40, 40)).shape == (2, 64)
+    finally:
+        METHODS.pop("alignment")
