@@ -494,13 +494,14 @@ def test_a_cut_banner_is_in_no_size_and_no_picture(bannered):
         assert np.array_equal(np.asarray(cut.read(i)), np.asarray(plain.read(i)))
 
 
-@pytest.mark.parametrize("loader", ["torch", "dali"])
+@pytest.mark.parametrize("loader", ["torch", "dali", "resident"])
 def test_a_cut_banner_is_in_no_view_of_a_loader(loader, bannered):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
 
     def batches(images):
-        data = DataConfig(name="aircraft", loader=loader, image_size=64, workers=0 if loader == "torch" else 1)
+        resident = {"resident": "host"} if loader == "resident" else {"resident": "off", "loader": loader}
+        data = DataConfig(name="aircraft", image_size=64, workers=0 if loader == "torch" else 1, **resident)
         made = build_loader(images, Config(batch_size=6, data=data), "cpu", with_original=True)
         found = list(made.batches(0, 3))
         made.close()
