@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint, log
+from engine import attention, checkpoint, log, report
 from engine.config import from_yaml
 from engine.data import birds
 from engine.train import main
@@ -80,6 +80,7 @@ def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
     )
     assert len(checkpoint.list_checkpoints(out / "checkpoints")) == 2  # run.keep
     assert (out / "weights.safetensors").is_file() and (out / "bad_files.txt").is_file() and any((out / "tensorboard").iterdir())
+    assert [look.epoch for look in attention.read(out).looks] == [0, 1, 2] and "</html>" in (out / "report.html").read_text()
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,3 +242,16 @@ def test_records_are_json_lines(recipe: Path) -> None:
     assert main(["--cfg", str(recipe), "epochs=1"]) == 0
     for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines():
         assert "step" in json.loads(line)
+
+
+def test_a_page_that_fails_costs_the_run_nothing(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(report, "write", fail)
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    told = capsys.readouterr().err
+    assert "no report (RuntimeError: no ink)" in told and "python -m engine.report runs/tiny" in told
+    assert log.read(Path("runs/tiny"))[-1]["kind"] == "summary"
