@@ -13,7 +13,7 @@ from engine.checkpoint import write_atomically
 from engine.config import to_yaml
 from engine.data.catalog import BrokenFile
 from engine.log import say
-from engine.report import charts, sections
+from engine.report import charts, numbers, sections
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run, read
 
@@ -47,18 +47,18 @@ def render(runs: Sequence[Run], *, quick: bool = False) -> str:
     lead = runs[0]
     values = dict(
         runs=runs,
-        headline=sections.headline(lead),
-        protocols=sections.protocols(lead),
+        headline=numbers.headline(lead),
+        protocols=numbers.protocols(lead),
         curves=sections.curves(runs),
         attention=sections.attention(runs),
-        speed=sections.speed(lead),
+        speed=numbers.speed(lead),
         config=to_yaml(lead.config),
         style=(here / "page.css").read_text(encoding="utf-8"),
         made=time.strftime("%Y-%m-%d %H:%M"),
         near_duplicate=sections.NEAR_DUPLICATE,
         same_pixels=sections.SAME_PIXELS,
         swatch=lambda number: charts.mark(number, 6, 6),
-        compared=sections.side_by_side(runs) if len(runs) > 1 else None,
+        compared=numbers.side_by_side(runs) if len(runs) > 1 else None,
     )
     return environment.get_template("page.html").render(values | _of_images(lead, quick))
 

@@ -1,0 +1,136 @@
+"""The tables of the page: what was judged, several runs beside each other, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from engine.config import flatten
+from engine.report.run import Run
+
+SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
+"""Of the lines of the log."""
+# Keys that say where a run is, not what it computes
+_PLACES = ("out", "resume", "data.root", "data.workers")
+
+
+class Table(NamedTuple):
+    """Rows of text, the first cell of a row its header."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+class Change(NamedTuple):
+    """A number before and after training; ``before`` is None where it was not measured then."""
+
+    name: str
+    before: float | None
+    after: float
+
+
+class Headline(NamedTuple):
+    changes: list[Change]
+    what: str
+    """Protocol, feature, split, epochs."""
+
+
+def headline(run: Run) -> Headline | str:
+    """The first and the last evaluation of the log."""
+    judged = run.of_kind("eval")
+    if not judged:
+        return "Nothing was judged: the log holds no evaluation, as is the case without a labelled test split."
+    first, last = judged[0], judged[-1]
+    before = first if len(judged) > 1 else {}
+    changes = [Change(text, before.get(name), last[name]) for name, text in SCORES.items() if name in last]
+    alone = f" ({last['excluded']} alone in their class)" if last.get("excluded") else ""
+    parts = [
+        last.get("protocol"),
+        f"feature {last['feature']}" if "feature" in last else None,
+        f"{last['queries']:,} queries{alone} of {last.get('classes', '?')} classes of {run.config.data.name}"
+        if "queries" in last
+        else None,
+        f"input {run.config.data.image_size} px",
+        f"epoch {first['epoch']} → {last['epoch']}" if before else f"epoch {last['epoch']}",
+        f"seed {run.config.seed}",
+    ]
+    return Headline(changes, "; ".join(part for part in parts if part) + ".")
+
+
+def protocols(run: Run) -> Table | None:
+    """Everything that was judged, by the newest numbers of each model (the untouched network, the run, the teacher)."""
+    newest: dict[str, int] = {}
+    for record in run.evaluation:
+        model = record.get("model", "run")
+        newest[model] = max(newest.get(model, -1), record.get("step") or 0)
+    rows = []
+    for r in run.evaluation:
+        model = r.get("model", "run")
+        if (r.get("step") or 0) < newest[model]:
+            continue
+        name = r.get("protocol", "?")
+        if name == "knn":
+            name = f"kNN, k {r.get('k', '?')}"
+        elif name == "linear":
+            name = f"linear {r.get('solver', '')}, {r.get('fraction', 100):g} % of the labels"
+        shown = {**SCORES, "top1": "top-1", "top5": "top-5"}
+        values = [f"{text} {100 * r[key]:.1f} %" for key, text in shown.items() if isinstance(r.get(key), float)]
+        epoch = "" if r.get("epoch") is None else f", epoch {r['epoch']}"
+        rows.append([f"{model}{epoch}", name, "\n".join(values), f"{r.get('setting', '')}; feature {r.get('feature', '?')}"])
+    return Table(["model", "protocol", "result", "how"], rows) if rows else None
+
+
+def side_by_side(runs: Sequence[Run]) -> tuple[Table, Table]:
+    """Numbers of several runs, and the config keys in which they differ."""
+    rows = []
+    for name, text in SCORES.items():
+        if not any(name in r for run in runs for r in run.of_kind("eval")):
+            continue
+        cells = []
+        for run in runs:
+            judged = [r for r in run.of_kind("eval") if name in r]
+            ends = [f"{100 * r[name]:.1f}\u00a0%" for r in (judged[:1] if len(judged) < 2 else [judged[0], judged[-1]])]
+            cells.append(" → ".join(ends) or "not judged")
+        rows.append([text, *cells])
+    for text, value in _speed_rows().items():
+        rows.append([text, *[value(run) for run in runs]])
+    flat = [flatten(run.config) for run in runs]
+    differing = [k for k in flat[0] if k not in _PLACES and len({str(f[k]) for f in flat}) > 1]
+    names = [run.name for run in runs]
+    return Table(["", *names], rows), Table(["key", *names], [[k, *[_yaml_word(f[k]) for f in flat]] for k in differing])
+
+
+def _yaml_word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _speed_rows() -> dict[str, Any]:
+    def of(key: str, text: str, scale: float = 1) -> Any:
+        def cell(run: Run) -> str:
+            found = [r[key] for r in run.of_kind("summary") if r.get("steps") and key in r]
+            return text.format(scale * found[-1]) if found else "–"
+
+        return cell
+
+    return {
+        "images per second": of("images_per_s", "{:,.0f}"),
+        "waiting for data": of("data_wait", "{:.0f} %", 100),
+        "training": of("seconds", "{:,.0f} s"),
+        "start until the first step": of("cold_start_seconds", "{:,.0f} s"),
+        "checkpoints": of("checkpoint_seconds", "{:.1f} s"),
+        "evaluation and maps": of("hook_seconds", "{:.1f} s"),
+        "compiling": of("compile_seconds", "{:.0f} s"),
+        "everything": of("total_seconds", "{:,.0f} s"),
+    }
+
+
+def speed(run: Run) -> list[tuple[str, str]]:
+    """How fast, on what. Of a continued run, the last stretch."""
+    rows = [(text, value(run)) for text, value in _speed_rows().items()]
+    rows = [row for row in rows if row[1] != "–"]
+    hidden = {"kind", "step", "steps_per_epoch"}
+    for record in run.of_kind("start")[:1]:
+        rows += [({"time": "started"}.get(k, k), str(v)) for k, v in record.items() if k not in hidden and v is not None]
+    return rows
