@@ -31,7 +31,7 @@ from engine import arguments, checkpoint, log, train, weights
 from engine.checkpoint import write_atomically
 from engine.config import Config, flatten, from_yaml, to_yaml
 from engine.data.catalog import BrokenFile
-from engine.evaluate import evaluate_run
+from engine.evaluate import evaluate
 from engine.log import console, say
 from engine.trainer import Stopped
 from ppssl.encoder import FeatureNet, Trunk
@@ -186,7 +186,8 @@ def judge(cell: Cell) -> dict[str, float]:
     """The measures of the network in the cell's folder."""
     if cell.row.untouched == "teacher":
         raise NotImplementedError("the teacher's own features are not judged in this version")
-    result = evaluate_run(cell.folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (result,) = evaluate(cell.folder, device, protocols=("retrieval",))
     return {name: result[name] for name in ("rank1", "rank5", "mAP")}
 
 

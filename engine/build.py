@@ -100,11 +100,16 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
 
 def method(cfg: Config, model: Teacher | None) -> Method:
     """The method of ``cfg`` with its starting weights; random parts are a function of ``seed`` alone."""
+    network = initial_network(cfg)
+    return METHODS[cfg.method.name].from_config(cfg, network, model)
+
+
+def initial_network(cfg: Config) -> FeatureNet:
+    """The inference network of ``cfg`` as training finds it, a function of ``seed`` and ``encoder.weights``."""
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
     say(f"encoder: {cfg.encoder.arch}, {weights.initialise(trunk, cfg.encoder.weights)}")
-    kind = METHODS[cfg.method.name]
-    return kind.from_config(cfg, kind.build_network(cfg, trunk), model)
+    return METHODS[cfg.method.name].build_network(cfg, trunk)
 
 
 class Run(NamedTuple):

@@ -239,12 +239,12 @@ class RunConfig:
 class EvalConfig:
     """Evaluation on the labelled test split."""
 
-    every: int = 0
-    """Epochs between evaluations during training; 0 is before and after only."""
+    every: int | Literal["auto"] = 0
+    """Epochs between evaluations during training; 0 is before and after only, auto as often as 2 % of the time allows."""
     batch_size: int = 128
     """Images a batch; part of the result in form published, whose mask is scaled over the batch."""
-    protocols: tuple[Literal["retrieval"], ...] = ("retrieval",)
-    """What is measured."""
+    protocols: tuple[Literal["retrieval", "knn", "linear"], ...] = ("retrieval",)
+    """What is measured; knn and linear need the features of the training images too."""
 
 
 @dataclass(frozen=True)
@@ -504,7 +504,7 @@ def validate(config: Config) -> None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             refuse(key, "must be finite")
-        if key in _AT_LEAST and value < _AT_LEAST[key]:
+        if key in _AT_LEAST and value != "auto" and value < _AT_LEAST[key]:
             refuse(key, f"must be at least {_AT_LEAST[key]}")
         if key in _ABOVE_ZERO and value <= 0:
             refuse(key, "must be above 0")
@@ -521,8 +521,8 @@ def validate(config: Config) -> None:
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if not config.iadm.sources or len(set(config.iadm.sources)) < len(config.iadm.sources):
         refuse("iadm.sources", f"must name at least one of {expected_type(key_types()['iadm.sources'])}, each once")
-    if not config.eval.protocols:
-        refuse("eval.protocols", f"must name {expected_type(key_types()['eval.protocols'])}")
+    if not config.eval.protocols or len(set(config.eval.protocols)) < len(config.eval.protocols):
+        refuse("eval.protocols", f"must name {expected_type(key_types()['eval.protocols'])}, each once")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): a batch's keys must fit")
     if config.batch_size % config.bn.groups:

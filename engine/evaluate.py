@@ -1,96 +1,191 @@
-"""``python -m engine.evaluate RUN``: how well the features of a run retrieve images of the same class."""
+"""``python -m engine.evaluate RUN|WEIGHTS``: features of a run or of a weights file, judged by retrieval, kNN and linear probes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
-from engine import build
-from engine.checkpoint import write_atomically
-from engine.config import Config
-from engine.data.catalog import BrokenFile, ImageList
+from engine import arguments, build, checkpoint, weights
+from engine.build import Run
+from engine.data.catalog import BrokenFile
+from engine.judge import Candidate, check, feature_name, judge, keep, of_teacher
 from engine.log import console, say
-from engine.protocols.features import extract
-from engine.protocols.retrieval import retrieval
+from engine.protocols.features import of_run
+from engine.protocols.retrieval import retrieval as retrieval  # under this name for whoever has features of their own
+from ppssl.encoder import FeatureNet, Trunk
+from ppssl.method import METHODS
 
-PROTOCOL = "retrieval: leave-one-out inside the test split, cosine"
+PROTOCOLS = ("retrieval", "knn", "linear")
+_FREE_SECTIONS = ("data.", "eval.", "amp=")
 
 
-def evaluate(network: nn.Module, images: ImageList, cfg: Config, device: torch.device) -> dict[str, Any]:
-    """Judges ``network`` (images -> features, as ``Method.network``) on a labelled list, as plain data for a log or a
-    file: the fields of ``Retrieval``, what was measured, and ``seconds``.
+def evaluate(
+    source: Path,
+    device: torch.device,
+    *,
+    cfg: str | None = None,
+    overrides: Sequence[str] = (),
+    protocols: Sequence[str] | None = None,
+    fractions: Sequence[float] = (100.0,),
+    split: str = "test",
+    row0: bool = False,
+) -> list[dict[str, Any]]:
+    """The records of ``engine.judge.judge`` for a run folder, or for a weights file with the recipe ``cfg`` (data, arch, method).
 
-    Raises ``ValueError`` for a list without labels or without two images of any class.
+    overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; row0: also the untouched
+    initial network and the teacher's own image features. Features are kept in RUN/features, those of a file in the cache folder.
+    Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be judged.
     """
-    if images.labels is None:
-        raise ValueError(f"data.root: {images.root} has no labels, so that retrieval cannot be judged")
-    started = time.perf_counter()
-    features = extract(network, images, cfg, device)
-    result = retrieval(features, torch.from_numpy(images.labels).to(device))
-    masked = getattr(network, "mask", None) is not None
-    return result._asdict() | {
-        "protocol": PROTOCOL,
-        "feature": f"{'l2(gap(A * F))' if masked else 'l2(gap(F))'}, {features.shape[1]}-d",
-        "images": len(images),
-        "classes": len(images.classes),
-        "image_size": cfg.data.image_size,
-        "batch_size": cfg.eval.batch_size,
-        "seconds": time.perf_counter() - started,
-    }
+    run, model, folder = _open(source, cfg, overrides, device)
+    protocols = protocols or run.config.eval.protocols
+    images = build.data(run.config, cache_dir=build.cache_folder())
+    check(images, protocols, split)
+    found = [(model, run)]
+    if row0:
+        untouched = build.initial_network(run.config).to(device, memory_format=torch.channels_last).eval()
+        found.append(("initial", Run(run.config, untouched, 0, 0)))
+    candidates = [_candidate(name, of, folder, device) for name, of in found]
+    if row0 and (teacher := build.teacher(run.config, device)):
+        candidates.append(of_teacher(teacher, device, run.config.data.workers))
+    records: list[dict[str, Any]] = []
+    for candidate in candidates:
+        records += judge(
+            candidate, images, run.config, device,
+            protocols=protocols, fractions=fractions, solvers=("convex", "sgd"), split=split,
+        )  # fmt: skip
+    return records
 
 
-def evaluate_run(folder: Path, device: torch.device) -> dict[str, Any]:
-    """``evaluate`` of a run folder's weights on the test split of its data set.
+def _candidate(model: str, run: Run, folder: Path, device: torch.device) -> Candidate:
+    """A network of which the features are kept in ``folder``."""
+    counted = model != "weights"
+    prefix = "" if model in ("run", "weights") else f"{model}-"
+    return Candidate(
+        model, feature_name(run.network), run.epoch if counted else None, run.step if counted else None,
+        lambda images, split: of_run(run, images, f"{prefix}{split}", folder, device),
+    )  # fmt: skip
 
-    Raises ``FileNotFoundError`` when ``folder`` is not a run folder, ``ValueError`` without a labelled test split.
-    """
-    run = build.load_run(folder, device)
-    images = build.data(run.config, cache_dir=build.cache_folder()).test
-    if images is None or images.labels is None:
-        raise ValueError(
-            f"{folder}: data.name={run.config.data.name} at {run.config.data.root} has no labelled test split; "
-            f"retrieval needs one (for folders: ROOT/test/<class>/*.jpg)"
-        )
-    where = {"run": str(folder), "data": run.config.data.name, "split": "test", "step": run.step, "epoch": run.epoch}
-    return where | evaluate(run.network, images, run.config, device)
+
+def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch.device) -> tuple[Run, str, Path]:
+    """(network and config, what it is called, where its features are kept) of a run folder or a weights file."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is not there; give a run folder or a weights file")
+    if source.is_dir():
+        if cfg is not None:
+            raise ValueError(f"--cfg {cfg}: {source} is a run folder and brings its own config; --cfg goes with a weights file")
+        if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
+            raise ValueError(f"{foreign[0]}: a run is judged as it was trained; only data.* and eval.* and amp can be set")
+        run = build.load_run(source, device)
+        config = arguments.parse(["--cfg", str(source / "config.yaml"), *overrides]).config
+        return run._replace(config=config), "run", source
+    if cfg is None:
+        raise ValueError(f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml")
+    config = arguments.parse(["--cfg", cfg, *overrides]).config
+    network = _network_of_file(source, config).to(device, memory_format=torch.channels_last).eval()
+    return Run(config, network, 0, 0), "weights", build.cache_folder() / "features" / source.stem
+
+
+def _network_of_file(path: Path, config: Any) -> FeatureNet:
+    """Our own files with their mask branch, everybody else's trunk with plain pooling."""
+    if path.suffix == ".safetensors" and any(name.startswith("mask.") for name in checkpoint.load_weights(path)):
+        network = METHODS[config.method.name].build_network(config, Trunk(config.encoder.arch))
+        if network.mask is not None:
+            try:
+                network.load_weights(checkpoint.load_weights(path))
+            except RuntimeError as error:
+                raise ValueError(f"{path} does not fit encoder.arch={config.encoder.arch}: {error}") from error
+            return network
+    trunk = Trunk(config.encoder.arch)
+    say(f"encoder: {config.encoder.arch}, {weights.initialise(trunk, str(path.resolve()))}")
+    return FeatureNet(trunk)
+
+
+def show(records: Sequence[dict[str, Any]]) -> None:
+    """Prints one row for every record, and below them what every feature and protocol is, exactly."""
+    first = records[0]
+    title = f"{first['data']}, {first['split']} split: {first['images']:,} images of {first['classes']:,} classes, "
+    title += f"{first['image_size']} px, batches of {first['batch_size']} in file order"
+    table = Table("model", "epoch", "protocol", "result", title=title, title_justify="left")
+    notes: dict[str, None] = {}  # a set that keeps its order
+    for r in records:
+        notes[f"feature of {r['model']}: {r['feature']}"] = None
+    for r in records:
+        name, setting, shown = r["protocol"], r["setting"], ("top1",)
+        if name == "retrieval":
+            shown = ("rank1", "rank5", "mAP")
+            setting += f"; {r['queries']:,} queries, {r['excluded']} alone in their class"
+        elif name == "knn":
+            name, shown = f"knn, k {r['k']}", ("top1", "top5")
+        else:
+            name = f"linear {r['solver']}, {r['fraction']:g} %"
+            few, many = r["train_images_a_class"]
+            each = f"{few}" if few == many else f"{few} to {many}"
+            setting += f"; {r['train_images']:,} training images, {each} a class, draw {r['draw_seed']}"
+        result = "  ".join(f"{key} {100 * r[key]:.2f} %" for key in shown)
+        table.add_row(r["model"], "-" if r["epoch"] is None else str(r["epoch"]), name, result)
+        about = f"{name} of {r['model']}" if "penalty" in r else name  # its penalty is chosen for every model
+        notes[f"{about}: {setting}"] = None
+    console.print(table)
+    for note in notes:
+        say(note)
+
+
+def _list_of(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _protocols(text: str) -> list[str]:
+    names = _list_of(text)
+    if not names or set(names) - set(PROTOCOLS):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(PROTOCOLS)}")
+    return list(dict.fromkeys(names))
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in _list_of(text)]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number <= 100 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected percentages above 0 and up to 100, e.g. 100,50,20")
+    return list(dict.fromkeys(numbers))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a run's numbers and writes them as JSON; returns the exit code: 0 done, 1 failure, 2 usage."""
-    parser = argparse.ArgumentParser("python -m engine.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file (default: RUN/retrieval.json)")
-    args = parser.parse_args(argv)
-    out = args.out or args.run / "retrieval.json"
+    """Prints the numbers and adds them to a JSON file; returns the exit code: 0 done, 1 failure, 2 usage."""
+    parser = argparse.ArgumentParser("python -m engine.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", type=Path, metavar="RUN|WEIGHTS", help="run folder, or a .safetensors/.pth file with --cfg")
+    parser.add_argument("--cfg", metavar="FILE|RECIPE", help="data and architecture for a weights file")
+    parser.add_argument("--protocol", type=_protocols, metavar="LIST", help="of retrieval,knn,linear (default: eval.protocols)")
+    parser.add_argument("--fractions", type=_fractions, default=[100.0], metavar="LIST",
+                        help="percent of the training labels that linear probes see, e.g. 100,50,20 (default: 100)")  # fmt: skip
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="train: retrieval among the training images")
+    parser.add_argument("--row0", action="store_true", help="also the untouched initial network and the teacher's own features")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that is added to (default: RUN/evaluation.json)")
+    args, overrides = parser.parse_known_args(argv)
+    if wrong := [text for text in overrides if "=" not in text]:
+        parser.error(f"unexpected argument {wrong[0]!r}; overrides are given as key=value")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        result = evaluate_run(args.run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(out, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-    except (ValueError, OSError, NotImplementedError, BrokenFile) as error:
+        records = evaluate(
+            args.source, device, cfg=args.cfg, overrides=overrides, protocols=args.protocol, fractions=args.fractions,
+            split=args.split, row0=args.row0,
+        )  # fmt: skip
+        show(records)
+        beside = args.source / "evaluation.json" if args.source.is_dir() else args.source.with_suffix(".evaluation.json")
+        keep(args.out or beside, records)
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, BrokenFile, RuntimeError) as error:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
-    table = Table(title=result["protocol"], title_justify="left", show_header=False)
-    for name in ("rank1", "rank5", "mAP"):
-        table.add_row(name, f"{100 * result[name]:.2f} %")
-    table.add_row("feature", result["feature"])
-    size = f"{result['images']} images, {result['classes']} classes"
-    table.add_row("split", f"{result['split']} of {result['data']}: {size}")
-    table.add_row("queries", f"{result['queries']} ({result['excluded']} alone in their class)")
-    table.add_row("epoch", f"{result['epoch']} (step {result['step']})")
-    table.add_row("input", f"{result['image_size']} px, batches of {result['batch_size']} in file order")
-    console.print(table)
-    say(f"written: {out}")
+    say(f"written: {args.out or beside}")
     return 0
 
 

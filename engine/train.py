@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from engine import arguments, attention, build, checkpoint, log
 from engine.checkpoint import write_atomically
 from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
-from engine.evaluate import evaluate
+from engine.judge import Judge
 from engine.log import say
 from engine.trainer import Stopped, Summary, Trainer, signals_stop_at_once
 from ppssl.teacher import Teacher
@@ -27,7 +26,7 @@ from ppssl.teacher import Teacher
 # computed.
 _FREE_TO_CHANGE = ("out", "resume", "data.root", "data.loader", "data.resident", "data.workers")
 _FREE_SECTIONS = ("run.", "eval.")
-_SHOWN = ("rank1", "rank5", "mAP")
+_SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,16 +76,18 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
     catalog.write_bad_files(images, out / "bad_files.txt")
-    judge, watch = judge_into(out, cfg, images, device), attention.Watch(out, cfg, images, device)
+    judge, watch = Judge(out, cfg, images, device), attention.Watch(out, cfg, images, device)
     if source is not None:
         trainer.resume(source, state)
+        judge.resume(trainer.step.step)
     else:
         log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
         judge(trainer)
+        judge.teacher()
         watch(trainer)
     trainer.profile = profile
     if cfg.eval.every:
-        trainer.hooks.append(lambda t: judge(t) if t.epoch % cfg.eval.every == 0 and t.epoch < t.epochs else None)
+        trainer.hooks.append(judge.after_epoch)
     trainer.hooks.append(watch.after_epoch)
     cold = time.perf_counter() - started
     try:
@@ -98,6 +99,8 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
     record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
     log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
     report(out, record)
+    if share := judge.closing(summary.seconds - judge.spent):
+        say(share)
     make_page(out, device)
     return summary
 
@@ -204,21 +207,6 @@ def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
     return source, state
 
 
-def judge_into(out: Path, cfg: Config, images: catalog.Catalog, device: torch.device) -> Callable[[Trainer], None]:
-    """A function that measures a trainer's network on the test split and logs it; it only says so where there are no labels."""
-    labels = None if images.test is None else images.test.labels
-    if labels is None or np.bincount(labels).max() < 2:
-        say("no test split with two labelled images of a class: nothing to judge the features by")
-        return lambda trainer: None
-
-    def judge(trainer: Trainer) -> None:
-        result = evaluate(trainer.method.network, images.test, cfg, device)
-        log.append(out, {"kind": "eval", "step": trainer.step.step, "epoch": trainer.epoch} | result)
-        say(f"epoch {trainer.epoch}: " + "  ".join(f"{name} {100 * result[name]:.1f} %" for name in _SHOWN))
-
-    return judge
-
-
 def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     """What the run ran on and when, for its record."""
     import platform
@@ -244,9 +232,10 @@ def report(out: Path, record: dict[str, float]) -> None:
     judged = [r for r in log.read(out) if r["kind"] == "eval"]
     if judged:
         first, last = judged[0], judged[-1]
-        say(f"retrieval on the test split (leave-one-out, cosine), epoch {first['epoch']} -> epoch {last['epoch']}:")
+        say(f"{last['protocol']}, epoch {first['epoch']} -> epoch {last['epoch']}:")
         for name in _SHOWN:
-            say(f"  {name:>5} {100 * first[name]:5.1f} % -> {100 * last[name]:5.1f} %")
+            if name in first and name in last:
+                say(f"  {name:>11} {100 * first[name]:5.1f} % -> {100 * last[name]:5.1f} %")
     if record["steps"]:
         say(
             f"{record['steps']} steps in {record['seconds']:.0f} s ({record['images_per_s']:.0f} img/s, data wait "

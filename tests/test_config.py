@@ -225,6 +225,7 @@ def test_missing_file(tmp_path: Path):
         "run: {save_every_steps: 0}",
         "eval: {every: -1}",
         "eval: {protocols: []}",
+        "eval: {protocols: [knn, knn]}",
     ],
 )
 def test_values_out_of_range_name_their_key(text: str):

@@ -120,7 +120,7 @@ def test_a_table_is_run_once_and_read_afterwards(
     assert len(list(Path("runs/paper").rglob("weights.safetensors"))) == 4
 
     monkeypatch.setattr(train, "train", lambda *_a, **_k: pytest.fail("trained again"))
-    monkeypatch.setattr(paper, "evaluate_run", lambda *_a, **_k: pytest.fail("judged again"))
+    monkeypatch.setattr(paper, "evaluate", lambda *_a, **_k: pytest.fail("judged again"))
     assert main(argv) == 0
     assert json.loads(Path("runs/paper/table9.json").read_text()) == kept
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP
 
-import engine.protocols.retrieval
+from engine.protocols import ranking
 from engine.protocols.retrieval import retrieval
 
 
@@ -84,7 +84,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
     features, labels = clustered(101, 7, 16, 5)
     whole = retrieval(features, labels)
     for rows in (1, 3, 64):
-        monkeypatch.setattr(engine.protocols.retrieval, "_BLOCK_BYTES", rows * 101 * engine.protocols.retrieval._ENTRY_BYTES)
+        monkeypatch.setattr(ranking, "_BLOCK_BYTES", rows * 101 * ranking._ENTRY_BYTES)
         blocked = retrieval(features, labels)
         assert blocked[:2] == whole[:2] and blocked.mAP == pytest.approx(whole.mAP, abs=1e-12)
 
@@ -143,7 +143,7 @@ def test_unusable_input(features: Tensor, labels: Tensor | list[int], words: str
 
 def test_extra_memory_does_not_grow_with_n(monkeypatch: pytest.MonkeyPatch):
     """Counts the bytes that torch allocates while a full similarity matrix would be 16 times the block."""
-    monkeypatch.setattr(engine.protocols.retrieval, "_BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(ranking, "_BLOCK_BYTES", 2**20)
     features, labels = clustered(2048, 100, 4, 0)
     retrieval(features[:64], labels[:64])  # loads what is loaded once
     peaks = {}

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Rows are taken in blocks of about this much scratch; smaller ones make the matrix product re-pack its right side more.
-_BLOCK_BYTES = 128 * 2**20
-# Scratch per entry of a block: the similarity and a temporary of its size, or the similarity and the 64-bit key.
-_ENTRY_BYTES = 12
+from engine.protocols.ranking import block_rows, checked, full_precision, ranking_keys
 
 
 class Retrieval(NamedTuple):
@@ -43,14 +38,7 @@ def retrieval(features: Tensor, labels: Tensor | Sequence[int]) -> Retrieval:
     Raises:
         ValueError: wrong shapes, a non-finite feature, or no class with two images.
     """
-    labels = torch.as_tensor(labels, device=features.device)
-    if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"features: expected floating point [N, D], got {features.dtype} {list(features.shape)}")
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels: expected integers [{len(features)}], got {labels.dtype} {list(labels.shape)}")
-    unit = F.normalize(features.float(), dim=1)
-    if not torch.isfinite(unit).all():
-        raise ValueError("features: not finite; the network that made them has diverged")
+    unit, labels = checked(features, labels)
     _, group, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
     queries = torch.nonzero(sizes[group] > 1).flatten()
     if not len(queries):
@@ -60,10 +48,9 @@ def retrieval(features: Tensor, labels: Tensor | Sequence[int]) -> Retrieval:
 
     found_1 = found_5 = torch.zeros((), dtype=torch.int64, device=unit.device)
     precision_sum = torch.zeros((), dtype=torch.float64, device=unit.device)
-    rows = max(1, _BLOCK_BYTES // (_ENTRY_BYTES * len(unit)))
-    with _full_precision(unit.device.type):
-        for query in queries.split(rows):
-            keys = _ranking_keys(unit[query].neg_() @ unit.T)
+    with full_precision(unit.device.type):
+        for query in queries.split(block_rows(len(unit))):
+            keys = ranking_keys(unit[query].neg_() @ unit.T)
             # The query's class, as columns: padded to the largest class of the block, itself taken out.
             slot = torch.arange(int(sizes[group[query]].max()), device=unit.device)
             same = members[(starts[group[query]][:, None] + slot).clamp(max=len(unit) - 1)]
@@ -85,33 +72,9 @@ def retrieval(features: Tensor, labels: Tensor | Sequence[int]) -> Retrieval:
 _LAST = torch.iinfo(torch.int64).max
 
 
-def _ranking_keys(distance: Tensor) -> Tensor:
-    """[b, N] float32, negated similarities (spent as scratch) -> int64 keys that rise with distance, then with column.
-    IEEE floats compare like their bits once the magnitude bits of negative ones are flipped; the column fills the low
-    half. In place where it can be: fresh memory costs more here than the arithmetic."""
-    bits = distance.add_(0.0).view(torch.int32)  # -0.0 + 0.0 = 0.0
-    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
-    keys = bits.long()
-    keys <<= 32
-    keys += torch.arange(keys.shape[1], device=keys.device)
-    return keys
-
-
 def _sort_rows(keys: Tensor) -> Tensor:
     """Sorts each row, in place where it can: numpy's vectorised sort is several times faster than torch's on a CPU."""
     if keys.device.type != "cpu":
         return keys.sort(dim=1).values
     keys.numpy().sort(axis=1)
     return keys
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in float32 proper, whatever autocast or TF32 setting is in force outside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
