@@ -236,6 +236,8 @@ class Judge:
         protocols = self.cfg.eval.protocols
         with torch.random.fork_rng(devices=[]):  # reading images draws a seed; the run must not depend on being watched
             records = judge(candidate, self.images, self.cfg, self.device, protocols=protocols)
+        if not records:  # nothing but a probe, which has said why it was left out
+            return
         shown = headline(records)
         settings = {r["protocol"]: r["setting"] for r in records}  # of several k the last, which is the headline's
         protocol = "; ".join(f"{name}: {setting}" for name, setting in settings.items())
@@ -248,11 +250,11 @@ class Judge:
 
     def teacher(self) -> None:
         """Judges the teacher's own image features, where the method has one: what the student could take over."""
-        teacher = build.teacher(self.cfg, self.device) if self.possible else None
-        if teacher is None:
-            return
-        candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
         with torch.random.fork_rng(devices=[]):
+            teacher = build.teacher(self.cfg, self.device) if self.possible else None
+            if teacher is None:
+                return
+            candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
             records = judge(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
         keep(self.out / "evaluation.json", records)
         say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine import log
-from engine.config import Config, from_yaml
+from engine.config import Config, TeacherConfig, from_yaml
 from engine.data import birds, catalog
 from engine.data.catalog import Catalog
 from engine.judge import SHARE, Candidate, Judge, check, headline, judge, keep
@@ -60,6 +60,16 @@ def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
     assert all(0 <= r["top1"] <= 1 for r in records if r["protocol"] == "knn")
     assert {n: last[n] for n in ("rank1", "rank5", "mAP", "knn_top1")} == headline(records[4:])
     assert last["knn_top1"] == records[-1]["top1"] and records[-1]["k"] == 80  # 200, but the bank holds 80
+
+
+def test_the_teacher_is_judged_too(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    cfg = replace(config(), method=replace(config().method, name="ppssl"), teacher=TeacherConfig("birds", "birds"))
+    Judge(tmp_path, cfg, images, CPU).teacher()
+    records = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(r["model"], r["epoch"], r["protocol"]) for r in records] == [("teacher", None, p) for p in ("retrieval", *["knn"] * 3)]
+    assert "image feature of" in records[0]["feature"] and not log.read(tmp_path)  # the log's curves are the run's
+    Judge(tmp_path, config(), images, CPU).teacher()  # MoCo has none
 
 
 def test_a_run_does_not_notice_that_it_is_judged(images: Catalog, tmp_path: Path):

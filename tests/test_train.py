@@ -74,6 +74,10 @@ def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
     assert kinds[0] == "start" and kinds[-1] == "summary" and kinds.count("eval") == 2 and kinds.count("train") == STEPS // 2
     judged = [r for r in records if r["kind"] == "eval"]
     assert [r["epoch"] for r in judged] == [0, 2] and all(0 <= r[m] <= 1 for r in judged for m in ("rank1", "rank5", "mAP"))
+    kept = json.loads((out / "evaluation.json").read_text())
+    assert [(r["model"], r["epoch"], r["rank1"]) for r in kept] == [
+        ("initial", 0, judged[0]["rank1"]), ("run", 2, judged[1]["rank1"])
+    ]  # fmt: skip
     trained = [r for r in records if r["kind"] == "train"]
     assert all(
         r[name] >= 0 for r in trained for name in ("loss", "contrast", "contrast_top1", "grad_norm", "images_per_s", "data_wait")
