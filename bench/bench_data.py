@@ -1,12 +1,13 @@
 """The data path: images a second of every loader, two views of 224 px from 500 x 375 JPEGs.
 
     pytest bench/bench_data.py --benchmark-only    ratios over the torchvision loader, guarded; both sides have two workers
-    python bench/bench_data.py [IMAGES]            the table: start-up, first epoch, steady state, memory, one process a loader
+    python bench/bench_data.py [IMAGES [NAME]]     the table: start-up, first epoch, steady state, memory, one process a loader;
+                                                   of the loaders whose names begin with NAME
     python bench/bench_data.py wait                the share of a training run that waits for data, by loader (demo world)
 
 The ratios are of one process, sides in turns on the same values, the fastest of nine turns. The table's start-up is from the
-list to the first batch, and again in a second process that finds the decoded set; memory is the most that the process and its
-workers held at once, mapped files included.
+checked list to the first batch, and again in a second process that finds the decoded set; memory is the most that the process
+and its workers held at once, mapped files included.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ LOADERS = {
     "resident, device": {"resident": "device"},
 }
 """Row -> ``data.*``. DALI decodes on the GPU where there is one, and views of resident data are made there."""
+
+
+def runs_here(name: str) -> bool:
+    data = LOADERS[name]
+    return not (data.get("loader") == "dali" and dali_problem()) and not (data["resident"] == "device" and not CUDA)
 
 
 def draw_jpegs(folder: Path, count: int) -> None:
@@ -142,7 +148,9 @@ def resident_bytes(pid: int) -> int:
 def measure(name: str, root: Path, cache: Path) -> dict[str, float]:
     """One row, in this process."""
     device = torch.device("cuda" if CUDA else "cpu")
+    start = time.perf_counter()
     images = load("folder", root, cache_dir=cache, progress=False).train
+    listed = time.perf_counter() - start
     data = DataConfig(**{"image_size": 224, **LOADERS[name]})
     config = Config(batch_size=128 if CUDA else 32, data=data)
 
@@ -173,6 +181,7 @@ def measure(name: str, root: Path, cache: Path) -> dict[str, float]:
     loader.close()
     memory.stop.set()
     row = {
+        "list_s": listed,
         "start_up_s": first - start,
         "first_epoch_images_s": epoch * config.batch_size / (steady - start),
         "steady_images_s": steps * config.batch_size / (end - steady),
@@ -184,14 +193,14 @@ def measure(name: str, root: Path, cache: Path) -> dict[str, float]:
     return row
 
 
-def table(count: int) -> None:
+def table(count: int, only: str = "") -> None:
     """Every loader in a process of its own; resident data twice, the second time with its file."""
     with tempfile.TemporaryDirectory() as scratch:
         root, cache = Path(scratch, "jpeg"), Path(scratch, "cache")
         draw_jpegs(root, count)
         load("folder", root, cache_dir=cache, progress=False)
-        for name, data in LOADERS.items():
-            if (data.get("loader") == "dali" and dali_problem()) or (data.get("resident") == "device" and not CUDA):
+        for name in filter(runs_here, LOADERS):
+            if not name.startswith(only):
                 continue
             for start in ("cold", "warm") if "resident" in name else ("",):
                 command = [sys.executable, __file__, "one", name, str(root), str(cache)]
@@ -204,11 +213,9 @@ def table(count: int) -> None:
 def data_wait() -> None:
     """A real run of the demo by every loader: images a second and the share of the time that the loop waited for data."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, data in LOADERS.items():
-            if (data.get("loader") == "dali" and dali_problem()) or (data.get("resident") == "device" and not CUDA):
-                continue
+        for name in filter(runs_here, LOADERS):
             out = Path(scratch, name.replace(" ", "_").replace(",", ""))
-            settings = [f"data.{key}={value}" for key, value in data.items()] + [f"data.root={scratch}/birds", "epochs=4"]
+            settings = [f"data.{key}={value}" for key, value in LOADERS[name].items()] + [f"data.root={scratch}/birds", "epochs=4"]
             command = [sys.executable, "-m", "engine.train", "--cfg", "demo", "--amp", "--out", str(out), *settings]
             subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PPSSL_CACHE": f"{scratch}/cache"})
             records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -222,4 +229,4 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["wait"]:
         data_wait()
     else:
-        table(int(sys.argv[1]) if len(sys.argv) > 1 else 512)
+        table(int(sys.argv[1]) if len(sys.argv) > 1 else 512, *sys.argv[2:3])

@@ -206,7 +206,7 @@ class DataConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
     """auto: DALI when it is importable."""
     resident: Literal["auto", "device", "host", "off"] = "auto"
-    """Keep the decoded set on the device or in host memory."""
+    """Keep the decoded set on the device or in host memory, made smaller if it must be; auto: where it fits as it is, else off."""
     aug: Literal["parity", "dali"] = "parity"
     """Colour jitter by torchvision's formulas (parity) or by DALI's own operators (dali)."""
     image_size: int = 224

@@ -223,7 +223,7 @@ def test_a_full_disk_keeps_the_pixels_in_memory(images, tmp_path, monkeypatch, c
 def test_a_short_side_that_is_bounded_is_said_and_crops_the_same_part(images, monkeypatch, capfd):
     whole = engine.data.decoded.total_bytes(images.sizes)
     bounded = engine.data.decoded.total_bytes(kept_sizes(images, round(1.5 * SIDE)))
-    monkeypatch.setattr(resident, "free_host_bytes", lambda: int((whole + bounded) / 2 / resident.CPU_SHARE))
+    monkeypatch.setattr(resident, "free_host_bytes", lambda: int((whole + bounded) / 2 / resident.HOST_SHARE))
     loader = build_loader(images, config(), "cpu")
     assert loader.name == f"resident (host, short side {round(1.5 * SIDE)})"
     assert "crops contain less detail" in capfd.readouterr().err

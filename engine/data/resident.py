@@ -25,11 +25,13 @@ from ppssl.method import Batch
 from ppssl.ops import augment, recolour
 
 DEVICE_SHARE, HOST_SHARE, CPU_SHARE = 0.4, 0.5, 0.25
-"""Of the memory that is free, what the set may take: on a GPU, in host memory beside a GPU, and where training is on the CPU."""
+"""Of the memory that is free, what the set may take: on a GPU, in host memory, and there when nobody asked and training is on the
+CPU too."""
 SHORT_SIDES = (2.0, 1.5, 256 / 224)
 """Short sides, in sides of a view, to which a set is brought down that was asked for and does not fit as it is."""
 _PREFETCH = 2
-_CHUNK = 64 << 20
+_BLOCK = 1 << 28
+"""Bytes of a block of pinned memory: torch rounds each up to a power of two."""
 _NEUTRAL = ([0, 0, 1, 1], False, False, [1, 1, 1, 0], [0, 1, 2, 3], False, 0)
 
 
@@ -61,7 +63,9 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
         raise ValueError(f"data.resident={asked}: {reason}; use {remedy}, or data.resident=off")
     if asked == "device" and not gpu:
         raise ValueError("data.resident=device: there is no GPU; use data.resident=host")
-    share = HOST_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if gpu else CPU_SHARE  # pinned memory is a process's own
+    share = HOST_SHARE if gpu or asked == "host" else CPU_SHARE
+    if gpu:
+        share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # pinned memory is a process's own
     room = {"host": int(share * free_host_bytes())}
     if gpu:
         room["device"] = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
@@ -132,17 +136,12 @@ class ResidentLoader:
         self.name = f"resident ({where.where}{bound})"
         self._on_device = self._gpu and where.where == "device"
         self._threads = None if self._gpu else Threads(max(1, cores() if cfg.data.workers is None else cfg.data.workers))
-        self._closed = False
+        self._closed, self._blocks = False, None
+        self._pixels = torch.from_numpy(decoded.pixels)
         if self._on_device:
-            self._pixels = torch.empty(len(decoded.pixels), dtype=torch.uint8, device=device)
-            for first in range(0, len(decoded.pixels), _CHUNK):
-                part = torch.from_numpy(decoded.pixels[first : first + _CHUNK])
-                self._pixels[first : first + _CHUNK].copy_(part)
+            self._pixels = self._pixels.to(device)
         elif self._gpu:
-            self._pixels = torch.empty(len(decoded.pixels), dtype=torch.uint8, pin_memory=True)
-            self._pixels.copy_(torch.from_numpy(decoded.pixels))
-        else:
-            self._pixels = torch.from_numpy(decoded.pixels)
+            self._blocks = [block.pin_memory() for block in self._pixels.split(_BLOCK)]
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         if self._closed:
@@ -152,7 +151,7 @@ class ResidentLoader:
 
     def close(self) -> None:
         self._closed = True
-        self._pixels = self._decoded = None
+        self._pixels = self._blocks = self._decoded = None
         if self._threads is not None:
             self._threads.close()
 
@@ -220,8 +219,12 @@ class ResidentLoader:
         ends = np.cumsum(lengths)
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
         for i, length, end in zip(index.tolist(), lengths.tolist(), ends.tolist(), strict=True):
-            first = int(self._decoded.offsets[i])
-            pixels[end - length : end].copy_(self._pixels[first : first + length], non_blocking=True)
+            first, place = int(self._decoded.offsets[i]), end - length
+            while place < end:  # an image may lie in two blocks
+                block, start = divmod(first, _BLOCK)
+                part = self._blocks[block][start : start + end - place]
+                pixels[place : place + len(part)].copy_(part, non_blocking=True)
+                first, place = first + len(part), place + len(part)
         return torch.from_numpy(np.tile(ends - lengths, 2)), pixels
 
     def _inputs(self, step: int) -> tuple[np.ndarray, object, Tensor, Tensor]:
