@@ -88,14 +88,19 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
 
 def free_host_bytes() -> int:
     """Memory that this process may still take: what the system says is available, or less where a control group caps it."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = 1024 * int(fields["MemAvailable"].split()[0])
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+    except OSError:  # not Linux: all of it
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = Path("/sys/fs/cgroup")
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
-            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+            cap, taken = (int((group / name).read_text()) for name in (limit, used))
+            statistics = dict(line.split() for line in (group / used).with_name("memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such group, or "max"
             continue
+        free = min(free, cap - taken + int(statistics.get("inactive_file", 0)))  # files that were read count as taken
     return max(free, 0)
 
 
