@@ -287,14 +287,13 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
         return x
     taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the centre outwards
     total = 2 * sum(taps) - taps[0]
-    padded = F.pad(x, (radius, radius, radius, radius), mode="reflect")
-    for axis, size in ((2, h), (3, w)):
-        blurred = padded.narrow(axis, radius, size) * (taps[0] / total)
+    for axis, size, margin in ((2, h, (0, 0, radius, radius)), (3, w, (radius, radius, 0, 0))):
+        padded = F.pad(x, margin, mode="reflect")
+        x = padded.narrow(axis, radius, size) * (taps[0] / total)
         for distance in range(1, radius + 1):
             for start in (radius - distance, radius + distance):
-                blurred.add_(padded.narrow(axis, start, size), alpha=taps[distance] / total)
-        padded = blurred
-    return padded
+                x.add_(padded.narrow(axis, start, size), alpha=taps[distance] / total)
+    return x
 
 
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
