@@ -136,7 +136,10 @@ class ResidentLoader:
     ):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         self._images, self._decoded, self._cfg, self._with_original = images, decoded, cfg, with_original
-        self._device, self._gpu = device, device.type == "cuda"
+        self._gpu = device.type == "cuda"
+        if self._gpu and device.index is None:  # the thread that works ahead has a current device of its own
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device
         bound = "" if where.short_side is None else f", short side {where.short_side}"
         self.name = f"resident ({where.where}{bound})"
         self._on_device = self._gpu and where.where == "device"
