@@ -1,0 +1,276 @@
+"""The methods on one engine: every cell trained at the same budget of images on the demo world, several seeds, one table.
+
+    python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both forms, 5 seeds
+    python -m bench.methods --study parts                at half the budget: parts, layers, weights, prompts or teacher
+    python -m bench.methods --only "ppssl guided" --seeds 3 --budget 25600 optim.lr=0.03
+
+The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
+seeds of the runs. A cell is one process and leaves one JSON file; a cell whose file is there is not run again, so the same
+command continues after any interruption. Seconds are those of the CPU, not of the clock. KEY=VALUE after the options
+changes every cell. The table is rewritten after each cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from bench.methods_cells import STUDIES, Cell, Study
+from bench.methods_table import markdown, summarise
+from engine import build
+from engine.checkpoint import write_atomically
+from engine.config import Config, ConfigError, flatten, key_types, nearest, read, resolve
+from engine.data import birds, sampler, teacher_cache
+from engine.data.catalog import Catalog, ImageList
+from engine.log import say
+from engine.protocols import linear
+from engine.protocols.features import extract
+from engine.protocols.retrieval import retrieval
+from engine.train import assemble
+from ppssl.encoder import FeatureNet
+from ppssl.teacher import Teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+PERCENTS = (100, 50, 20)
+"""Of the training labels that the linear probes see."""
+NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same starting weights, order and
+views); p is of a two-sided paired t test, uncorrected for the number of rows. "unmasked" pools the same network without its
+mask. A drawn world shows how the methods behave at this budget from random weights. It shows nothing about photographs,
+pretrained weights or hundreds of epochs.
+"""
+
+
+def configure(cell: Cell, args: argparse.Namespace, seed: int, root: Path) -> Config:
+    """The demo recipe with the cell's keys, then the command line's."""
+    values = read((files("engine") / "configs" / "demo.yaml").read_bytes(), "demo.yaml") | cell.overrides | args.overrides
+    values |= {"seed": seed, "data.root": str(root), "amp": None if args.amp == "off" else args.amp}
+    values |= {"run.log_every": 10**6, "run.save_every_steps": 10**9}
+    return resolve(values, f"cell {cell.name!r}")
+
+
+def epochs_of(budget: float, train_images: int, batch_size: int) -> int:
+    """Whole epochs, at least one, that come nearest to ``budget`` images."""
+    return max(1, round(budget / (batch_size * sampler.steps_per_epoch(train_images, batch_size))))
+
+
+def specification(cell: Cell, cfg: Config) -> dict[str, Any]:
+    """What a cell's result depends on: its record is found again by it."""
+    free = ("out", "resume", "data.root", "data.workers")
+    keys = {key: value for key, value in flatten(cfg).items() if key not in free and not key.startswith("run.")}
+    stamp = Path(cfg.data.root, "birds.json")
+    world = json.loads(stamp.read_text()) if stamp.is_file() else None
+    return keys | {"kind": cell.kind, "embeddings": cell.teacher, "world": world}
+
+
+def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder: Path | None) -> None:
+    """Trains and measures one cell and writes its record; in a process of its own, so that memory and CPU time are the cell's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = build.resolve(cfg, device)
+    images = build.data(cfg, cache_dir=build.cache_folder(), progress=False)
+    found: dict[str, Any] = {"cell": cell.name, "seed": cfg.seed, "specification": spec}
+    cache = dict(device=device, cache_dir=build.cache_folder(), workers=cfg.data.workers)
+    if cell.kind == "teacher":
+        teacher = build.teacher(cfg, device)
+        rows = [teacher_cache.embeddings(teacher, part, **cache).float() for part in (images.train, images.test)]
+        found |= judge(*rows, images)
+    elif cell.kind == "untrained":
+        found |= measure(build.method(cfg, None).to(device).network, cfg, images, device)
+    else:
+
+        def embed(teacher: Teacher) -> Tensor:
+            return altered(teacher_cache.embeddings(teacher, images.train, **cache), cell.teacher, cfg.seed)
+
+        trainer = assemble(cfg, images, device, out=folder, cache=build.cache_folder(), embed=embed)
+        before = cpu_seconds()
+        try:
+            summary = trainer.fit()
+            trainer.loader.close()
+            found["cpu_seconds_per_epoch"] = (cpu_seconds() - before) / cfg.epochs
+            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _usage(resource.RUSAGE_SELF).ru_maxrss
+            found |= {"peak_memory_mib": peak / 2**20, "steps": summary.steps, "images": summary.steps * cfg.batch_size}
+            found |= measure(trainer.method.network, cfg, images, device)
+        except FloatingPointError as error:
+            found["failed"] = str(error)
+    write(record, json.dumps(found | provenance(), indent=1) + "\n")
+
+
+def altered(rows: Tensor, how: str, seed: int) -> Tensor:
+    """Teacher embeddings [N, E]: as they are, each image with another's, or their mean for all."""
+    if how == "true":
+        return rows
+    if how == "shuffled":
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)]
+    return F.normalize(rows.float().mean(0, keepdim=True), dim=1).to(rows.dtype).expand_as(rows).contiguous()
+
+
+def measure(network: nn.Module, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
+    """Retrieval and linear probes of ``network``; where it has a mask, also retrieval without it. Raises ``FloatingPointError``."""
+    train, test = (extract(network, part, cfg, device) for part in (images.train, images.test))
+    if not all(torch.isfinite(features).all() for features in (train, test)):
+        raise FloatingPointError("the features are not finite: the network has diverged")
+    found = judge(train, test, images)
+    if network.mask is not None:
+        plain = extract(FeatureNet(network.trunk), images.test, cfg, device)
+        found["plain_rank1"] = retrieval(plain, labels_of(images.test, device)).rank1
+    return found
+
+
+def judge(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
+    """rank1, rank5, mAP inside the test split; accuracy of probes fitted on shares of the training labels. Fractions."""
+    of_train, of_test = (labels_of(part, test.device) for part in (images.train, images.test))
+    ranked = retrieval(test, of_test)
+    found = {"rank1": ranked.rank1, "rank5": ranked.rank5, "mAP": ranked.mAP}
+    classes = int(of_train.max()) + 1
+    for percent in PERCENTS:
+        some = linear.fraction(of_train, percent, seed=0)
+        if int(torch.bincount(of_train[some]).max()) < 2:
+            continue  # nothing to hold out, by which the probe's penalty is chosen
+        found[f"linear_{percent}"] = linear.convex(train[some], of_train[some], classes).probe.accuracy(test, of_test)
+    return found
+
+
+def labels_of(images: ImageList, device: torch.device) -> Tensor:
+    return torch.as_tensor(images.labels, dtype=torch.int64, device=device)
+
+
+def _usage(who: int) -> resource.struct_rusage:
+    return resource.getrusage(who)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, its threads and the children it has waited for, in seconds."""
+    return sum(u.ru_utime + u.ru_stime for u in map(_usage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def provenance() -> dict[str, str]:
+    """Where and with what a cell was run."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "commit": commit or "unknown", "torch": torch.__version__, "device": device, "threads": str(torch.get_num_threads()),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def world_of(args: argparse.Namespace) -> Path:
+    """The folder of images: ``data.root`` from the command line, or the demo world of --world, drawn where it is missing."""
+    if root := args.overrides.get("data.root"):
+        return Path(root)
+    root = build.cache_folder() / f"birds-{args.world}"
+    return birds.generate(root, seed=args.world) if birds.is_missing(root) else root
+
+
+def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
+    """Writes STUDY.json and STUDY.md."""
+    rows = summarise(records, [cell.name for cell in study.cells], study.reference)
+    whole = {"study": study_name, "command": command, "budget": round(study.share * args.budget), "reference": study.reference}
+    write(args.out / f"{study_name}.json", json.dumps(whole | {"rows": rows, "records": records}, indent=1) + "\n")
+    commits = ", ".join(sorted({r["commit"] for r in records}))
+    head = f"# {study.title}\n\n`{command}`\n\n{round(study.share * args.budget):,} images a run; commit {commits}.\n\n"
+    write(args.out / f"{study_name}.md", head + markdown(rows, study.reference) + "\n" + NOTE)
+
+
+def run_study(name: str, args: argparse.Namespace, command: str) -> None:
+    """Every cell of a study that has no record yet, seed by seed, so that a table is fair at any time."""
+    study = STUDIES[name]
+    cells = [cell for cell in study.cells if not args.only or cell.name in args.only]
+    root = world_of(args)
+    train_images = len(build.data(configure(cells[0], args, args.first_seed, root), cache_dir=build.cache_folder()).train)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    pending = [(cell, seed) for seed in seeds for cell in cells]
+    records: list[dict[str, Any]] = []
+    for number, (cell, seed) in enumerate(pending, 1):
+        cfg = configure(cell, args, seed, root)
+        if cell.kind == "train":
+            cfg = dataclasses.replace(cfg, epochs=epochs_of(study.share * args.budget, train_images, cfg.batch_size))
+        spec = specification(cell, cfg)
+        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+        label = f"{cell.name.replace(' ', '_').replace(',', '')}-{seed}"
+        record = args.work / name / f"{label}-{key}.json"
+        if not record.is_file():
+            folder = args.work / name / f"{label}-{key}" if args.keep else None
+            process = multiprocessing.get_context("spawn").Process(target=run_cell, args=(cell, cfg, spec, record, folder))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"cell {cell.name!r}, seed {seed} ended with exit code {process.exitcode}; see above")
+        records.append(json.loads(record.read_text()))
+        shown = records[-1].get("failed") or f"rank-1 {100 * records[-1]['rank1']:.1f} %, mAP {100 * records[-1]['mAP']:.1f} %"
+        say(f"{name} {number}/{len(pending)}: {cell.name}, seed {seed}: {shown}")
+        tabulate(name, study, records, args, command)
+    say(f"written: {args.out / name}.md")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench.methods", description=__doc__.splitlines()[0])
+    parser.add_argument("--study", choices=list(STUDIES), default="main")
+    parser.add_argument("--budget", type=int, default=51200, metavar="IMAGES", help="a run sees (studies: half of it)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
+    parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
+    parser.add_argument("--only", action="append", metavar="CELL", help="this cell (several times: these)")
+    parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "methods", help="folder of the cells' records")
+    parser.add_argument("--keep", action="store_true", help="keep every cell's run folder beside its record")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for every cell")
+    args = parser.parse_args(argv)
+    if min(args.budget, args.seeds) < 1:
+        parser.error(f"--budget {args.budget} and --seeds {args.seeds} must be at least 1")
+    names = [cell.name for cell in STUDIES[args.study].cells]
+    for name in args.only or []:
+        if name not in names:
+            parser.error(f"--only {name!r} is no cell of study {args.study}; its cells: {', '.join(names)}")
+    overrides = {}
+    for text in args.overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key not in key_types():
+            parser.error(f"{text!r} is not KEY=VALUE with a config key; {nearest(key)}")
+        overrides[key] = yaml.safe_load(value)
+    args.overrides = overrides
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
+    args = parse(argv)
+    command = shlex.join(["python", "-m", "bench.methods", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        run_study(args.study, args, command)
+    except ConfigError as error:
+        say(f"error: {error}")
+        return 2
+    except (RuntimeError, ValueError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues with the cells that are missing")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

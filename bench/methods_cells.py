@@ -1,0 +1,113 @@
+"""The cells of the comparison: what each trains and how it differs from the demo recipe, by study."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+CLASS_NAMES = "bench/class_names.yaml"
+"""Relative: a record is to read the same on every machine, and python -m bench.methods runs in the repository's root."""
+
+
+class Cell(NamedTuple):
+    """One row of a table."""
+
+    name: str
+    overrides: dict[str, Any]
+    """Config keys beside the demo recipe's."""
+    kind: str = "train"
+    """train, untrained (the starting network), or teacher (the image-text model's own image features)."""
+    teacher: str = "true"
+    """The cached embeddings that a method listens to: true, shuffled (another image's each) or constant (their mean)."""
+
+
+class Study(NamedTuple):
+    """The rows of one table and the row that the others are compared with, seed by seed."""
+
+    title: str
+    reference: str
+    cells: list[Cell]
+    share: float = 0.5
+    """Of the budget of images."""
+
+
+def ppssl(name: str, form: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
+    """PP-SSL with keys by section, as ``ais={"weight": 0}``."""
+    own = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return Cell(name, {"method.name": "ppssl", "method.form": form} | own, teacher=teacher)
+
+
+def plain(name: str, form: str | None = None, **overrides: Any) -> Cell:
+    """Another method, in ``form`` where it has two."""
+    label = f"{name} {form}" if form else name
+    return Cell(label, {"method.name": name, "method.form": form or "published"} | overrides)
+
+
+OFF = {"weight": 0.0}
+SOURCES = [("image",), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("image", "layer4"), ("layer3", "layer4"),
+           ("image", "layer1", "layer2", "layer3", "layer4")]  # fmt: skip
+ALPHAS, BETAS = (0.0, 0.03, 0.1, 0.3), (0.0, 0.4, 1.28, 4.0)
+
+STUDIES = {
+    "main": Study(
+        "Methods",
+        "moco",
+        [
+            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
+            Cell("teacher, no training", {"method.name": "ppssl", "method.form": "guided"}, kind="teacher"),
+            plain("moco"),
+            plain("lcr", "published"),
+            plain("lcr", "guided"),
+            plain("ldfs"),
+            ppssl("ppssl published", "published"),
+            ppssl("ppssl guided"),
+            plain("simclr"),
+            # nothing keeps a target that follows at once from a constant answer
+            Cell("byol", {"method.name": "byol", "ema.decay": 0.99}),
+        ],
+        share=1.0,
+    ),
+    "parts": Study(
+        "Parts of PP-SSL",
+        "moco",
+        [plain("moco")]
+        + [
+            ppssl(f"{form} {name}", form, **parts)
+            for form in ("published", "guided")
+            for name, parts in {
+                "whole": {},
+                "without AIS": {"ais": OFF},
+                "without IADM": {"iadm": OFF},
+                "without both": {"ais": OFF, "iadm": OFF},
+            }.items()
+        ],
+    ),
+    "layers": Study(
+        "Where the CAM is taken",
+        "image",
+        [
+            ppssl("+".join(sources) + suffix, iadm={"sources": list(sources)}, **ais)
+            for suffix, ais in (("", {}), (" without AIS", {"ais": OFF}))
+            for sources in SOURCES
+        ],
+    ),
+    "weights": Study(
+        "Weights alpha (AIS) and beta (IADM)",
+        "alpha 0.1 beta 1.28",
+        [
+            ppssl(f"alpha {alpha:g} beta {beta:g}", ais={"weight": alpha}, iadm={"weight": beta})
+            for alpha, beta in itertools.product(ALPHAS, BETAS)
+        ],
+    ),
+    "prompts": Study(
+        "Number and kind of descriptions",
+        "8 descriptions",
+        [ppssl(f"{count} descriptions", ais={"count": count}) for count in (2, 4, 6, 8, 10)]
+        + [ppssl(f"{count} class names", ais={"count": count, "prompts": CLASS_NAMES}) for count in (2, 8)],
+    ),
+    "teacher": Study(
+        "What the teacher knows",
+        "true teacher",
+        [ppssl(f"{kind} teacher", teacher=kind) for kind in ("true", "shuffled", "constant")] + [ppssl("no teacher", ais=OFF)],
+    ),
+}
