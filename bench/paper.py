@@ -27,12 +27,14 @@ import torch
 import yaml
 from rich.table import Table
 
-from engine import arguments, checkpoint, log, train, weights
+from engine import arguments, build, checkpoint, log, train, weights
 from engine.checkpoint import write_atomically
 from engine.config import Config, flatten, from_yaml, to_yaml
 from engine.data.catalog import BrokenFile
-from engine.evaluate import evaluate
+from engine.judge import Candidate, feature_name, judge, of_teacher
+from engine.judge import keep as keep_records
 from engine.log import console, say
+from engine.protocols.features import of_run
 from engine.trainer import Stopped
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
@@ -117,7 +119,7 @@ def cells(exhibit: Exhibit, plan: Plan) -> Iterator[Cell]:
         for row in exhibit.rows:
             words = ["--cfg", data, *(f"{key}={_word(value)}" for key, value in row.set.items()), *plan.overrides]
             words += [f"data.root={plan.data_root / data}"]
-            if row.untouched:
+            if row.untouched == "initial":
                 words += ["method.name=moco"]  # the plain pooled feature
             base = arguments.parse(words).config
             differs = {k: v for k, v in flatten(base).items() if v != recipe[k] and not k.startswith("run.")}
@@ -148,19 +150,20 @@ def obstacle(cell: Cell) -> str | None:
     return None
 
 
-def run(cell: Cell) -> dict[str, float]:
+def run(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
     """Trains and judges a cell, or what is left of it, and returns its measures as fractions in [0, 1]. Raises what training and
     evaluation raise, ``Stopped`` after a signal."""
-    done = cell.folder / "measures.json"
-    if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
-    if cell.row.untouched:
+    path = cell.folder / "measures.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if set(measures) <= set(known):
+        return known
+    if cell.row.untouched == "initial":
         keep_initial(cell)
-    elif not finished(cell):
+    elif cell.row.untouched is None and not finished(cell):
         train.train(cell.config, cell.folder, time.perf_counter())
-    measures = judge(cell)
-    write_atomically(done, lambda temporary: Path(temporary).write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8"))
-    return measures
+    known |= measure(cell, measures)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8"))
+    return known
 
 
 def finished(cell: Cell) -> bool:
@@ -182,13 +185,25 @@ def keep_initial(cell: Cell) -> None:
     checkpoint.save_weights(cell.folder / "weights.safetensors", FeatureNet(trunk).weights(), {"step": "0", "epoch": "0"})
 
 
-def judge(cell: Cell) -> dict[str, float]:
-    """The measures of the network in the cell's folder."""
+def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
+    """What the cell's features reach: retrieval on the test split and, where ``measures`` has ``linear P %``, the papers' probe
+    (SGD) on P % of the training labels. The records go to evaluation.json in the cell's folder."""
+    cfg, device = cell.config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if cell.row.untouched == "teacher":
-        raise NotImplementedError("the teacher's own features are not judged in this version")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (result,) = evaluate(cell.folder, device, protocols=("retrieval",))
-    return {name: result[name] for name in ("rank1", "rank5", "mAP")}
+        candidate = of_teacher(build.teacher(cfg, device), device, cfg.data.workers)
+    else:
+        made = build.load_run(cell.folder, device)._replace(config=cfg)
+        candidate = Candidate(
+            cell.row.untouched or "run", feature_name(made.network), made.epoch, made.step,
+            lambda images, split: of_run(made, images, split, cell.folder, device),
+        )  # fmt: skip
+    fractions = [float(name.split()[1]) for name in measures if name.startswith("linear")]
+    protocols = ("retrieval", "linear") if fractions else ("retrieval",)
+    images = build.data(cfg, cache_dir=build.cache_folder())
+    records = judge(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
+    keep_records(cell.folder / "evaluation.json", records)
+    found = {name: records[0][name] for name in ("rank1", "rank5", "mAP")}
+    return found | {f"linear {record['fraction']:g} %": record["top1"] for record in records[1:]}
 
 
 class Outcome(NamedTuple):
@@ -213,7 +228,7 @@ def carry_out(exhibit: Exhibit, plan: Plan, *, dry_run: bool) -> tuple[dict[tupl
             say(f"[{number}/{len(todo)}] {exhibit.key}: {cell.row.name} on {cell.data}, seed {cell.config.seed} ({cell.folder})")
             try:
                 if not dry_run:
-                    measures = [*measures, run(cell)]
+                    measures = [*measures, run(cell, exhibit.measures)]
                 elif cell.row.untouched is None:
                     train.dry_run(replace(cell.config, out=None))
             except Stopped as stopped:

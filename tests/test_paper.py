@@ -105,22 +105,32 @@ def test_overrides_reach_every_run_and_its_name() -> None:
 def test_a_table_is_run_once_and_read_afterwards(
     data_root: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = exhibit(Row("initial weights", untouched="initial"), MOCO, Row("absent", {"method.name": "byol9"}))
+    untouched = (Row("initial weights", untouched="initial"), Row("teacher", untouched="teacher"))
+    table = exhibit(*untouched, MOCO, Row("absent", {"method.name": "byol9"}))
     monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": table})
     argv = ["--table", "9", "--data-root", str(data_root), "--seeds", "2", *TINY]
     assert main(argv) == 0
+    first = {c["row"]: c["seeds"] for c in json.loads(Path("runs/paper/table9.json").read_text())["cells"]}
+    monkeypatch.setattr(train, "train", lambda *_a, **_k: pytest.fail("trained again"))
+    more = replace(table, measures=("rank1", "mAP", "linear 100 %", "linear 20 %"))
+    monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": more})
+    capfd.readouterr()
+    assert main(argv) == 0  # another exhibit with these runs: judged by more, not trained
     said = " ".join(capfd.readouterr().err.split())
     assert "absent: method byol9 is not registered" in said and "± standard deviation over 2 seeds" in said
     kept = json.loads(Path("runs/paper/table9.json").read_text())
     outcomes = {c["row"]: c for c in kept["cells"]}
-    assert [len(outcomes[r]["seeds"]) for r in ("initial weights", "MoCo", "absent")] == [2, 2, 0]
-    for measures in outcomes["initial weights"]["seeds"] + outcomes["MoCo"]["seeds"]:
-        assert 0 <= measures["rank1"] <= 1 and 0 < measures["mAP"] <= 1
+    assert [len(outcomes[r]["seeds"]) for r in ("initial weights", "teacher", "MoCo", "absent")] == [2, 1, 2, 0]
+    for row in ("initial weights", "teacher", "MoCo"):
+        for measures, before in zip(outcomes[row]["seeds"], first[row], strict=True):
+            assert 0 <= measures["rank1"] <= 1 and 0 < measures["mAP"] <= 1 and before.items() <= measures.items()
+            assert 0 <= measures["linear 20 %"] <= 1 and 0 < measures["linear 100 %"] <= 1
+    records = json.loads(next(Path("runs/paper").rglob("teacher*/seed0/evaluation.json")).read_text())
+    assert [(r["model"], r["protocol"], r.get("solver")) for r in records[-2:]] == [("teacher", "linear", "sgd")] * 2
     assert outcomes["MoCo"]["seeds"][0] != outcomes["MoCo"]["seeds"][1]
     assert len(list(Path("runs/paper").rglob("weights.safetensors"))) == 4
 
-    monkeypatch.setattr(train, "train", lambda *_a, **_k: pytest.fail("trained again"))
-    monkeypatch.setattr(paper, "evaluate", lambda *_a, **_k: pytest.fail("judged again"))
+    monkeypatch.setattr(paper, "judge", lambda *_a, **_k: pytest.fail("judged again"))
     assert main(argv) == 0
     assert json.loads(Path("runs/paper/table9.json").read_text()) == kept
 
