@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        report.write(args.runs, args.out or args.runs[0] / "report.html", device)
+        report.write(list(dict.fromkeys(args.runs)), args.out or args.runs[0] / "report.html", device)
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 1

@@ -10,6 +10,8 @@ from torch import Tensor
 
 MOST = 1200
 """Points at most: beyond, every so-manieth image is taken."""
+_SPREAD = 1e-6
+"""Of unit features along their first component, below which they are one point."""
 _COMPONENTS = 50
 """Principal components that the layout is made from; the rest is left out to save time, as is usual."""
 
@@ -28,12 +30,17 @@ class Map(NamedTuple):
 def layout(features: Tensor, *, quick: bool = False) -> Map:
     """UMAP of [N, D] features where umap-learn is installed, scikit-learn's t-SNE otherwise; N >= 5. The same for the same
     features on the same machine. ``quick`` takes t-SNE in any case: a process that has not used UMAP before waits some twenty
-    seconds until it is compiled."""
+    seconds until it is compiled.
+
+    Raises ``ValueError`` for features without any spread.
+    """
     from sklearn.decomposition import PCA
 
     chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), MOST)).round().astype(np.int64))
     rows = features[chosen].float().cpu().numpy()
     rows = PCA(min(_COMPONENTS, *rows.shape), random_state=0).fit_transform(rows)
+    if not np.ptp(rows[:, 0]) > _SPREAD:  # both layouts divide by it, and one of them crashes the process then
+        raise ValueError("the features of all images are the same: the network tells nothing apart")
     points, name = (None if quick else _umap(rows)) or _tsne(rows)
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a straggler must not squeeze all others into a corner
     points = ((points - low) / np.maximum(high - low, 1e-9)).clip(0, 1)

@@ -216,7 +216,10 @@ def embedding_map(run: Run, thumbnail: Thumbnails, *, quick: bool) -> MapPart | 
     """The features in the plane, as marks by class and as pictures."""
     if len(run.features) < 5:
         return f"No embedding map: {len(run.features)} images are too few for one."
-    made = embedding.layout(run.features, quick=quick)
+    try:
+        made = embedding.layout(run.features, quick=quick)
+    except ValueError as error:
+        return f"No embedding map: {error}."
     marks = []
     if run.images.labels is not None:
         marks = charts.scatter(made.points, run.images.labels[made.chosen], [class_name(c) for c in run.images.classes])
