@@ -18,7 +18,7 @@ from engine.data import sheet
 from engine.data.catalog import BrokenFile, ImageList, read_image
 from engine.log import console, say
 from engine.neighbours import most_similar
-from engine.protocols.features import extract
+from engine.protocols.features import of_run
 
 _SIDE = 160
 
@@ -44,6 +44,7 @@ class Match(NamedTuple):
 
 def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Match]:
     """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
+    The lists' features are kept in ``folder``, so that only the first search takes long.
 
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
@@ -56,6 +57,8 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
         if not image.is_file():
             raise FileNotFoundError(f"there is no image {image}") from error
         raise ValueError(f"{image} cannot be read as an image ({error})") from error
+    if network.mask is not None and network.mask.minmax == "batch":
+        say("the mask of this form is scaled over a batch: alone, the image's feature differs a little from what it is in a list")
     with torch.no_grad(), precision.resolve(cfg.amp, device).autocast():  # as the list's features are taken
         query = network(picture[None].to(device, memory_format=torch.channels_last))
     found = build.data(cfg, cache_dir=build.cache_folder())
@@ -63,7 +66,7 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
     for split, images in (("train", found.train), ("test", found.test)):
         if images is None:
             continue
-        near = most_similar(query, extract(network, images, cfg, device), top)
+        near = most_similar(query, of_run(run, images, split, folder, device), top)
         matches += [Match(float(c), split, images, int(i)) for i, c in zip(near.index[0], near.cosine[0], strict=True)]
     return sorted(matches, key=lambda m: -m.cosine)[:top]
 

@@ -295,3 +295,15 @@ def test_everything_that_was_judged_is_in_one_table(photos: Path, tmp_path: Path
     assert "linear convex, 20 % of the labels top-1 30.0 %" in found and "teacher retrieval rank-1 40.0 %" in found
     (run / "evaluation.json").write_text("{half")
     assert "All that was judged" not in page(run).text
+
+
+def test_a_collapsed_network_gets_no_map_but_the_page(photos: Path, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "collapsed", photos)
+    tensors = {name: torch.zeros_like(t) for name, t in checkpoint.load_weights(run / "weights.safetensors").items()}
+    tensors["layer4.1.bn2.bias"] += 1
+    checkpoint.save_weights(run / "weights.safetensors", tensors, {"step": "12", "epoch": "4"})
+    with pytest.raises(ValueError, match="tells nothing apart"):
+        embedding.layout(torch.ones(9, 4))  # t-SNE would end the process
+    found = page(run)
+    assert "No embedding map: the features of all images are the same" in found.text
+    assert "neighbours" in found.sections and "Line chart of loss" in str(found.drawings)

@@ -11,7 +11,7 @@ from torch import Tensor
 MOST = 1200
 """Points at most: beyond, every so-manieth image is taken."""
 _SPREAD = 1e-6
-"""Of unit features along their first component, below which they are one point."""
+"""Of unit features along any dimension, below which they are one point."""
 _COMPONENTS = 50
 """Principal components that the layout is made from; the rest is left out to save time, as is usual."""
 
@@ -38,9 +38,9 @@ def layout(features: Tensor, *, quick: bool = False) -> Map:
 
     chosen = np.unique(np.linspace(0, len(features) - 1, min(len(features), MOST)).round().astype(np.int64))
     rows = features[chosen].float().cpu().numpy()
-    rows = PCA(min(_COMPONENTS, *rows.shape), random_state=0).fit_transform(rows)
-    if not np.ptp(rows[:, 0]) > _SPREAD:  # both layouts divide by it, and one of them crashes the process then
+    if not np.ptp(rows, axis=0).max() > _SPREAD:  # both layouts divide by it, and t-SNE crashes the process then
         raise ValueError("the features of all images are the same: the network tells nothing apart")
+    rows = PCA(min(_COMPONENTS, *rows.shape), random_state=0).fit_transform(rows)
     points, name = (None if quick else _umap(rows)) or _tsne(rows)
     low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a straggler must not squeeze all others into a corner
     points = ((points - low) / np.maximum(high - low, 1e-9)).clip(0, 1)

@@ -12,8 +12,9 @@ from torch import Tensor
 from engine import attention, build, log
 from engine.attention import Attention
 from engine.config import Config, from_yaml
+from engine.data import birds
 from engine.data.catalog import ImageList
-from engine.protocols.features import extract
+from engine.protocols import features as kept_features
 
 
 class Run(NamedTuple):
@@ -46,7 +47,7 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
     cfg = from_yaml(path)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
-    features = images if isinstance(images, str) else _features(folder, cfg, images, device)
+    features = images if isinstance(images, str) else _features(folder, images, split, device)
     name, judged = folder.resolve().name, _evaluation(folder)
     return Run(folder, name, cfg, log.read(folder), judged, _attention(folder), images, split, features)
 
@@ -71,7 +72,7 @@ def _attention(folder: Path) -> Attention | str:
 
 def _images(cfg: Config) -> tuple[ImageList | str, str]:
     root = Path(cfg.data.root or "")
-    missing = not root.is_dir() or cfg.data.name == "birds" and not (root / "images.txt").is_file()  # a page draws no demo world
+    missing = not root.is_dir() or cfg.data.name == "birds" and birds.is_missing(root)  # a page draws no demo world
     if cfg.data.root is None or missing:
         return f"The images are not at hand: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
     try:
@@ -83,8 +84,8 @@ def _images(cfg: Config) -> tuple[ImageList | str, str]:
     return found.train, "train"
 
 
-def _features(folder: Path, cfg: Config, images: ImageList, device: torch.device) -> Tensor | str:
+def _features(folder: Path, images: ImageList, split: str, device: torch.device) -> Tensor | str:
     try:
-        return extract(build.load_run(folder, device).network, images, cfg, device).cpu()
+        return kept_features.of_run(build.load_run(folder, device), images, split, folder, device).cpu()
     except (ValueError, OSError, RuntimeError) as error:
         return f"No features: {error}."
