@@ -15,7 +15,7 @@ PENALTIES = tuple(10 ** (-2 - 0.6 * i) for i in range(10))
 """Strengths that are tried, strongest first, in units of the features' mean squared distance from their mean."""
 # Settings that are solved side by side; the next batch starts from the last solution of the one before. More at a time means more
 # work from a bad start, fewer means smaller products (bench/RECORDS.md).
-_SIDE_BY_SIDE = 5
+_SIDE_BY_SIDE = 2
 
 
 class Probe(NamedTuple):
