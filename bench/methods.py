@@ -254,10 +254,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def command_of(argv: Sequence[str]) -> str:
+    """The command line as a table states it: without the folders, which are this machine's."""
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    folders.add_argument("--out")
+    folders.add_argument("--work")
+    return shlex.join(["python", "-m", "bench.methods", *folders.parse_known_args(argv)[1]])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
     args = parse(argv)
-    command = shlex.join(["python", "-m", "bench.methods", *(sys.argv[1:] if argv is None else argv)])
+    command = command_of(sys.argv[1:] if argv is None else argv)
     try:
         run_study(args.study, args, command)
     except ConfigError as error:

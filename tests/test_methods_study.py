@@ -168,6 +168,13 @@ def test_rows_are_means_spreads_and_failures_in_the_studys_order() -> None:
     assert "linear" not in lines[0] and "CPU s/epoch" in lines[0]
 
 
+def test_the_command_that_a_table_states_names_no_folder() -> None:
+    argv = ["--study", "parts", "--only", "guided whole", "--out", "/a", "--work=/b", "--seeds", "3", "optim.lr=0.1"]
+    stated = "python -m bench.methods --study parts --only 'guided whole' --seeds 3 optim.lr=0.1"
+    assert methods.command_of(argv) == stated
+    assert methods.parse(argv).seeds == 3
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
