@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from engine import checkpoint, weights
 from engine.config import Config, ConfigError, from_yaml
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog, cores
 from engine.data.torch_loader import Normalise, clean_view
 from engine.data.views import clean_resize
+from engine.distributed import ALONE, World
 from engine.log import say
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
@@ -48,21 +49,42 @@ def check_environment(*, writes: bool) -> None:
             ) from error
 
 
-def resolve(cfg: Config, device: torch.device) -> Config:
-    """``cfg`` with what depends on the machine decided. Raises ``ValueError`` naming the key for what this version cannot do."""
-    absent = {
-        "queue.sharded": cfg.queue.sharded,
-    }
-    for key, value in absent.items():
-        if value:
-            raise ConfigError(f"{key}: {str(value).lower()} is not available in this version; leave it at its default")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: more than one process is not available in this version; start without torchrun")
+def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machine: int = 1) -> Config:
+    """``cfg`` with what depends on the machine and on the number of processes decided.
+
+    Raises ``ValueError`` naming the key for what this version cannot do.
+    """
+    if processes > 1:
+        cfg = spread(cfg, processes, on_this_machine)
     if cfg.method.name not in METHODS:
         raise ConfigError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
+    return cfg
+
+
+def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
+    """``cfg`` for one of several processes: what is computed is written down in ``bn.groups``, so that another number of processes
+    can continue it. Raises ``ConfigError`` where the batch or its parts do not divide."""
+    if cfg.batch_size % processes:
+        near = max(processes, cfg.batch_size // processes * processes)
+        raise ConfigError(
+            f"batch_size: {cfg.batch_size} images over all processes do not divide among {processes}; use {near} or "
+            f"{near + processes}, or another --nproc-per-node"
+        )
+    if not cfg.bn.sync and cfg.bn.groups == 1:
+        say(f"bn.groups: {processes}: each process has batch statistics of its own; bn.sync=true shares them")
+        cfg = replace(cfg, bn=replace(cfg.bn, groups=processes))
+    elif not cfg.bn.sync and cfg.bn.groups % processes:
+        raise ConfigError(
+            f"bn.groups: {cfg.bn.groups} parts of the batch cannot be spread over {processes} processes; use a multiple of them, "
+            f"or start {cfg.bn.groups} processes"
+        )
+    if cfg.batch_size % cfg.bn.groups:
+        raise ConfigError(f"bn.groups: got {cfg.bn.groups}, must divide batch_size ({cfg.batch_size})")
+    if cfg.data.workers is None:
+        cfg = replace(cfg, data=replace(cfg.data, workers=max(1, cores() // on_this_machine)))
     return cfg
 
 
@@ -98,17 +120,22 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
 
 
-def method(cfg: Config, model: Teacher | None) -> Method:
-    """The method of ``cfg`` with its starting weights; random parts are a function of ``seed`` alone."""
-    network = initial_network(cfg)
-    return METHODS[cfg.method.name].from_config(cfg, network, model)
+def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
+    """The method of ``cfg`` with its starting weights, in ``world``; random parts are a function of ``seed`` alone."""
+    network = initial_network(cfg, world)
+    method = METHODS[cfg.method.name].from_config(cfg, network, model)
+    if world.group:
+        world.spread(method)
+        method.distribute(world.group, sync_bn=cfg.bn.sync, shard_queue=cfg.queue.sharded)
+    return method
 
 
-def initial_network(cfg: Config) -> FeatureNet:
+def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     """The inference network of ``cfg`` as training finds it, a function of ``seed`` and ``encoder.weights``."""
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
-    say(f"encoder: {cfg.encoder.arch}, {weights.initialise(trunk, cfg.encoder.weights)}")
+    with world.first_then_others():
+        say(f"encoder: {cfg.encoder.arch}, {weights.initialise(trunk, cfg.encoder.weights)}")
     return METHODS[cfg.method.name].build_network(cfg, trunk)
 
 

@@ -525,6 +525,8 @@ def validate(config: Config) -> None:
         refuse("eval.protocols", f"must name {expected_type(key_types()['eval.protocols'])}, each once")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): a batch's keys must fit")
+    if config.bn.sync and config.bn.groups > 1:
+        refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
     if config.batch_size % config.bn.groups:
         refuse("bn.groups", f"must divide batch_size ({config.batch_size})")
     stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)

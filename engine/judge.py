@@ -17,6 +17,7 @@ from engine.checkpoint import write_atomically
 from engine.config import Config
 from engine.data import teacher_cache
 from engine.data.catalog import Catalog, ImageList
+from engine.distributed import ALONE, World
 from engine.log import say
 from engine.protocols import knn, linear
 from engine.protocols.features import extract
@@ -214,10 +215,11 @@ class Judge:
 
     Calling it judges now. As a hook, ``after_epoch`` judges when ``eval.every`` says so: every n epochs, or, with ``auto``, as
     often as keeps it below 2 % of the training time, by what the last one took. Where there are no labels it says so, once.
+    The processes of ``world`` share the features; the first one decides when, and writes.
     """
 
-    def __init__(self, out: Path, cfg: Config, images: Catalog, device: torch.device):
-        self.out, self.cfg, self.images, self.device = out, cfg, images, device
+    def __init__(self, out: Path, cfg: Config, images: Catalog, device: torch.device, world: World = ALONE):
+        self.out, self.cfg, self.images, self.device, self.world = out, cfg, images, device, world
         self.cost = self.spent = 0.0
         self.times = 0
         self.possible = images.test is not None and images.test.labels is not None and np.bincount(images.test.labels).max() > 1
@@ -231,12 +233,12 @@ class Judge:
         network, step, epoch = trainer.method.network, trainer.step.step, trainer.epoch
         candidate = Candidate(
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
-            lambda images, split: extract(network, images, self.cfg, self.device),
+            lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
         protocols = self.cfg.eval.protocols
         with torch.random.fork_rng(devices=[]):  # reading images draws a seed; the run must not depend on being watched
             records = judge(candidate, self.images, self.cfg, self.device, protocols=protocols)
-        if not records:  # nothing but a probe, which has said why it was left out
+        if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)
         settings = {r["protocol"]: r["setting"] for r in records}  # of several k the last, which is the headline's
@@ -251,7 +253,7 @@ class Judge:
     def teacher(self) -> None:
         """Judges the teacher's own image features, where the method has one: what the student could take over."""
         with torch.random.fork_rng(devices=[]):
-            teacher = build.teacher(self.cfg, self.device) if self.possible else None
+            teacher = build.teacher(self.cfg, self.device) if self.possible and self.world.first else None
             if teacher is None:
                 return
             candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
@@ -261,6 +263,8 @@ class Judge:
 
     def resume(self, step: int) -> None:
         """Forgets what was measured after ``step`` and learns from the log what an evaluation costs."""
+        if not self.world.first:
+            return
         past = [r for r in log.read(self.out) if r["kind"] == "eval"]
         self.cost = past[-1]["seconds"] if past else 0.0
         if (self.out / "evaluation.json").is_file():
@@ -271,7 +275,7 @@ class Judge:
         if not self.possible or trainer.epoch >= trainer.epochs:
             return
         trained = time.perf_counter() - trainer.log.opened - self.spent
-        if self.is_due(trainer.epoch, trained):
+        if self.world.share(self.is_due(trainer.epoch, trained)):  # it depends on the clock
             started = time.perf_counter()
             self(trainer)
             self.spent += time.perf_counter() - started

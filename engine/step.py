@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from engine import optim
+from engine.distributed import average_all
 from engine.graph import CapturedStep
 from engine.guard import Guard
 from engine.precision import Precision
 from ppssl.encoder import Trunk
 from ppssl.method import Batch, Method, Output
+from ppssl.ops import world
 from ppssl.span import span
 
 MODES = ("off", "encoder", "step")
@@ -30,8 +32,9 @@ class Execution(NamedTuple):
     note: str
 
 
-def choose(compile: str, cuda_graph: str, precision: Precision) -> Execution:
-    """What ``run.compile`` and ``run.cuda_graph`` become. Raises ``ValueError`` for an explicit choice that cannot be had."""
+def choose(compile: str, cuda_graph: str, precision: Precision, processes: int = 1) -> Execution:
+    """What ``run.compile`` and ``run.cuda_graph`` become in one of ``processes``. Raises ``ValueError`` for an explicit choice that
+    cannot be had."""
     on_gpu = precision.device.type == "cuda"
     if compile not in ("auto", *MODES):
         raise ValueError(f"run.compile: {compile!r} is not known; use auto, {', '.join(MODES)}")
@@ -39,6 +42,8 @@ def choose(compile: str, cuda_graph: str, precision: Precision) -> Execution:
         raise ValueError("run.compile: step does not scale fp16 losses; use amp=bf16, or run.compile=encoder")
     if cuda_graph == "on" and (not on_gpu or precision.scales or compile == "encoder"):
         raise ValueError("run.cuda_graph: on needs a GPU, no fp16 loss scaling, and run.compile=off or step")
+    if cuda_graph == "on" and processes > 1:
+        raise ValueError("run.cuda_graph: on captures the step of one process; leave it off under torchrun")
     why = "as asked"
     if compile == "auto":
         if not on_gpu:
@@ -83,7 +88,7 @@ class Step:
         graph: bool = False,
         max_bad_steps: int = 10,
     ):
-        choose(compile, "on" if graph else "off", precision)  # refuses what cannot be had
+        choose(compile, "on" if graph else "off", precision, world(method.group))  # refuses what cannot be had
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
@@ -152,6 +157,8 @@ class Step:
         # not backward(): it would compute the gradient of the images a second time
         with span("backward"):
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        if self.method.group:
+            output, gradients = self.averaged(output, gradients)
         norms = torch._foreach_norm([g for g in gradients if g is not None])
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
         if self.precision.scales:
@@ -163,6 +170,20 @@ class Step:
         """Decides on the device whether this step counts; takes back what the forward pass did to the statistics if not."""
         self.guard.judge(output.total, output.stats["grad_norm"], self.method.loss_scale if self.precision.scales else None)
         self.guard.restore(kept)
+
+    def averaged(self, output: Output, gradients: Sequence[Tensor | None]) -> tuple[Output, list[Tensor | None]]:
+        """The output and the gradients averaged over the processes, in one collective with the statistics, so that
+        everything that a checkpoint, a log line or a check for finite numbers reads is the same in each."""
+        scalars = [{"total": output.total.detach()}, output.terms, output.stats]
+        values = [v for part in scalars for v in part.values()]
+        used = [g for g in gradients if g is not None]
+        with span("average"), torch.no_grad():
+            means = iter(average_all([*values, *self.guard.statistics, *used], self.method.group))
+            total, terms, stats = ({name: next(means) for name in part} for part in scalars)
+            for statistic in self.guard.statistics:
+                statistic.copy_(next(means))
+            gradients = [None if g is None else next(means) for g in gradients]
+        return output._replace(total=total["total"], terms=terms, stats=stats), gradients
 
     def _keep_buffers(self) -> None:
         """Puts the momentum buffers where the optimiser keeps them. They begin as zeros: the first update of a zero buffer is the

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from engine import arguments, attention, build, checkpoint, log
+from engine import arguments, attention, build, checkpoint, distributed, log
 from engine.checkpoint import write_atomically
 from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
+from engine.distributed import ALONE, World
 from engine.judge import Judge
 from engine.log import say
 from engine.trainer import Stopped, Summary, Trainer, signals_stop_at_once
@@ -24,7 +25,7 @@ from ppssl.teacher import Teacher
 
 # What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
 # computed.
-_FREE_TO_CHANGE = ("out", "resume", "data.root", "data.loader", "data.resident", "data.workers")
+_FREE_TO_CHANGE = ("out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers")
 _FREE_SECTIONS = ("run.", "eval.")
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
 
@@ -36,56 +37,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_config:
         print(to_yaml(args.config), end="")
         return 0
+    world, code = ALONE, 0
     try:
         build.check_environment(writes=not args.dry_run)
+        world = distributed.join()
         with signals_stop_at_once():
             if args.dry_run:
-                dry_run(args.config)
+                dry_run(args.config, world)
             else:
-                train(args.config, Path(args.config.out or f"runs/{args.cfg_path.stem}"), started, profile=args.profile)
+                out = Path(args.config.out or f"runs/{args.cfg_path.stem}")
+                train(args.config, out, started, profile=args.profile, world=world)
     except Stopped as stopped:
         say(str(stopped))
-        return stopped.code
+        code = stopped.code
     except KeyboardInterrupt:
         say("interrupted outside of training: there was nothing to save")
         return 130
     except ConfigError as error:
-        say(f"error: {error}")
+        say_error(error, world)
         return 2
     except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, catalog.BrokenFile) as error:
-        say(f"error: {error}")
+        say_error(error, world)
         return 1
-    return 0
+    world.leave()
+    return code
 
 
-def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summary:
+def say_error(error: Exception, world: World) -> None:
+    """An error is shown by the process that has it, which may not be the one that talks."""
+    log.console.quiet = False
+    say(f"error: {error}" if world.first else f"error in process {world.rank}: {error}")
+
+
+def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: World = ALONE) -> Summary:
     """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels; ``profile`` steady
-    steps are profiled."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps are profiled. Every process of ``world`` calls it; the first one writes."""
+    device = world.device
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))  # a second start is warm
-    cfg = build.resolve(cfg, device)
-    source, state = find_checkpoint(cfg, out)
+    cfg = build.resolve(cfg, device, world.size, world.local_size)
+    if distributed.restarted() and checkpoint.list_checkpoints(out / "checkpoints"):
+        cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
+    source, state = find_checkpoint(cfg, out) if world.first else (None, None)
+    source = world.share(source)
+    if source is not None and state is None:
+        state = checkpoint.load(source)
     cache = build.cache_folder()
-    images = build.data(cfg, cache_dir=cache)
-    trainer = assemble(cfg, images, device, out=out, cache=cache, embed=lambda t: teacher_cache.embeddings(
-        t, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
-    ))  # fmt: skip
-    for folder in (out, out / "checkpoints", out / "replay"):
-        checkpoint.clean(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
-    catalog.write_bad_files(images, out / "bad_files.txt")
-    judge, watch = Judge(out, cfg, images, device), attention.Watch(out, cfg, images, device)
+    with world.first_then_others():
+        images = build.data(cfg, cache_dir=cache)
+
+    def embed(teacher: Teacher) -> torch.Tensor:
+        with world.first_then_others():
+            return teacher_cache.embeddings(teacher, images.train, device=device, cache_dir=cache, workers=cfg.data.workers)
+
+    trainer = assemble(cfg, images, device, out=out if world.first else None, cache=cache, embed=embed, world=world)
+    if world.first:
+        for folder in (out, out / "checkpoints", out / "replay"):
+            checkpoint.clean(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
+        catalog.write_bad_files(images, out / "bad_files.txt")
+    judge = Judge(out, cfg, images, device, world)
+    watch = attention.Watch(out if world.first else None, cfg, images, device)
     if source is not None:
         trainer.resume(source, state)
         judge.resume(trainer.step.step)
     else:
-        log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
+        if world.first:
+            log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
         judge(trainer)
         judge.teacher()
         watch(trainer)
-    trainer.profile = profile
+    trainer.profile = profile if world.first else 0
     if cfg.eval.every:
         trainer.hooks.append(judge.after_epoch)
     trainer.hooks.append(watch.after_epoch)
@@ -96,20 +119,21 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0) -> Summar
         trainer.loader.close()
     judge(trainer)
     watch(trainer)
-    record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
-    log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
-    report(out, record)
-    if share := judge.closing(summary.seconds - judge.spent):
-        say(share)
-    make_page(out, device)
+    if world.first:
+        record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
+        log.append(out, {"kind": "summary", "step": trainer.step.step} | record)
+        report(out, record)
+        if share := judge.closing(summary.seconds - judge.spent):
+            say(share)
+        make_page(out, device)
     return summary
 
 
-def dry_run(cfg: Config) -> None:
+def dry_run(cfg: Config, world: World = ALONE) -> None:
     """Builds everything, runs one step and says what a run would do; writes nothing (the demo's world goes to a temporary
     folder)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = build.resolve(cfg, device)
+    device = world.device
+    cfg = build.resolve(cfg, device, world.size, world.local_size)
     with tempfile.TemporaryDirectory() as scratch:
         if cfg.data.name == "birds" and birds.is_missing(cfg.data.root or "."):
             cfg = replace(cfg, data=replace(cfg.data, root=str(Path(scratch) / "birds")))
@@ -124,7 +148,7 @@ def dry_run(cfg: Config) -> None:
             rows[index] = teacher_cache.embeddings_of(teacher, images.train, index, device=device)
             return rows
 
-        trainer = assemble(cfg, images, device, out=None, cache=None, embed=embed_first_batch)
+        trainer = assemble(cfg, images, device, out=None, cache=None, embed=embed_first_batch, world=world)
         try:
             batch = next(iter(trainer.loader.batches(0, 1)))
             output = trainer.step(trainer.with_teacher(batch))
@@ -132,19 +156,28 @@ def dry_run(cfg: Config) -> None:
         finally:
             trainer.loader.close()
     terms = ", ".join(f"{name} {float(value):.4f}" for name, value in output.terms.items())
-    say(f"one step on {len(batch.index)} images: loss {float(output.total.detach()):.4f} ({terms})")
+    say(f"one step on {len(batch.index) * world.size} images: loss {float(output.total.detach()):.4f} ({terms})")
     steps, epoch = trainer.total_steps, trainer.loader.steps_per_epoch
     say(f"a run would take {steps} steps: {cfg.epochs} epochs of {epoch}; nothing was written")
 
 
 def assemble(
-    cfg: Config, images: catalog.Catalog, device: torch.device, *, out: Path | None, cache: Path | None,
+    cfg: Config,
+    images: catalog.Catalog,
+    device: torch.device,
+    *,
+    out: Path | None,
+    cache: Path | None,
     embed: Callable[[Teacher], torch.Tensor],
-) -> Trainer:  # fmt: skip
+    world: World = ALONE,
+) -> Trainer:
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
-    teacher = build.teacher(cfg, device)
-    method = build.method(cfg, teacher)
-    loader = build_loader(images.train, cfg, device, with_original=method.needs_original, cache_dir=cache)
+    with world.first_then_others():
+        teacher = build.teacher(cfg, device)
+    method = build.method(cfg, teacher, world)
+    share = sampler.Share(world.rank, world.size)
+    with world.first_then_others():
+        loader = build_loader(images.train, cfg, device, with_original=method.needs_original, cache_dir=cache, share=share)
     rows = embed(teacher) if method.needs_teacher_embeddings else None
     trainer = Trainer(
         method,
@@ -167,10 +200,15 @@ def assemble(
         keep=cfg.run.keep,
         max_bad_steps=cfg.run.max_bad_steps,
         info={"config": to_yaml(cfg)},
+        world=world,
     )
     say(f"method: {cfg.method.name} ({cfg.method.form}), {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
+    if world.group:
+        say(f"processes: {world.size}, {cfg.batch_size // world.size} images of each batch; " + (
+            "batch statistics shared" if cfg.bn.sync else f"batch statistics of {cfg.bn.groups} parts"
+        ) + ("; queue in parts" if cfg.queue.sharded else ""))  # fmt: skip
     return trainer
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from engine import checkpoint, optim, precision
 from engine.data import Loader
 from engine.data.catalog import BrokenFile
+from engine.distributed import ALONE, World
 from engine.log import RunLog, console, rewind, say
 from engine.profiling import Profile
 from engine.step import Step, choose
 from ppssl.method import Batch, Method, Output
+from ppssl.ops import gather
 
 
 class Summary(NamedTuple):
@@ -53,7 +55,8 @@ class Trainer:
     method: a ``ppssl.Method``; loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
     ``ppssl.Batch``; teacher: [N, E] embeddings by image index for methods with ``needs_teacher_embeddings``; hooks: called with
     the trainer after every epoch; out: run folder, None keeps nothing; profile: steady steps to
-    profile into out/profile; info: plain data stored in every checkpoint.
+    profile into out/profile; info: plain data stored in every checkpoint; world: the processes that share each batch (the method
+    is distributed, the loader gives this one's share), of which the first has ``out``.
     ``fit`` continues where ``resume`` has put it.
     """
 
@@ -82,15 +85,16 @@ class Trainer:
         profile: int = 0,
         info: dict[str, Any] | None = None,
         hooks: Sequence[Callable[[Trainer], None]] = (),
+        world: World = ALONE,
     ):
         if method.needs_teacher_embeddings and teacher is None:
             raise ValueError("this method needs teacher embeddings; pass teacher=[N, E]")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.method = method.to(self.device, memory_format=torch.channels_last).train()
-        self.loader, self.teacher, self.hooks = loader, teacher, list(hooks)
+        self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
-        self.execution = choose(compile, cuda_graph, self.precision)
+        self.execution = choose(compile, cuda_graph, self.precision, world.size)
         frozen = {id(p) for p in method.ema_pairs()[1]}
         trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
         self.step = Step(
@@ -136,20 +140,21 @@ class Trainer:
                 else:
                     output = step(batch)
                 hooking += self.timed(profile.step)
-                log.add(output, images=len(batch.index))
-                batch_size = len(batch.index)
+                batch_size = len(batch.index) * self.world.size
+                log.add(output, images=batch_size)
                 self.saver.poll()
+                stop = self.world.vote(asked.number)
                 last = step.step == self.total_steps
-                if step.step % self.log_every == 0 or last or asked.number:
+                if step.step % self.log_every == 0 or last or stop:
                     self.check()
                     log.line(step=step.step, epoch=self.epoch, lr=lr)
-                if not asked.number:
+                if not stop:
                     hooking += self.timed(self.run_hooks)
-                if step.step % self.save_every == 0 or last or asked.number:
+                if step.step % self.save_every == 0 or last or stop:
                     saving += self.timed(self.save)
-                if asked.number and not last:
+                if stop and not last:
                     saving += self.timed(self.saver.wait)
-                    raise Stopped(asked.number, self.saver.saved)
+                    raise Stopped(stop, self.saver.saved)
             saving += self.timed(self.saver.wait)
         seconds = time.perf_counter() - started
         images = (step.step - began) * batch_size
@@ -206,11 +211,11 @@ class Trainer:
         if streak is None:
             return
         self.saver.wait()
-        bundle = "none (no run folder)"
+        bundle, state = "none (no run folder)", self.state()
+        again = {"index": gather(streak.index, self.method.group), "terms": streak.terms}
         if self.out is not None:
             bundle = self.out / "replay" / f"step_{streak.step:09d}.pt"
-            again = {"index": streak.index, "terms": streak.terms}
-            checkpoint.write(bundle, self.state() | {"step": streak.step, "replay": again})
+            checkpoint.write(bundle, state | {"step": streak.step, "replay": again})
         terms = ", ".join(f"{name} {value:.6g}" for name, value in streak.terms.items())
         raise FloatingPointError(
             f"step {streak.step}: the loss or its gradient is not finite ({terms}), the first of {self.step.guard.patience} steps "
@@ -230,13 +235,15 @@ class Trainer:
 
     def save(self) -> None:
         """Begins to write a checkpoint and the network's weights into the run folder, in the background; their numbers are finite,
-        since a step that is not changes nothing."""
-        if self.out is None or self.saved_step == self.step.step:
+        since a step that is not changes nothing. All processes call it: they hold parts of the state, one writes it."""
+        if (self.out is None and self.world.size == 1) or self.saved_step == self.step.step:
             return
         self.check()
-        metadata = {"step": str(self.step.step), "epoch": str(self.epoch)}
-        self.saver.save(self.state(), self.method.network.weights(), metadata)
+        state = self.state()
         self.saved_step = self.step.step
+        if self.out is not None:
+            metadata = {"step": str(self.step.step), "epoch": str(self.epoch)}
+            self.saver.save(state, self.method.network.weights(), metadata)
 
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
         """Continues the checkpoint at ``path`` (``state`` when it is already read). Raises ``ValueError`` when it belongs to

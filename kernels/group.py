@@ -1,7 +1,7 @@
-"""Batch statistics over several processes: each gathers all partial results and merges them as if they were its own.
+"""What one step tells the other processes: small collectives as custom ops, so that they run inside a compiled graph too.
 
 A group is named by a string, because custom ops take no objects; "" is this process alone. Processes must hold equally
-many images.
+many images. Gradients are those of the sum of all processes' losses.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
-def group_name(group: dist.ProcessGroup | None) -> str:
+def group_name(group: dist.ProcessGroup | str | None) -> str:
     """The name by which a custom op finds ``group``; "" for None or a group of one."""
+    if isinstance(group, str):
+        return group
     return group.group_name if group is not None and group.size() > 1 else ""
 
 
@@ -22,25 +24,86 @@ def world(name: str) -> int:
     return _resolve_process_group(name).size() if name else 1
 
 
+def place(name: str) -> int:
+    """This process's rank in the group."""
+    return _resolve_process_group(name).rank() if name else 0
+
+
 def gather(tensor: Tensor, name: str) -> Tensor:
-    """The processes' tensors one after the other along the first axis, in the order of their ranks."""
-    if not name:
-        return tensor
-    group = _resolve_process_group(name)
-    tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor, group=group)
-    return torch.cat(parts)
+    """The processes' tensors one after the other along the first axis, in the order of their ranks. Differentiable."""
+    return torch.ops.ppssl.gather(tensor, name) if name else tensor
 
 
 def own(tensor: Tensor, name: str) -> Tensor:
     """This process's share of a gathered tensor."""
-    if not name:
-        return tensor
-    group = _resolve_process_group(name)
-    return tensor.chunk(group.size())[group.rank()]
+    return tensor.chunk(world(name))[place(name)] if name else tensor
+
+
+def average(tensor: Tensor, name: str) -> Tensor:
+    """The mean of the processes' tensors, the same bits in each. Differentiable."""
+    return torch.ops.ppssl.average(tensor, name) if name else tensor
+
+
+def exchange(tensor: Tensor, sent: list[int], received: list[int], name: str) -> Tensor:
+    """Sends ``sent[r]`` rows to process r, in the order of the rows; returns what the others send here, in the order of
+    their ranks, ``received[r]`` rows each. Not differentiable."""
+    return torch.ops.ppssl.exchange(tensor, sent, received, name)
 
 
 def is_first(name: str) -> bool:
     """True in one process of the group: the one that accounts for what all of them share."""
-    return not name or _resolve_process_group(name).rank() == 0
+    return place(name) == 0
+
+
+@torch.library.custom_op("ppssl::gather", mutates_args=())
+def _gather(tensor: Tensor, group: str) -> Tensor:
+    processes = _resolve_process_group(group)
+    whole = tensor.new_empty((processes.size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(whole, tensor.contiguous(), group=processes)
+    return whole
+
+
+@_gather.register_fake
+def _(tensor, group):
+    return tensor.new_empty((world(group) * tensor.shape[0], *tensor.shape[1:]))
+
+
+@torch.library.custom_op("ppssl::average", mutates_args=())
+def _average(tensor: Tensor, group: str) -> Tensor:
+    processes = _resolve_process_group(group)
+    mean = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(mean, group=processes)
+    return mean.div_(processes.size())
+
+
+@_average.register_fake
+def _(tensor, group):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ppssl::exchange", mutates_args=())
+def _exchange(tensor: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+    dist.all_to_all_single(result, tensor.contiguous(), received, sent, group=_resolve_process_group(group))
+    return result
+
+
+@_exchange.register_fake
+def _(tensor, sent, received, group):
+    return tensor.new_empty((sum(received), *tensor.shape[1:]))
+
+
+def _remember_group(ctx, inputs, output):
+    ctx.group = inputs[1]
+
+
+def _gather_backward(ctx, grad):
+    return own(average(grad, ctx.group), ctx.group) * world(ctx.group), None
+
+
+def _average_backward(ctx, grad):
+    return average(grad, ctx.group), None  # every process's loss sees the mean, and 1/n of each tensor is in it
+
+
+_gather.register_autograd(_gather_backward, setup_context=_remember_group)
+_average.register_autograd(_average_backward, setup_context=_remember_group)

@@ -6,16 +6,22 @@ a scale, the queue may be overwritten in place between the two, and nothing of s
 are float32 (float64 for float64 inputs) whatever the dtype of the operands and whatever autocast says.
 
 Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in cache.
+
+With a ``group``, every process holds a part of the queue. Each then sees all queries, takes their partial sums over its
+own rows, sends every process the partials of its queries, and merges what it receives: exactly the softmax over all
+rows, with one gather of the queries and one exchange of partials, both independent of K.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
+from kernels.group import exchange, gather, group_name, world
 from kernels.selection import check_floating, choose, refuse_double_backward
 
 CHUNK_ELEMENTS = 1 << 17
@@ -35,6 +41,7 @@ def queue_infonce(
     impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
     precision: Literal["ieee", "tf32"] = "ieee",
     own: tuple[Tensor, Tensor] | None = None,
+    group: dist.ProcessGroup | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
 
@@ -52,6 +59,8 @@ def queue_infonce(
         precision: how the Triton path multiplies float32 operands.
         own: (index [B], queue_index [K]) int64: queue row j is no negative of query i, nor counted in its rank, where
             queue_index[j] == index[i]. The chunked path takes it, on a GPU too.
+        group: processes that hold a part of the queue each (``queue`` is this one's, of any length) and equally many
+            queries. Every one gets the loss, gradients and ranks of its own queries against all parts.
 
     Returns:
         loss, or (loss, rank): loss float32 (float64 for float64 inputs), rank int64 with the shape of the queries.
@@ -59,7 +68,8 @@ def queue_infonce(
 
     Raises:
         TypeError: an argument is not a floating tensor, temperature is not a number, or own not int64.
-        ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option.
+        ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option, or a group with
+            ``impl="reference"``.
         RuntimeError: second derivatives (``create_graph=True``) of a fused path.
     """
     _check(q, k, queue, temperature, reduction, precision)
@@ -70,7 +80,10 @@ def queue_infonce(
     unsupported = "float64 is not supported" if widest == torch.float64 else unsupported
     unsupported = unsupported if own is None else "own rows are not left out by the kernel"
     chosen = choose("queue_infonce", impl, queue, fast="chunked", unsupported=unsupported)
+    name = group_name(group)
     if chosen == "reference":
+        if name:
+            raise ValueError("queue_infonce: impl='reference' knows one process; use impl='chunked' with a group")
         with torch.autocast(q.device.type, enabled=False):
             return reference.infonce(
                 q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, own=own
@@ -80,7 +93,7 @@ def queue_infonce(
     with_dq = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     loss, _, rank = torch.ops.ppssl.infonce(
         q.reshape(-1, q.shape[-1]), k.expand(q.shape).reshape(-1, q.shape[-1]), queue.detach(), float(temperature),
-        with_dq, return_rank, chosen, precision, index, queue_index,
+        with_dq, return_rank, chosen, precision, name, index, queue_index,
     )
     loss = loss.view(shape)
     if reduction != "none":
@@ -157,15 +170,28 @@ def _check_own(own: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> None:
 @torch.library.custom_op("ppssl::infonce", mutates_args=())
 def _infonce(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, impl: str, precision: str,
-    index: Tensor | None = None, queue_index: Tensor | None = None,
+    group: str = "", index: Tensor | None = None, queue_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
     if impl == "triton":
         from kernels import infonce_triton
 
-        return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
+        if not group:
+            return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
+        q, k = (x.to(queue.dtype).float() for x in (q, k))  # what the kernel multiplies
     with torch.autocast(q.device.type, enabled=False):
-        return _chunked(q, k, queue, temperature, with_dq, with_rank, index, queue_index)
+        dtype = _compute_dtype(q, k, queue)
+        q, k = q.to(dtype), k.to(dtype)
+        if not group:
+            part = partial(q, k, queue, temperature, with_dq, with_rank, index, queue_index)
+            return finish(part, q, k, temperature)
+        every_q, every_k = gather(torch.cat([q, k], 1), group).chunk(2, 1)
+        if impl == "triton":
+            part = infonce_triton.partial(every_q, every_k, queue, temperature, with_dq, with_rank, precision)
+        else:
+            every_index = None if index is None else gather(index, group)
+            part = partial(every_q, every_k, queue, temperature, with_dq, with_rank, every_index, queue_index)
+        return finish(merge(_send_home(part, group)), q, k, temperature)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -173,7 +199,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @_infonce.register_fake
-def _(q, k, queue, temperature, with_dq, with_rank, impl, precision, index=None, queue_index=None):
+def _(q, k, queue, temperature, with_dq, with_rank, impl, precision, group="", index=None, queue_index=None):
     batch, dim = q.shape
     dtype = _compute_dtype(q, k, queue)
     return (
@@ -212,6 +238,7 @@ def _backward(ctx, grad_loss, grad_dq, grad_rank):
         None,  # with_rank
         None,  # impl
         None,  # precision
+        None,  # group
         None,  # index
         None,  # queue_index
     )
@@ -220,17 +247,29 @@ def _backward(ctx, grad_loss, grad_dq, grad_rank):
 _infonce.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _chunked(
+class Partial(NamedTuple):
+    """What some rows of the queue add to the softmax of every query, relative to their own maximum ``top``."""
+
+    top: Tensor
+    """[B] largest score (natural units, / temperature); at least the positive's in the chunked path."""
+    total: Tensor
+    """[B] sum of exp(score - top)."""
+    rank: Tensor
+    """[B] int64 rows above the positive, or [0]."""
+    weighted: Tensor
+    """[B, D] sum of exp(score - top) * row, or [0, D]."""
+
+
+def partial(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, index: Tensor | None = None,
     queue_index: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Partial:
     """The online softmax (Milakov and Gimelshein 2018) over blocks of queue rows; extra memory independent of K."""
-    dtype = _compute_dtype(q, k, queue)
+    dtype = q.dtype
     batch, dim = q.shape
     size = queue.shape[0]
     rows = min(size, max(64, CHUNK_ELEMENTS // batch))
-    k = k.to(dtype)
-    scaled = q.to(dtype) / temperature
+    scaled = q / temperature
     positive = (scaled * k).sum(1)
     # The positive is the first reference point, and stays out of the sums: 1 - p would cancel if it were in them.
     top = positive.clone()
@@ -255,8 +294,48 @@ def _chunked(
         if with_dq:
             weighted.mul_(shrink[:, None]).addmm_(weights, block)
         top = new_top
-    whole = total + torch.exp(positive - top)
+    return Partial(top, total, rank, weighted)
+
+
+def merge(parts: Partial) -> Partial:
+    """The partial of all rows from those of S disjoint parts, stacked along a first axis."""
+    top = parts.top.amax(0)
+    shrink = torch.exp(parts.top - top)
+    weighted = torch.einsum("sb,sbd->bd", shrink, parts.weighted) if parts.weighted.shape[1] else parts.weighted[0]
+    return Partial(top, (parts.total * shrink).sum(0), parts.rank.sum(0), weighted)
+
+
+def finish(part: Partial, q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, dloss/dq or [0, D], rank or [0]): the partial of all rows with the positive added."""
+    positive = (q / temperature * k).sum(1)
+    top = torch.maximum(part.top, positive)
+    shrink = torch.exp(part.top - top)
+    total = part.total * shrink
+    own = torch.exp(positive - top)
+    whole = total + own
     loss = torch.where(top == positive, torch.log1p(total), (top - positive) + torch.log(whole))
-    if with_dq:
-        weighted.addcmul_(total[:, None], k, value=-1).div_((whole * temperature)[:, None])
-    return loss, weighted, rank
+    dq = part.weighted
+    if len(dq):
+        # in place: the partial is spent
+        dq = dq.mul_(shrink[:, None]).addcmul_(total[:, None], k, value=-1).div_((whole * temperature)[:, None])
+    return loss, dq, part.rank
+
+
+def _send_home(part: Partial, group: str) -> Partial:
+    """From partials of all queries over this process's rows to those of its own queries over every process's, stacked.
+    One exchange: the counts travel as the bits of a float of their width."""
+    dtype, processes = part.top.dtype, world(group)
+    integers = torch.int64 if dtype == torch.float64 else torch.int32
+    columns = [part.top[:, None], part.total[:, None]]
+    if len(part.rank):
+        columns.append(part.rank.to(integers)[:, None].view(dtype))
+    if len(part.weighted):
+        columns.append(part.weighted)
+    packed = torch.cat(columns, 1)
+    share = [len(packed) // processes] * processes
+    received = exchange(packed, share, share, group).view(processes, share[0], -1)
+    top, total, rest = received[..., 0], received[..., 1], received[..., 2:]
+    rank = torch.zeros((processes, 0), dtype=torch.int64, device=top.device)
+    if len(part.rank):
+        rank, rest = rest[..., :1].contiguous().view(integers)[..., 0].long(), rest[..., 1:]
+    return Partial(top, total, rank, rest if len(part.weighted) else part.weighted.expand(processes, 0, -1))

@@ -13,6 +13,7 @@ Extra memory: splits x B x (D + 3) x 4 bytes, with at most as many splits as the
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
+from kernels.infonce import Partial, merge
 from kernels.selection import interpreting
 
 LN2 = tl.constexpr(math.log(2))
@@ -247,10 +249,23 @@ def operand_key(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
-def forward(
+class Splits(NamedTuple):
+    """What the split kernel leaves: S splits of the queue, PARTS halves of a wide gradient. Scores are in log2."""
+
+    top: Tensor
+    """[PARTS, S, B]"""
+    total: Tensor
+    """[S, B]"""
+    rank: Tensor
+    """[S, B] int32, or a tensor without meaning."""
+    weighted: Tensor
+    """[S, B, D], or a tensor without meaning."""
+
+
+def _splits(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
+) -> Splits:
+    """Launches the split kernel over the whole queue."""
     batch, dim = q.shape
     size = queue.shape[0]
     interpreted = interpreting()
@@ -266,18 +281,15 @@ def forward(
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    top, total = new(parts, splits, batch), new(splits, batch)
+    top, total = new(parts if with_dq else 1, splits, batch), new(splits, batch)
     ranks = new(splits, batch, dtype=torch.int32) if with_rank else top
     weighted = new(splits, batch, dim) if with_dq else top
-    loss, dq = new(batch), new(batch if with_dq else 0, dim)
-    rank = new(batch if with_rank else 0, dtype=torch.int64)
-    scale = math.log2(math.e) / temperature
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     with torch.cuda.device_of(q):
         for part in range(parts if with_dq else 1):
             _split_kernel[(triton.cdiv(batch, config.rows), splits)](
                 q, k, queue, top[part], total, ranks, weighted,
-                batch, size, chunk, dim, *strides, queue.stride(0), queue.stride(1), scale,
+                batch, size, chunk, dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+                queue.stride(0), queue.stride(1), math.log2(math.e) / temperature,
                 PART=part,
                 PARTS=parts,
                 WITH_DQ=with_dq,
@@ -293,19 +305,49 @@ def forward(
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
+    return Splits(top, total, ranks, weighted)
+
+
+def forward(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
+    batch, dim = q.shape
+    top, total, ranks, weighted = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    loss = torch.empty(batch, dtype=torch.float32, device=q.device)
+    dq = torch.empty((batch if with_dq else 0, dim), dtype=torch.float32, device=q.device)
+    rank = torch.empty(batch if with_rank else 0, dtype=torch.int64, device=q.device)
+    with torch.cuda.device_of(q):
         _merge_kernel[(batch,)](
             q, k, top, total, ranks, weighted, loss, dq, rank,
-            batch, splits, dim, *strides, scale, 1 / temperature,
+            batch, total.shape[0], dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            math.log2(math.e) / temperature, 1 / temperature,
             OPERAND=OPERANDS[queue.dtype],
-            PARTS=parts if with_dq else 1,
+            PARTS=top.shape[0],
             WITH_DQ=with_dq,
             WITH_RANK=with_rank,
             BLOCK_S=MERGE_SPLITS,
             BLOCK_D=max(32, triton.next_power_of_2(dim)),
-            PART_D=columns,
+            PART_D=block_d(dim),
             num_warps=4,
         )
     return loss, dq, rank
+
+
+def partial(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
+) -> Partial:
+    """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
+    top, total, ranks, weighted = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    if len(top) == 2:  # the upper half of the gradient was summed relative to a maximum of its own
+        weighted[..., block_d(q.shape[1]) :] *= torch.exp2(top[1] - top[0])[..., None]
+    splits = total.shape[0]
+    return merge(Partial(
+        top[0] * LN2.value,
+        total,
+        ranks.long() if with_rank else torch.zeros((splits, 0), dtype=torch.int64, device=q.device),
+        weighted if with_dq else weighted.new_zeros((splits, 0, q.shape[1])),
+    ))  # fmt: skip
 
 
 def variants(arch: str) -> list[Variant]:

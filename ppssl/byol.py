@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_norm, projection_head
+from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
+from ppssl.encoder import Encoder, FeatureNet, global_average_pool, projection_head
 from ppssl.method import Batch, Method, Output, register
 from ppssl.momentum import key_copy, parameter_pairs
 from ppssl.span import span
@@ -37,7 +38,9 @@ class BYOL(Method):
     def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> BYOL:
         group_batch_norm(network.trunk, cfg.bn.groups)
         head = projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim)
-        return cls(network, head, dim=cfg.encoder.dim)
+        method = cls(network, group_batch_norm(head, cfg.bn.groups), dim=cfg.encoder.dim)
+        group_batch_norm(method.predictor, cfg.bn.groups)
+        return method
 
     @property
     def network(self) -> FeatureNet:
@@ -45,6 +48,10 @@ class BYOL(Method):
 
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         return parameter_pairs(self.online, self.target)
+
+    def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
+        self.group = group
+        distribute_batch_norm(self, group, sync=sync_bn)
 
     def forward(self, batch: Batch) -> Output:
         with span("key_fwd"), torch.no_grad():

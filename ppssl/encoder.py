@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ppssl.ops import maxout, maxout_image
+from ppssl.batch_norm import parts_here, update_running_statistics
+from ppssl.ops import gather, maxout, maxout_image, own, world
 
 _RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -135,6 +136,7 @@ class MaskBranch(nn.Module):
 
     ``minmax``: ``batch`` scales by the extremes of the whole batch (published), ``image`` per image, so that no image depends on
     its batch mates. ``groups`` batch statistics are taken over that many equal parts of the batch (imitates as many processes).
+    ``group`` names the processes that share the batch, with whose images it is always scaled; ``sync`` shares the statistics too.
     """
 
     def __init__(self, channels: int, width: int = 32, *, minmax: str = "batch", groups: int = 1):
@@ -142,19 +144,30 @@ class MaskBranch(nn.Module):
         self.conv = nn.Conv2d(channels, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.minmax, self.groups = minmax, groups
+        self.group, self.sync = "", False
+
+    def distribute(self, group: str, *, sync: bool) -> None:
+        """Makes this one of the processes of ``group``."""
+        self.group, self.sync, self.groups = group, sync, parts_here(self.groups, group, sync=sync)
 
     def forward(self, feature: Tensor) -> Masked:
         """[B, C, h, w] -> mask [B, h, w], pooled [B, C]. In training mode the running statistics move."""
-        if self.groups == 1 or not self.training:
-            out = maxout(feature, self.conv.weight.flatten(1), *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=self.minmax)
-            update_running_statistics(self.bn, out.mean, out.var, feature.numel() // feature.shape[1])
+        weight = self.conv.weight.flatten(1)
+        group = self.group if self.training else ""
+        if not self.training or self.groups == 1 and (self.sync or not group or self.minmax == "image"):
+            shared = group if self.sync else ""
+            out = maxout(feature, weight, *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=self.minmax, group=shared)
+            update_running_statistics(self.bn, out.mean, out.var, feature.numel() // feature.shape[1] * world(shared))
             return Masked(out.mask, out.pooled)
         parts = feature.chunk(self.groups)
-        weight = self.conv.weight.flatten(1)
         outs = [maxout(p, weight, *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=None) for p in parts]
         mean, var = (torch.stack(t).mean(0) for t in zip(*[(o.mean, o.var) for o in outs], strict=True))
         update_running_statistics(self.bn, mean, var, parts[0].numel() // feature.shape[1])
-        mask = scale_to_unit(torch.cat([o.mask for o in outs]), self.minmax)  # the scaling is global, as over processes
+        mask = torch.cat([o.mask for o in outs])
+        if self.minmax == "batch":
+            mask = own(scale_to_unit(gather(mask, group), "batch"), group)  # the scaling is global, over parts and processes
+        else:
+            mask = scale_to_unit(mask, self.minmax)
         return Masked(mask, (mask[:, None].to(feature.dtype) * feature).mean(dim=(2, 3)))
 
 
@@ -162,7 +175,8 @@ class ImageMaskBranch(nn.Module):
     """IADM's image branch: the same mask from the image's three channels, pooled to the feature map's size.
 
     ``bn`` is the feature branch's own module when it is shared (published: two statistics mix in one buffer), a fresh one
-    otherwise.
+    otherwise. Its batch statistics are nine moments of the colours of the whole batch, over all parts and all processes of
+    ``group``.
     """
 
     def __init__(self, width: int, bn: nn.BatchNorm2d | None, *, minmax: str, pool: str):
@@ -170,19 +184,24 @@ class ImageMaskBranch(nn.Module):
         self.conv = nn.Conv2d(3, width, 1, bias=False)
         self.own_bn = nn.BatchNorm2d(width) if bn is None else None
         self._shared = (bn,)  # in a tuple: shared, not owned, so its tensors appear once in the state dict
-        self.minmax, self.pool = minmax, pool
+        self.minmax, self.pool, self.group = minmax, pool, ""
 
     @property
     def bn(self) -> nn.BatchNorm2d:
         return self._shared[0] if self.own_bn is None else self.own_bn
 
+    def distribute(self, group: str, *, sync: bool) -> None:
+        """Makes this one of the processes of ``group``, which share these statistics with or without ``sync``."""
+        self.group = group
+
     def forward(self, images: Tensor, cell: int) -> Tensor:
         """[B, 3, S, S] -> [B, S / cell, S / cell]; ``cell`` in pixels."""
+        group = self.group if self.training else ""
         out = maxout_image(
             images, self.conv.weight.flatten(1), *_bn_arguments(self.bn), **_bn_mode(self.bn),
-            cell=cell, minmax=self.minmax, pool=self.pool,
+            cell=cell, minmax=self.minmax, pool=self.pool, group=group,
         )  # fmt: skip
-        update_running_statistics(self.bn, out.mean, out.var, images.numel() // 3)
+        update_running_statistics(self.bn, out.mean, out.var, images.numel() // 3 * world(group))
         return out.mask
 
 
@@ -199,54 +218,6 @@ def _bn_arguments(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 def _bn_mode(bn: nn.BatchNorm2d) -> dict:
     return dict(running_mean=bn.running_mean, running_var=bn.running_var, training=bn.training, eps=bn.eps)
-
-
-@torch.no_grad()
-def update_running_statistics(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves ``bn``'s buffers by its momentum towards a batch's mean and biased variance over ``count`` values a channel."""
-    if bn.training:
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-        bn.running_var.lerp_((var * (count / max(1, count - 1))).to(bn.running_var.dtype), bn.momentum)
-
-
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """Batch-norm whose statistics are taken over ``groups`` equal parts of the batch: what as many processes without SyncBN
-    compute. The running statistics move towards the mean of the groups'."""
-
-    def __init__(self, num_features: int, groups: int, eps: float, momentum: float):
-        super().__init__(num_features, eps=eps, momentum=momentum)
-        self.groups = groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.shape[0] < self.groups:
-            return super().forward(x)
-        if x.shape[0] % self.groups:
-            raise ValueError(f"bn.groups: {self.groups} does not divide the batch of {x.shape[0]}; choose a divisor")
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        parts = []
-        for part in x.chunk(self.groups):
-            # with momentum 1 the buffers become this part's own mean and unbiased variance
-            m, v = torch.zeros_like(mean), torch.ones_like(var)
-            parts.append(F.batch_norm(part, m, v, self.weight, self.bias, True, 1.0, self.eps))
-            mean, var = mean + m / self.groups, var + v / self.groups
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var, self.momentum)
-        return torch.cat(parts)
-
-
-def group_batch_norm(module: nn.Module, groups: int) -> nn.Module:
-    """Replaces every BatchNorm2d in ``module`` by a grouped one with the same tensors; ``groups`` 1 changes nothing."""
-    if groups == 1:
-        return module
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            grouped = GroupedBatchNorm2d(child.num_features, groups, child.eps, child.momentum)
-            grouped.load_state_dict(child.state_dict())
-            setattr(module, name, grouped)
-        else:
-            group_batch_norm(child, groups)
-    return module
 
 
 class FeatureNet(nn.Module):

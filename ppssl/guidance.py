@@ -18,12 +18,15 @@ class Comparison(Protocol):
     reduction: str
 
 
-def contrast_gradients(losses: Tensor, by: Sequence[Tensor], *, of: str, loss_scale: Tensor | None) -> list[Tensor]:
+def contrast_gradients(
+    losses: Tensor, by: Sequence[Tensor], *, of: str, loss_scale: Tensor | None, processes: int = 1
+) -> list[Tensor]:
     """d(losses)/d(x) for each x of ``by``, float32, without a graph of their own.
 
-    losses: [B]. of: ``sum``, every sample's own gradient, or ``mean``, that divided by B. loss_scale: ``Method.loss_scale``.
+    losses: [B]. of: ``sum``, every sample's own gradient, or ``mean``, that divided by the B of all ``processes``. loss_scale:
+    ``Method.loss_scale``.
     """
-    loss = losses.sum() if of == "sum" else losses.mean()
+    loss = losses.sum() if of == "sum" else losses.mean() / processes
     scale = 1.0 if loss_scale is None else loss_scale
     # only data gradients: asking for these inputs alone leaves every weight gradient out of this pass
     return [g.float() / scale for g in torch.autograd.grad(loss * scale, list(by), retain_graph=True)]

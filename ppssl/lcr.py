@@ -20,7 +20,7 @@ from ppssl.encoder import FeatureNet, MaskBranch, Trunk, global_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import Batch, Output, register
 from ppssl.moco import MoCo, contrast_accuracy
-from ppssl.ops import gradcam
+from ppssl.ops import gradcam, world
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -110,13 +110,17 @@ class LCR(MoCo):
             cam = self.cam(losses, feature)
         with span("losses"):
             rationale = spatial_kl(cam, mask, self.form)
+            if self.form.reduction == "sum":
+                rationale = rationale * world(self.group)  # the engine averages over the processes
         total = contrast + self.form.weight * rationale
         terms = {"contrast": contrast.detach(), "rationale": rationale.detach()}
         return Output(total, terms, k, contrast_accuracy(rank))
 
     def cam(self, losses: Tensor, feature: Tensor) -> Tensor:
         """relu(+-sum_c F_c * dL_con/dF_c) [B, h, w] float32; the derivative is a constant, F is one only if ``form.detach``."""
-        (gradient,) = contrast_gradients(losses, [feature], of=self.form.cam_loss, loss_scale=self.loss_scale)
+        (gradient,) = contrast_gradients(
+            losses, [feature], of=self.form.cam_loss, loss_scale=self.loss_scale, processes=world(self.group)
+        )
         act = feature.detach() if self.form.detach else feature
         sign = 1 if self.form.sign == "plus" else -1
         return scale_cam(gradcam(act, gradient, size=tuple(feature.shape[2:]), sign=sign), self.form.cam_scale)

@@ -73,6 +73,9 @@ class LDFS(MoCo):
             **cls.contrast_arguments(cfg, network),
         )
 
+    def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
+        raise NotImplementedError("method.name: ldfs runs in one process only: its noise and its statistics are the batch's")
+
     def forward(self, batch: Batch) -> Output:
         with span("query_fwd"):
             y = global_average_pool(self.encoder_q.trunk(batch.x_q)).float()  # [B, C]

@@ -53,6 +53,16 @@ class Method(nn.Module):
     """fp16 only, set by the engine: factor for gradients taken inside ``forward`` (they are divided by it in float32)."""
     progress: Tensor | None = None
     """Share of the run that is done, 0-d float32 in [0, 1], set by the engine; for warm-ups."""
+    group = ""
+    """Name of the processes that share each batch (kernels/group.py), "" for this one alone; see ``distribute``."""
+
+    def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
+        """Makes this one of the processes of ``group``, called before the first step: from then on ``forward`` gets an equal share
+        of the global batch in the order of the ranks, ``enqueue`` this share's keys, and the engine averages losses, gradients
+        and running statistics. A loss that is a mean needs nothing; one that is a sum is to be multiplied by the processes.
+        sync_bn: batch statistics over all processes; shard_queue: each holds a part of the queue.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.distribute: this method runs in one process only")
 
     skip: Tensor | None = None
     """0-d bool, set by the engine: true where this step's numbers are not finite and ``enqueue`` is to change nothing."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppssl.encoder import Encoder, FeatureNet, global_average_pool, group_batch_norm, projection_head
+from ppssl.batch_norm import distribute_batch_norm, group_batch_norm, parts_here, shuffle, unshuffle
+from ppssl.encoder import Encoder, FeatureNet, ImageMaskBranch, MaskBranch, global_average_pool, projection_head
 from ppssl.method import Batch, Method, Output, register
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
-from ppssl.ops import gradcam, queue_infonce
+from ppssl.ops import gather, gradcam, queue_infonce
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -20,7 +21,8 @@ class MoCo(Method):
     """``L = mean_b[ lse(q.k / T, q.queue / T) - q.k / T ]`` with ``q = l2(g(gap(f(x_q))))`` and ``k`` the momentum network's.
 
     ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. mask_own: the sum over the queue leaves out keys of
-    the query's own image from earlier epochs (about K / N of them among N images), which are no negatives.
+    the query's own image from earlier epochs (about K / N of them among N images), which are no negatives. ``bn_groups`` parts of
+    the global batch have batch statistics of their own; the key network then sees other parts than the query network does.
     """
 
     def __init__(
@@ -33,8 +35,12 @@ class MoCo(Method):
         queue_dtype: torch.dtype = torch.float32,
         temperature: float = 0.2,
         mask_own: bool = False,
+        bn_groups: int = 1,
     ):
         super().__init__()
+        self.bn_groups = bn_groups
+        group_batch_norm(network.trunk, bn_groups)
+        group_batch_norm(head, bn_groups)
         self.encoder_q = Encoder(network.trunk, head)
         self.encoder_k = key_copy(self.encoder_q)
         self.queue = KeyQueue(queue_size, dim, queue_dtype, remember=mask_own)
@@ -47,7 +53,6 @@ class MoCo(Method):
     @staticmethod
     def contrast_arguments(cfg: Any, network: FeatureNet) -> dict[str, Any]:
         """The keyword arguments every queue-contrasting method shares. ``queue.dtype`` has been resolved by the engine."""
-        group_batch_norm(network.trunk, cfg.bn.groups)
         return dict(
             head=projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim),
             dim=cfg.encoder.dim,
@@ -55,6 +60,7 @@ class MoCo(Method):
             queue_dtype=getattr(torch, cfg.queue.dtype),
             temperature=cfg.contrast.temperature,
             mask_own=cfg.queue.mask_own,
+            bn_groups=cfg.bn.groups,
         )
 
     @property
@@ -64,23 +70,37 @@ class MoCo(Method):
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         return parameter_pairs(self.encoder_q, self.encoder_k)
 
+    def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
+        parts_here(self.bn_groups, group, sync=sync_bn)  # refuses what does not divide
+        self.group = group
+        for encoder in (self.encoder_q, self.encoder_k):
+            distribute_batch_norm(encoder, group, sync=sync_bn)
+        for module in self.modules():
+            if isinstance(module, (MaskBranch, ImageMaskBranch)):
+                module.distribute(group, sync=sync_bn)
+        if shard_queue:
+            self.queue.shard(group)
+
     @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
         with span("enqueue"):
-            self.queue.push(keys, index, self.skip)
+            self.queue.push(gather(keys, self.group), gather(index, self.group), self.skip)
 
     @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] of the key network."""
         with span("key_fwd"):
-            return self.encoder_k(x_k)
+            if self.bn_groups == 1 or not self.encoder_k.training:
+                return self.encoder_k(x_k)
+            return unshuffle(self.encoder_k(shuffle(x_k, self.bn_groups, self.group)), self.bn_groups, self.group)
 
     def contrast(self, q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first); ``index`` [B] the images."""
         with span("infonce"):
             return queue_infonce(
-                q, k, self.queue.rows, temperature=self.temperature, reduction="none", return_rank=True, own=self.queue.own(index)
-            )
+                q, k, self.queue.held, temperature=self.temperature, reduction="none", return_rank=True, own=self.queue.own(index),
+                group=self.queue.group,
+            )  # fmt: skip
 
     def forward(self, batch: Batch) -> Output:
         with span("query_fwd"):

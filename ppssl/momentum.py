@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ppssl.ops import enqueue
+from ppssl.ops import enqueue, place, world
 
 
 def key_copy(module: nn.Module) -> nn.Module:
@@ -28,28 +30,88 @@ class KeyQueue(nn.Module):
     """A ring of the last K keys, ``rows`` [K, D] unit rows, and the device-side ``pointer`` to the oldest one.
 
     It starts with random directions, as MoCo's does. With ``remember`` it also holds whose keys they are: ``index`` [K] int64,
-    the image of each row, -1 for a random one.
+    the image of each row, -1 for a random one. After ``shard`` each of n processes holds an n-th of the ring; the state
+    dict is that of the whole ring whoever holds it, so that any number of processes continues it.
     """
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, remember: bool = False):
         super().__init__()
         if size < 1:
             raise ValueError(f"queue.size: {size} rows; at least 1 is needed")
+        self.size, self.group = size, ""
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("index", torch.full((size,), -1, dtype=torch.int64) if remember else None)
 
-    @torch.no_grad()
-    def push(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
-        """Overwrites the oldest rows by ``keys`` [B, D] of the images ``index`` [B]; any B. Nothing changes where the 0-d bool
-        ``skip`` is true."""
-        if self.index is not None:
-            size, count = len(self.index), len(index)
-            slots = ((self.pointer + torch.arange(count, device=index.device)) % size)[-size:]
-            whose = index[-size:] if skip is None else torch.where(skip, self.index[slots], index[-size:])
-            self.index.index_copy_(0, slots, whose)
-        enqueue(self.rows, self.pointer, keys, skip)
+    @property
+    def held(self) -> Tensor:
+        """The rows that this process holds: all of them, or its part."""
+        return self.rows[:-1] if self.group else self.rows
 
     def own(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """What ``queue_infonce`` needs to leave out the rows of the queries' own images ``index`` [B]; None unless remembered."""
-        return None if self.index is None else (index, self.index)
+        return None if self.index is None else (index, self.index[:-1] if self.group else self.index)
+
+    def shard(self, group: str) -> None:
+        """Keeps this process's part: rows first <= j < last of the ring, and a spare row that takes what belongs to others."""
+        self.group = group
+        for name in self._ring():
+            setattr(self, name, self._part(getattr(self, name)))
+
+    def _ring(self) -> list[str]:
+        return ["rows"] if self.index is None else ["rows", "index"]
+
+    def _bounds(self) -> tuple[int, int]:
+        n, r = world(self.group), place(self.group)
+        return r * self.size // n, (r + 1) * self.size // n
+
+    def _part(self, whole: Tensor) -> Tensor:
+        first, last = self._bounds()
+        return torch.cat([whole[first:last], whole[:1]])
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
+        """Overwrites the oldest rows by ``keys`` [B, D] of the images ``index`` [B]; any B. Nothing changes where the 0-d bool
+        ``skip`` is true. Where the ring is shared, every process pushes the keys of all."""
+        count, (first, last) = len(keys), self._bounds()
+        slots = ((self.pointer + torch.arange(count, device=keys.device)) % self.size)[-self.size :]
+        if self.group:
+            slots = torch.where((slots >= first) & (slots < last), slots - first, last - first)
+        if self.index is not None:
+            whose = index[-self.size :]
+            self.index.index_copy_(0, slots, whose if skip is None else torch.where(skip, self.index[slots], whose))
+        if not self.group:
+            enqueue(self.rows, self.pointer, keys, skip)
+            return
+        rows = keys[-self.size :].to(self.rows.dtype)
+        self.rows.index_copy_(0, slots, rows if skip is None else torch.where(skip, self.rows[slots], rows))
+        self.pointer.add_(count if skip is None else count * ~skip).remainder_(self.size)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.group:  # every process calls this together; the first one has the ring, in host memory
+            for name in self._ring():
+                destination[prefix + name] = collect(getattr(self, name)[:-1], self.size, self.group)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
+        if self.group:
+            names = [prefix + name for name in self._ring() if prefix + name in state_dict]
+            state_dict = state_dict | {name: self._part(state_dict[name]) for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def collect(part: Tensor, size: int, group: str) -> Tensor:
+    """[size, ...] on the CPU of the first process, part by part so that no device holds it; [0, ...] on the others."""
+    processes = _resolve_process_group(group)
+    n, first = processes.size(), processes.rank() == 0
+    whole = part.new_empty((size if first else 0, *part.shape[1:]), device="cpu")
+    mine = part.cpu()
+    for r in range(n):
+        begin, end = r * size // n, (r + 1) * size // n
+        if first and r == 0:
+            whole[begin:end] = mine
+        elif first:  # as bytes: not every backend sends every type
+            dist.recv(whole[begin:end].view(torch.uint8), group=processes, group_src=r)
+        elif r == processes.rank():
+            dist.send(mine.contiguous().view(torch.uint8), group=processes, group_dst=0)
+    return whole

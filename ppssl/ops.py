@@ -17,6 +17,10 @@ if Path(kernels.__file__).resolve().parent.parent != Path(__file__).resolve().pa
     )
 
 from kernels import augment, enqueue, gradcam, maxout, maxout_image, queue_infonce, recolour  # noqa: E402  (after the check)
+from kernels.group import average, exchange, gather, group_name, own, place, world  # noqa: E402
 from kernels.reference import ViewValues  # noqa: E402
 
-__all__ = ["ViewValues", "augment", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour"]
+__all__ = [
+    "ViewValues", "augment", "average", "enqueue", "exchange", "gather", "gradcam", "group_name", "maxout", "maxout_image", "own",
+    "place", "queue_infonce", "recolour", "world",
+]  # fmt: skip

@@ -21,7 +21,7 @@ from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Trunk
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import Batch, Output, register
 from ppssl.moco import MoCo, contrast_accuracy
-from ppssl.ops import gradcam
+from ppssl.ops import gradcam, world
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -179,6 +179,8 @@ class PPSSL(MoCo):
                 cell = seen.shape[-1] // seen_mask.shape[-1]
                 fitted = seen_mask if self.image_mask is None else self.image_mask(seen, cell=cell)
                 iadm = spatial_kl(cam, fitted, self.form)
+                if self.form.reduction == "sum":
+                    iadm = iadm * world(self.group)  # the engine averages over the processes
             total = total + self.form.iadm_weight * iadm
             terms["iadm"] = iadm.detach()
 
@@ -194,7 +196,9 @@ class PPSSL(MoCo):
     def cam(self, losses: Tensor, activations: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
         sources = [activations[name] for name in self.sources]
-        gradients = contrast_gradients(losses, sources, of=self.form.cam_loss, loss_scale=self.loss_scale)
+        gradients = contrast_gradients(
+            losses, sources, of=self.form.cam_loss, loss_scale=self.loss_scale, processes=world(self.group)
+        )
         sign = 1 if self.form.sign == "plus" else -1
         cam = 0.0
         for x, g in zip(sources, gradients, strict=True):

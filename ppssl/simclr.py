@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppssl.encoder import Encoder, FeatureNet, group_batch_norm, projection_head
+from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
+from ppssl.encoder import Encoder, FeatureNet, projection_head
 from ppssl.method import Batch, Method, Output, register
 from ppssl.moco import contrast_accuracy
+from ppssl.ops import gather
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -37,11 +39,18 @@ class SimCLR(Method):
     def network(self) -> FeatureNet:
         return FeatureNet(self.encoder.trunk)
 
+    def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
+        if not sync_bn:
+            raise ValueError("bn.sync: simclr has both views in one batch-norm; over several processes it needs bn.sync=true")
+        self.group = group
+        distribute_batch_norm(self, group, sync=True)
+
     def forward(self, batch: Batch) -> Output:
         with span("query_fwd"):
             z = self.encoder(torch.cat([batch.x_q, batch.x_k]))  # [2B, D], both views share their batch statistics
         with span("losses"):
-            losses, rank = nt_xent(z, self.temperature)
+            every = torch.cat([gather(views, self.group) for views in z.chunk(2)])  # the negatives are the global batch's
+            losses, rank = nt_xent(every, self.temperature)
             total = losses.mean()
         return Output(total, {"contrast": total.detach()}, z[len(batch.x_q) :].detach(), contrast_accuracy(rank))
 

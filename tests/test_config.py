@@ -203,6 +203,7 @@ def test_missing_file(tmp_path: Path):
         "ema: {decay: -0.1}",
         "contrast: {temperature: 0}",
         "bn: {groups: 3}",
+        "bn: {groups: 2, sync: true}",
         "ais: {weight: -1}",
         "ais: {temperature: 0}",
         "ais: {warmup: 1.5}",

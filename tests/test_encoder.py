@@ -1,4 +1,4 @@
-"""Trunk, heads, mask branch, grouped batch-norm, and the network that is kept."""
+"""Trunk, heads, mask branch, and the network that is kept."""
 
 import pytest
 import torch
@@ -7,10 +7,8 @@ from torch import nn
 
 from ppssl.encoder import (
     FeatureNet,
-    GroupedBatchNorm2d,
     MaskBranch,
     Trunk,
-    group_batch_norm,
     projection_head,
     scale_to_unit,
 )
@@ -85,30 +83,6 @@ def test_scale_to_unit_ranges_over_the_batch_or_each_image() -> None:
     assert torch.allclose(scale_to_unit(z, "batch"), torch.tensor([[[0.0, 0.25]], [[0.5, 1.0]]]), atol=1e-6)
     assert torch.allclose(scale_to_unit(z, "image"), torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]]), atol=1e-6)
     assert torch.equal(scale_to_unit(torch.ones(2, 1, 2), "image"), torch.zeros(2, 1, 2))
-
-
-def test_grouped_batch_norm_equals_one_batch_norm_per_part() -> None:
-    torch.manual_seed(0)
-    x, parts = torch.randn(6, 4, 3, 3), []
-    grouped = group_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), 3)[0]
-    assert isinstance(grouped, GroupedBatchNorm2d)
-    means = []
-    for part in x.chunk(3):
-        alone = nn.BatchNorm2d(4)
-        parts.append(alone(part))
-        means.append((alone.running_mean, alone.running_var))
-    assert torch.allclose(grouped(x), torch.cat(parts), atol=1e-6)
-    for own, theirs in zip((grouped.running_mean, grouped.running_var), zip(*means, strict=True), strict=True):
-        assert torch.allclose(own, torch.stack(theirs).mean(0), atol=1e-6)
-    with pytest.raises(ValueError, match=r"bn\.groups"):
-        grouped(x[:5])
-    assert torch.allclose(
-        grouped.eval()(x), nn.functional.batch_norm(x, *means_of(grouped), grouped.weight, grouped.bias), atol=1e-6
-    )
-
-
-def means_of(bn: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    return bn.running_mean, bn.running_var
 
 
 def test_grouped_mask_branch_normalises_by_part_and_scales_over_all() -> None:

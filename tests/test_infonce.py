@@ -208,7 +208,7 @@ def test_chunked_memory_does_not_grow_with_the_queue():
     for size in (4096, 32768):
         q, k, queue = inputs(Case(64, size, 16, 0.2, ""), torch.bfloat16, torch.device("cpu"))
         with Largest() as largest:
-            module._chunked(q, k, queue, 0.2, True, True)
+            module.partial(q.float(), k.float(), queue, 0.2, True, True)
         assert largest.elements <= module.CHUNK_ELEMENTS
 
 
@@ -240,7 +240,7 @@ def test_one_graph_under_compile(impl, kernel_device):
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_opcheck(impl, kernel_device):
     q, k, queue = inputs(CASES[2], torch.float32, kernel_device)
-    arguments = (q.requires_grad_(), k.requires_grad_(), queue, 0.2, True, True, impl, "ieee")
+    arguments = (q.requires_grad_(), k.requires_grad_(), queue, 0.2, True, True, impl, "ieee", "")
     torch.library.opcheck(torch.ops.ppssl.infonce.default, arguments)
 
 

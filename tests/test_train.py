@@ -221,7 +221,6 @@ def test_bad_input_gives_one_clear_error(override: str, words: tuple[str, ...], 
     ("override", "words"),
     [
         ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
-        ("queue.sharded=true", ("queue.sharded",)),
     ],
 )
 def test_config_errors_have_a_code_of_their_own(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from engine.config import Config
     from engine.data.catalog import ImageList
+    from engine.data.sampler import Share
     from ppssl.method import Batch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,11 +48,13 @@ def cores() -> int:
 
 
 def build_loader(
-    images: ImageList, cfg: Config, device: torch.device | str, *, with_original: bool = False, cache_dir: Path | None = None
-) -> Loader:
+    images: ImageList, cfg: Config, device: torch.device | str, *, with_original: bool = False, cache_dir: Path | None = None,
+    share: Share | None = None,
+) -> Loader:  # fmt: skip
     """The loader that ``data.resident`` and ``data.loader`` name for a training list.
 
     images: every file of an epoch; epochs drop the last partial batch.
+    share: what this process executes of every batch; None is all of it.
     with_original: batches also carry ``x_o``, the un-augmented image (short side resized, centre crop).
     cache_dir: where resident data keeps its decoded images; None keeps them in memory only.
     An explicit ``data.loader`` is never replaced by another. ``auto`` is resident data where memory allows it, else DALI where it
@@ -61,14 +64,15 @@ def build_loader(
     """
     import torch
 
-    from engine.data.sampler import steps_per_epoch
+    from engine.data.sampler import ALL, steps_per_epoch
 
+    share = share or ALL
     steps_per_epoch(len(images), cfg.batch_size)
     choice, device = cfg.data.loader, torch.device(device)
     if cfg.data.resident != "off":
         from engine.data import resident
 
-        loader = resident.build(images, cfg, device, with_original=with_original, cache_dir=cache_dir)
+        loader = resident.build(images, cfg, device, with_original=with_original, cache_dir=cache_dir, share=share)
         if loader is not None:
             return loader
     if choice == "auto":
@@ -81,7 +85,7 @@ def build_loader(
             )
         from engine.data.dali import DaliLoader
 
-        return DaliLoader(images, cfg, device, with_original=with_original)
+        return DaliLoader(images, cfg, device, with_original=with_original, share=share)
     if cfg.data.aug == "dali":
         raise ValueError(
             f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the torchvision loader here; "
@@ -89,7 +93,7 @@ def build_loader(
         )
     from engine.data.torch_loader import TorchLoader
 
-    return TorchLoader(images, cfg, device, with_original=with_original)
+    return TorchLoader(images, cfg, device, with_original=with_original, share=share)
 
 
 def clean_batches(

@@ -17,7 +17,7 @@ from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import ImageList
 from engine.data.execute import Threads, ahead, rows, to_tensors
-from engine.data.sampler import batch_at, steps_per_epoch
+from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from engine.log import say
 from ppssl.method import Batch
@@ -39,9 +39,9 @@ class DaliLoader:
     order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, share: Share = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
-        self._images, self._cfg, self._with_original = images, cfg, with_original
+        self._images, self._cfg, self._with_original, self._share = images, cfg, with_original, share
         self._device = torch.device(device)
         self._gpu = self._device.type == "cuda"
         if self._gpu and self._device.index is None:
@@ -52,7 +52,7 @@ class DaliLoader:
         self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
         self._depth = _PREFETCH
         if self._gpu:
-            batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-cfg.batch_size :].sum())
+            batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-(cfg.batch_size // share.processes) :].sum())
             room = int(MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0])
             self._depth = depth_within(batch, room)
             if self._depth < _PREFETCH:
@@ -106,7 +106,7 @@ class DaliLoader:
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _values(self, step: int) -> tuple[np.ndarray, tuple[ViewValues, ViewValues]]:
-        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size)
+        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._share)
         sizes = self._images.sizes[index]
         query, key = (view_values(self._cfg.seed, epoch, index, view, sizes, self._cfg.data.image_size) for view in (0, 1))
         return index, (query, key)
@@ -155,7 +155,7 @@ class DaliLoader:
             self._dali_colour,
             self._with_original,
             decode,
-            batch_size=self._cfg.batch_size,
+            batch_size=self._cfg.batch_size // self._share.processes,
             num_threads=self._workers,
             device_id=self._device.index if self._gpu else None,
             prefetch_queue_depth=self._depth,

@@ -18,7 +18,7 @@ from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import ImageList
 from engine.data.decoded import Decoded, decode, kept_sizes, total_bytes
 from engine.data.execute import Threads, ahead, rows, to_tensors
-from engine.data.sampler import batch_at, steps_per_epoch
+from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from engine.log import say
 from ppssl.method import Batch
@@ -105,8 +105,9 @@ def free_host_bytes() -> int:
 
 
 def build(
-    images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, cache_dir: Path | None = None
-) -> ResidentLoader | None:
+    images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, cache_dir: Path | None = None,
+    share: Share = ALL,
+) -> ResidentLoader | None:  # fmt: skip
     """The resident loader that ``data.resident`` asks for, None for off. Memory that is short all the same makes ``auto`` go down
     one level. Raises as ``plan`` does, BrokenFile naming a file that no longer decodes."""
     found = plan(images, cfg, device)
@@ -118,7 +119,7 @@ def build(
     while found.where != "off":
         try:
             decoded = decode(images, short_side=found.short_side, cache_dir=cache_dir, workers=cfg.data.workers)
-            return ResidentLoader(images, decoded, found, cfg, device, with_original=with_original)
+            return ResidentLoader(images, decoded, found, cfg, device, with_original=with_original, share=share)
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
             if cfg.data.resident != "auto":
                 raise
@@ -132,10 +133,12 @@ class ResidentLoader:
     makes both views of a batch; only values cross over, and with ``host`` the batch's images, from pinned memory."""
 
     def __init__(
-        self, images: ImageList, decoded: Decoded, where: Plan, cfg: Config, device: torch.device, *, with_original: bool = False
-    ):
+        self, images: ImageList, decoded: Decoded, where: Plan, cfg: Config, device: torch.device, *, with_original: bool = False,
+        share: Share = ALL,
+    ):  # fmt: skip
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         self._images, self._decoded, self._cfg, self._with_original = images, decoded, cfg, with_original
+        self._share = share
         self._gpu = device.type == "cuda"
         if self._gpu and device.index is None:  # the thread that works ahead has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
@@ -237,7 +240,7 @@ class ResidentLoader:
 
     def _inputs(self, step: int) -> tuple[np.ndarray, object, Tensor, Tensor]:
         """Positions [B], and for the query views followed by the key views [2B]: values, offsets, sizes."""
-        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size)
+        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._share)
         listed, kept = self._images.sizes[index], self._decoded.sizes[index]
         side = self._cfg.data.image_size
         values = [_fitted(view_values(self._cfg.seed, epoch, index, view, listed, side), listed, kept) for view in (0, 1)]

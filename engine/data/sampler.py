@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.data.views import ORDER_STREAM, philox4x32, seed_key
+
+
+class Share(NamedTuple):
+    """Which part of every batch one of several processes executes: equal stretches in the order of the ranks."""
+
+    rank: int
+    processes: int
+
+
+ALL = Share(0, 1)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -27,13 +38,14 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return _order(int(seed), int(epoch), int(n))
 
 
-def batch_at(seed: int, step: int, n: int, batch_size: int) -> tuple[int, npt.NDArray[np.int64]]:
-    """(epoch, positions [batch_size]) of global step ``step`` (from 0, counted over all epochs)."""
+def batch_at(seed: int, step: int, n: int, batch_size: int, share: Share = ALL) -> tuple[int, npt.NDArray[np.int64]]:
+    """(epoch, positions [batch_size]) of global step ``step`` (from 0, counted over all epochs); of them ``share``."""
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, batch_size))
-    first = step_in_epoch * batch_size
-    return epoch, epoch_order(seed, epoch, n)[first : first + batch_size]
+    each = batch_size // share.processes
+    first = step_in_epoch * batch_size + share.rank * each
+    return epoch, epoch_order(seed, epoch, n)[first : first + each]
 
 
 @lru_cache(maxsize=4)  # batch_at asks for the same epoch at every step

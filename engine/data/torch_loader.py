@@ -15,7 +15,7 @@ from torchvision.transforms import functional as F
 from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, cores
 from engine.data.catalog import BrokenFile, ImageList
-from engine.data.sampler import batch_at, steps_per_epoch
+from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
 
@@ -71,7 +71,7 @@ class TorchLoader:
     pixels, which are normalised here on the device.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, share: Share = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         workers = cores() if cfg.data.workers is None else cfg.data.workers
         self.name = f"torch ({workers} workers)"
@@ -80,7 +80,7 @@ class TorchLoader:
         self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
         self._steps = _Steps()
         self._loader = DataLoader(
-            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_original),
+            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_original, share),
             batch_size=None,
             sampler=self._steps,
             num_workers=workers,
@@ -139,9 +139,9 @@ class _StepDataset(Dataset):
     """Step -> (x_q, x_k, x_o | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
     function of the step."""
 
-    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_original: bool):
+    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_original: bool, share: Share):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
-        self.with_original = with_original
+        self.with_original, self.share = with_original, share
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | str:
         try:
@@ -150,7 +150,7 @@ class _StepDataset(Dataset):
             return str(error)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size)
+        epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.share)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
         shape = (3 if self.with_original else 2, len(index), self.side, self.side, 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,27 +18,33 @@ from engine.config import Config
 from engine.data import clean_batches
 from engine.data.catalog import ImageList
 from engine.data.views import clean_resize
+from engine.distributed import gather_rows
 from engine.log import console, say
+from ppssl.ops import place, world
 
 _VERSION = 1
 """Of what a kept file holds and of how an image becomes a feature; another one makes all features anew."""
 
 
 @torch.no_grad()
-def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.device) -> Tensor:
+def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.device, group: str = "") -> Tensor:
     """[N, C] float32 features on ``device``: short side 256/224 of ``data.image_size``, centre crop, under the run's
     ``amp``, modules in eval mode meanwhile. In file order at ``eval.batch_size``: in form ``published`` the mask is
-    scaled over the batch, so that both are part of the result.
+    scaled over the batch, so that both are part of the result. The processes of ``group`` do some batches each, and all
+    get all features.
 
     Raises ``BrokenFile`` naming a file that no longer opens.
     """
+    each = -(-len(images) // (cfg.eval.batch_size * world(group))) * cfg.eval.batch_size  # whole batches
+    first = place(group) * each
+    mine = replace(images, names=images.names[first : first + each]) if group else images
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     rows: list[Tensor] = []
     try:
         with precision.resolve(cfg.amp, device).autocast():
             for x, _ in clean_batches(
-                images,
+                mine,
                 resize=clean_resize(cfg.data.image_size),
                 crop=cfg.data.image_size,
                 batch_size=cfg.eval.batch_size,
@@ -46,10 +52,13 @@ def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.de
                 device=device,
             ):
                 rows.append(network(x).float())
+            if not rows:  # more processes than batches: this one brings nothing, in the width of the others
+                side = cfg.data.image_size
+                rows.append(network(torch.zeros(1, 3, side, side, device=device))[:0].float())
     finally:
         for module, training in modes:
             module.training = training
-    return torch.cat(rows)
+    return gather_rows(torch.cat(rows), len(images), each, group)
 
 
 def of_run(run: Run, images: ImageList, split: str, folder: Path, device: torch.device) -> Tensor:

@@ -1,0 +1,170 @@
+"""Batch-norm whose statistics are taken over parts of a batch, or over the batches of several processes."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.nn.modules._functions import SyncBatchNorm as FusedSync
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ppssl.ops import average, exchange, place, world
+
+
+class GroupedBatchNorm(_BatchNorm):
+    """Batch-norm whose statistics are taken over ``groups`` equal parts of the batch: what as many processes without SyncBN
+    compute. The running statistics move towards the mean of the groups'."""
+
+    groups = 1
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """[B, C] and [B, C, H, W] alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.groups == 1 or x.shape[0] < self.groups:
+            return super().forward(x)
+        if x.shape[0] % self.groups:
+            raise ValueError(f"bn.groups: {self.groups} does not divide the batch of {x.shape[0]}; choose a divisor")
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        parts = []
+        for part in x.chunk(self.groups):
+            # with momentum 1 the buffers become this part's own mean and unbiased variance
+            m, v = torch.zeros_like(mean), torch.ones_like(var)
+            parts.append(F.batch_norm(part, m, v, self.weight, self.bias, True, 1.0, self.eps))
+            mean, var = mean + m / self.groups, var + v / self.groups
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var, self.momentum)
+        return torch.cat(parts)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch-norm over the batches of all processes of ``group`` together, which must be equally large.
+
+    On a GPU it is torch's own. On a CPU, where torch has none, and inside a compiled graph, where torch's would wait for the
+    device, it is the same formula on averages over the processes, which autograd differentiates.
+    """
+
+    group = ""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """[B, C] and [B, C, H, W] alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.group:
+            return super().forward(x)
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return FusedSync.apply(
+                x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum,
+                _resolve_process_group(self.group), world(self.group),
+            )  # fmt: skip
+        rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # [..., C]
+        dims = tuple(range(rows.dim() - 1))
+        mean = average(rows.mean(dims), self.group)
+        centred = rows - mean
+        var = average(centred.square().mean(dims), self.group)
+        update_running_statistics(self, mean, var, x.numel() // x.shape[1] * world(self.group))
+        return (centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).movedim(-1, 1).to(x.dtype)
+
+
+def convert(module: nn.Module, make: type[_BatchNorm], **attributes: int | str) -> nn.Module:
+    """Replaces every plain batch-norm in ``module`` by a ``make`` with these attributes and the same tensors."""
+    for name, child in module.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            new = make(child.num_features, eps=child.eps, momentum=child.momentum)
+            new.weight, new.bias = child.weight, child.bias
+            new.running_mean, new.running_var = child.running_mean, child.running_var
+            new.num_batches_tracked = child.num_batches_tracked
+            for attribute, value in attributes.items():
+                setattr(new, attribute, value)
+            setattr(module, name, new.train(child.training))
+        else:
+            convert(child, make, **attributes)
+    return module
+
+
+def group_batch_norm(module: nn.Module, groups: int) -> nn.Module:
+    """``module`` with batch statistics of ``groups`` parts of the batch; 1 changes nothing."""
+    return module if groups == 1 else convert(module, GroupedBatchNorm, groups=groups)
+
+
+def distribute_batch_norm(module: nn.Module, group: str, *, sync: bool) -> None:
+    """Makes ``module``'s batch-norm that of one of the processes of ``group``: over all of them, or over this one's parts."""
+    if sync:
+        convert(module, SyncBatchNorm, group=group)
+    for norm in module.modules():
+        if isinstance(norm, GroupedBatchNorm):
+            norm.groups = parts_here(norm.groups, group, sync=sync)
+
+
+def parts_here(groups: int, group: str, *, sync: bool) -> int:
+    """How many of the ``groups`` parts of the global batch one process has; with ``sync`` there are none."""
+    if sync:
+        return 1
+    if groups % world(group):
+        raise ValueError(
+            f"bn.groups: {groups} parts of the batch cannot be spread over {world(group)} processes; use a multiple of them, or "
+            f"bn.sync=true"
+        )
+    return groups // world(group)
+
+
+@torch.no_grad()
+def update_running_statistics(bn: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves ``bn``'s buffers by its momentum towards a batch's mean and biased variance over ``count`` values a channel."""
+    if bn.training:
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_((var * (count / max(1, count - 1))).to(bn.running_var.dtype), bn.momentum)
+
+
+def shuffle(x: Tensor, groups: int, group: str) -> Tensor:
+    """Deals the images of the global batch, [B, ...] here or a share of it on every process, out to the ``groups`` parts that
+    have batch statistics of their own: image i goes to part i mod ``groups``.
+
+    A query and its key then share their statistics no more than any other two images do, so the statistics do not give the
+    positive away (MoCo, section 3.3). MoCo draws the parts at random; the order of the images is random already. Only the
+    images that change places travel: B / processes a process, not the B that a gather would bring.
+    """
+    routes = _routes(len(x) * world(group), groups, world(group), place(group), x.device)
+    rows = x.movedim(1, -1)[routes.leave]  # the memory order of channels_last
+    return (exchange(rows, routes.sent, routes.received, group) if group else rows)[routes.arrive].movedim(-1, 1)
+
+
+def unshuffle(rows: Tensor, groups: int, group: str) -> Tensor:
+    """The reverse of ``shuffle`` for what was made of the images, rows [b, D]."""
+    routes = _routes(len(rows) * world(group), groups, world(group), place(group), rows.device)
+    rows = rows[routes.arrive.argsort()]
+    return (exchange(rows, routes.received, routes.sent, group) if group else rows)[routes.leave.argsort()]
+
+
+class Routes(NamedTuple):
+    """How one process's images change places."""
+
+    sent: list[int]
+    """Images that go to each process."""
+    received: list[int]
+    """Images that come from each."""
+    leave: Tensor
+    """[b] int64: the order in which its own leave."""
+    arrive: Tensor
+    """[b] int64: the place among the arrived ones of each image of its new share."""
+
+
+@functools.cache
+def _routes(batch: int, groups: int, processes: int, me: int, device: torch.device) -> Routes:
+    share = batch // processes
+    dealt = [i for part in range(groups) for i in range(part, batch, groups)]  # the images in their new order
+    wanted = [dealt[p * share : (p + 1) * share] for p in range(processes)]
+    leaving = [[i - me * share for i in images if i // share == me] for images in wanted]
+    sources = [i // share for i in wanted[me]]
+    by_source = torch.tensor(sources).argsort(stable=True)
+    return Routes(
+        [len(images) for images in leaving],
+        [sources.count(p) for p in range(processes)],
+        torch.tensor([i for images in leaving for i in images], device=device),
+        by_source.argsort().to(device),
+    )
