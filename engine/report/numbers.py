@@ -74,7 +74,7 @@ def protocols(run: Run) -> Table | None:
         elif name == "linear":
             name = f"linear {r.get('solver', '')}, {r.get('fraction', 100):g} % of the labels"
         shown = {**SCORES, "top1": "top-1", "top5": "top-5"}
-        values = [f"{text} {100 * r[key]:.1f} %".replace(" ", "\u00a0") for key, text in shown.items() if isinstance(r.get(key), float)]
+        values = [f"{text}\u00a0{100 * r[key]:.1f}\u00a0%" for key, text in shown.items() if isinstance(r.get(key), float)]
         epoch = "" if r.get("epoch") is None else f", epoch {r['epoch']}"
         rows.append([f"{model}{epoch}", name, "\n".join(values), f"{r.get('setting', '')}; feature {r.get('feature', '?')}"])
     return Table(["model", "protocol", "result", "how"], rows) if rows else None
