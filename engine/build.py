@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -165,7 +166,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     try:
         network.load_weights(checkpoint.load_weights(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {error}") from error
+        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {textwrap.shorten(str(error), 300)}") from error
     metadata = checkpoint.read_metadata(path)
     network = network.to(device, memory_format=torch.channels_last).eval()
     return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,7 +148,7 @@ class Trainer:
                 last = step.step == self.total_steps
                 if step.step % self.log_every == 0 or last or stop:
                     self.check()
-                    log.line(step=step.step, epoch=self.epoch, lr=lr)
+                    self.write_line(lr)
                 if not stop:
                     hooking += self.timed(self.run_hooks)
                 if step.step % self.save_every == 0 or last or stop:
@@ -180,6 +181,17 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.log.leave_out(seconds)
         return seconds
+
+    def write_line(self, lr: float) -> None:
+        """The due log line. Raises ``OSError`` naming the last good checkpoint when it cannot be written."""
+        try:
+            self.log.line(step=self.step.step, epoch=self.epoch, lr=lr)
+        except OSError as error:
+            self.saver.wait()
+            raise OSError(
+                f"the log of step {self.step.step} could not be written in {self.out} ({error}); last good checkpoint: "
+                f"{self.saver.saved or 'none'}; make room, then run the same command: it continues there"
+            ) from error
 
     def run_hooks(self) -> None:
         """Calls the hooks where an epoch has just ended, once an epoch. Before the save, which remembers it: nothing that they
@@ -255,7 +267,8 @@ class Trainer:
             checkpoint.load_rng_state(state["rng"])
             self.hooked_epoch = state["hooked_epoch"]
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"resume: {path} is of another method or network than this config's: {error}") from error
+            reason = textwrap.shorten(str(error), 300)  # torch lists every name
+            raise ValueError(f"resume: {path} is of another method or network than this config's: {reason}") from error
         self.saver.saved = path
         if self.out is not None:
             rewind(self.out, self.step.step)

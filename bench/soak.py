@@ -1,0 +1,236 @@
+"""``python -m bench.soak --minutes 20 --kills 20``: one run of the demo, shrunk, through everything that ends a run, against the
+same run left alone.
+
+Killed (SIGKILL) at random steps and while it starts, asked to stop (SIGTERM), its disk full (RLIMIT_FSIZE of the live process),
+an image gone under it and back afterwards. It must go on each time from its newest checkpoint, never lose a step before that,
+end with the very weights, momentum, losses and evaluations of the undisturbed run, and leave no process behind; the undisturbed
+run must not grow in memory, file handles or threads. Prints what happened as JSON; exit code 0 when all of it held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, log
+from engine.data import birds
+from engine.log import say
+
+# The demo's recipe on so few small images that a step takes some 50 ms.
+SMALL = (
+    "epochs=120", "batch_size=16", "queue.size=32", "encoder.arch=resnet18_w8_s16", "data.image_size=32", "eval.every=30",
+    "run.log_every=1", "run.save_every_steps=7", "run.keep=3", "data.workers=1",
+)  # fmt: skip
+SAVE_EVERY, EPOCHS, PER_SPECIES, BATCH = 7, 120, 2, 16
+STEPS = EPOCHS * (PER_SPECIES * len(birds.SPECIES) // BATCH)
+GROWTH_MIB, GROWTH = 16, 0.02
+
+
+class Run:
+    """A run folder and the processes that continue it one after the other; ``mark`` is how they and their children are found."""
+
+    def __init__(self, folder: Path, world: Path, until: float):
+        self.folder, self.until, self.mark = folder, until, f"SOAK_MARK={uuid.uuid4().hex}"
+        self.errors = folder.with_name(f"{folder.name}.txt")
+        self.argv = ["--cfg", "demo", "--amp", f"data.root={world}", "--out", str(folder), *SMALL]
+
+    def start(self) -> subprocess.Popen:
+        name, _, value = self.mark.partition("=")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", name: value}
+        command = [sys.executable, "-m", "engine.train", *self.argv]
+        with self.errors.open("w") as file:
+            return subprocess.Popen(command, stderr=file, env=environment)
+
+    def said(self) -> str:
+        """What the last process wrote for the person at the terminal."""
+        return self.errors.read_text(encoding="utf-8", errors="replace")
+
+    def step(self) -> int:
+        """The last step in the log, from its end: this is asked a hundred times a second."""
+        try:
+            with (self.folder / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                found = re.findall(rb'\n\{"kind": "train", "step": (\d+),[^\n]*\n', b"\n" + file.read().replace(b"\n", b"\n\n"))
+        except FileNotFoundError:
+            return 0
+        return int(found[-1]) if found else 0
+
+    def saved(self) -> int:
+        """The step of the newest checkpoint that is whole."""
+        for path in reversed(checkpoint.list_checkpoints(self.folder / "checkpoints")):
+            try:
+                return checkpoint.load(path)["step"]
+            except ValueError:
+                continue
+        return 0
+
+    def wait(self, process: subprocess.Popen, done: Callable[[], bool]) -> bool:
+        """Waits until ``done()``; False when the process has ended before."""
+        while not done():
+            if process.poll() is not None:
+                return False
+            if time.monotonic() > self.until:
+                process.kill()
+                raise TimeoutError("out of time; give more --minutes or fewer --kills")
+            time.sleep(0.01)
+        return True
+
+    def left_behind(self) -> int:
+        """Processes with our mark some seconds after the run has ended: workers look for their parent every five."""
+        for _ in range(80):
+            found = 0
+            for environment in Path("/proc").glob("[0-9]*/environ"):
+                try:
+                    found += self.mark.encode() in environment.read_bytes()
+                except OSError:  # it has just ended
+                    continue
+            if not found:
+                return 0
+            time.sleep(0.1)
+        return found
+
+
+def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) -> str | None:
+    """One process of ``run`` and what ends it after step ``goal``; what was wrong with it, or None."""
+    before = run.saved()
+    process = run.start()
+    if kind == "kill at start":
+        time.sleep(chance.random() * 6)
+    elif not run.wait(process, lambda: run.step() >= goal):
+        return f"{kind}: ended by itself with code {process.returncode}: {run.said()[-500:]}"
+    time.sleep(chance.random() * 0.1)  # anywhere in a step
+    picture = chance.choice(sorted((world / "images").rglob("*.jpg"))[:PER_SPECIES])
+    hidden = picture.with_suffix(".hidden")
+    if kind.startswith("kill"):
+        process.kill()
+    elif kind == "signal":
+        process.send_signal(signal.SIGTERM)
+    elif kind == "full disk":
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    elif kind == "image gone":
+        picture.rename(hidden)
+    run.wait(process, lambda: process.poll() is not None)
+    said, code = run.said(), process.wait()
+    if hidden.exists():
+        hidden.rename(picture)
+    want = {"signal": (75, "saved"), "full disk": (1, "last good checkpoint"), "image gone": (1, str(picture))}
+    code_wanted, words = want.get(kind, (-signal.SIGKILL, ""))
+    if code != code_wanted or words not in said:
+        return f"{kind}: code {code}, {said[-500:]}"
+    if before and f"at step {before} of" not in said and kind != "kill at start":
+        return f"{kind}: did not continue at step {before}: {said[:500]}"
+    lost = run.step() - run.saved()
+    allowed = 0 if kind in ("signal", "image gone") else 2 * SAVE_EVERY  # a save in flight, and the steps since its copy
+    if not 0 <= lost <= allowed or run.saved() < before:
+        return f"{kind}: {lost} steps after the last checkpoint are gone, {allowed} may be"
+    return None
+
+
+def watch(run: Run, process: subprocess.Popen) -> dict[str, list[float]]:
+    """Resident MiB, file handles and threads of the process at every tenth step."""
+    seen: dict[str, list[float]] = {"memory_mib": [], "file_handles": [], "threads": []}
+    own, last = Path(f"/proc/{process.pid}"), 0
+    while run.wait(process, lambda last=last: run.step() >= last + 10):
+        last = run.step()
+        try:
+            status = dict(line.split(":", 1) for line in (own / "status").read_text().splitlines() if ":" in line)
+            seen["memory_mib"].append(int(status["VmRSS"].split()[0]) / 1024)
+            seen["threads"].append(int(status["Threads"]))
+            seen["file_handles"].append(len(list((own / "fd").iterdir())))
+        except (OSError, KeyError):
+            break
+        if last + 10 >= STEPS:
+            break
+    return seen
+
+
+def same(a: object, b: object) -> bool:
+    """Equality to the bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def results(folder: Path) -> tuple[dict, dict, list]:
+    """The last checkpoint without the run folder's name, the loss of every step, every evaluation."""
+    state = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+    state.pop("info")
+    records = log.read(folder)
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+    return state, losses, [(r["step"], r["rank1"], r["mAP"]) for r in records if r["kind"] == "eval"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m bench.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20, help="give up after so long")
+    parser.add_argument("--kills", type=int, default=20, help="SIGKILLs; of each other disturbance there are an eighth as many")
+    parser.add_argument("--out", type=Path, help="folder for both runs (default: a temporary one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments that are chosen")
+    args = parser.parse_args()
+    until, chance, wrong = time.monotonic() + 60 * args.minutes, random.Random(args.seed), []
+    with tempfile.TemporaryDirectory() as scratch:
+        out = args.out or Path(scratch)
+        os.environ.setdefault("PPSSL_CACHE", str(out / "cache"))
+        world = birds.generate(out / "birds", train_per_species=PER_SPECIES, test_per_species=2, progress=False)
+        alone = Run(out / "alone", world, until)
+        process = alone.start()
+        seen = watch(alone, process)
+        if process.wait():
+            raise RuntimeError(f"the undisturbed run ended with code {process.returncode}: {alone.said()[-2000:]}")
+
+        run = Run(out / "disturbed", world, until)
+        others = ["signal", "full disk", "image gone"]
+        kinds = ["kill"] * (args.kills - args.kills // 10) + ["kill at start"] * (args.kills // 10)
+        kinds += others * max(1, args.kills // 8)
+        chance.shuffle(kinds)
+        share, goal = STEPS // (len(kinds) + 1), 0
+        for kind in kinds:
+            goal = max(run.step() + 1, goal + chance.randint(1, share))
+            error = disturb(run, kind, min(goal, STEPS - 2), chance, world)
+            say(f"{kind} after step {run.step()}, newest checkpoint {run.saved()}: {error or 'as it should be'}")
+            wrong += [error] if error else []
+        process = run.start()
+        if process.wait():
+            wrong.append(f"the last process ended with code {process.returncode}: {run.said()[-500:]}")
+        (state, losses, judged), (state_2, losses_2, judged_2) = results(alone.folder), results(run.folder)
+        wrong += [] if same(state, state_2) else ["the last checkpoints differ"]
+        wrong += [] if losses == losses_2 and len(losses) == STEPS else ["the losses differ"]
+        wrong += [] if judged == judged_2 else [f"the evaluations differ: {judged}, {judged_2}"]
+        temporaries = [p.name for p in run.folder.rglob("*.tmp")]
+        wrong += [f"left over: {temporaries}"] if temporaries else []
+        wrong += [f"{n} processes left behind"] if (n := run.left_behind()) else []
+    grown = {}
+    for name, values in seen.items():
+        quarter = len(values) // 4
+        grown[name] = early, late = statistics.median(values[quarter : 2 * quarter]), statistics.median(values[-quarter:])
+        allowed = max(GROWTH_MIB, GROWTH * early) if name == "memory_mib" else 0
+        wrong += [f"{name} grew from {early:.0f} to {late:.0f}"] if late > early + allowed else []
+    print(json.dumps({
+        "steps": STEPS, "disturbances": Counter(kinds), "second and last quarter of the undisturbed run": grown, "wrong": wrong,
+        "minutes": round((time.monotonic() - until) / 60 + args.minutes, 1),
+    }, indent=2))  # fmt: skip
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
