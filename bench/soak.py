@@ -66,7 +66,7 @@ class Run:
         try:
             with (self.folder / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                found = re.findall(rb'\n\{"kind": "train", "step": (\d+),[^\n]*\n', b"\n" + file.read().replace(b"\n", b"\n\n"))
+                found = re.findall(rb'^\{"kind": "train", "step": (\d+),.*\}$', file.read(), re.MULTILINE)
         except FileNotFoundError:
             return 0
         return int(found[-1]) if found else 0
