@@ -36,6 +36,7 @@ from engine.log import say
 SMALL = (
     "epochs=120", "batch_size=16", "queue.size=32", "encoder.arch=resnet18_w8_s16", "data.image_size=32", "eval.every=30",
     "run.log_every=1", "run.save_every_steps=7", "run.keep=3", "data.workers=1",
+    "data.resident=off",  # so that every epoch opens every file
 )  # fmt: skip
 SAVE_EVERY, EPOCHS, PER_SPECIES, BATCH = 7, 120, 2, 16
 STEPS = EPOCHS * (PER_SPECIES * len(birds.SPECIES) // BATCH)
@@ -115,7 +116,7 @@ def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) 
     elif not run.wait(process, lambda: run.step() >= goal):
         return f"{kind}: ended by itself with code {process.returncode}: {run.said()[-500:]}"
     time.sleep(chance.random() * 0.1)  # anywhere in a step
-    picture = chance.choice(sorted((world / "images").rglob("*.jpg"))[:PER_SPECIES])
+    picture = chance.choice(training_images(world))
     hidden = picture.with_suffix(".hidden")
     if kind.startswith("kill"):
         process.kill()
@@ -140,6 +141,15 @@ def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) 
     if not 0 <= lost <= allowed or run.saved() < before:
         return f"{kind}: {lost} steps after the last checkpoint are gone, {allowed} may be"
     return None
+
+
+def training_images(world: Path) -> list[Path]:
+    """Each is in every epoch."""
+    names, split = (
+        dict(line.split(maxsplit=1) for line in (world / file).read_text(encoding="utf-8").splitlines())
+        for file in ("images.txt", "train_test_split.txt")
+    )
+    return [world / "images" / name for i, name in names.items() if split[i] == "1"]
 
 
 def watch(run: Run, process: subprocess.Popen) -> dict[str, list[float]]:
@@ -171,13 +181,13 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def results(folder: Path) -> tuple[dict, dict, list]:
-    """The last checkpoint without the run folder's name, the loss of every step, every evaluation."""
+def results(folder: Path) -> tuple[dict, dict, dict]:
+    """The last checkpoint without the run folder's name, the loss of every step, the evaluation at every step that has one."""
     state = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     state.pop("info")
     records = log.read(folder)
     losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
-    return state, losses, [(r["step"], r["rank1"], r["mAP"]) for r in records if r["kind"] == "eval"]
+    return state, losses, {r["step"]: (r["rank1"], r["mAP"]) for r in records if r["kind"] == "eval"}
 
 
 def main() -> int:
@@ -206,7 +216,7 @@ def main() -> int:
         share, goal = STEPS // (len(kinds) + 1), 0
         for kind in kinds:
             goal = max(run.step() + 1, goal + chance.randint(1, share))
-            error = disturb(run, kind, min(goal, STEPS - 2), chance, world)
+            error = disturb(run, kind, min(goal, STEPS - 20), chance, world)
             say(f"{kind} after step {run.step()}, newest checkpoint {run.saved()}: {error or 'as it should be'}")
             wrong += [error] if error else []
         process = run.start()

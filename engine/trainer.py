@@ -7,7 +7,7 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,9 +131,10 @@ class Trainer:
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile((self.out or Path()) / "profile", steps=self.profile, device=self.device)
         asked = _Signals()
-        with _handlers(asked, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), self.log as log, profile, self.saver:
+        signals = _handlers(asked, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        with signals, self.log as log, profile, self.saver, self.saved_when_broken():
             hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
-            for batch in self.or_saved(log.watch(self.loader.batches(began, self.total_steps))):
+            for batch in log.watch(self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.step)
                 batch = self.with_teacher(batch)
                 if step.step == began and self.execution.compile != "off":
@@ -201,10 +202,11 @@ class Trainer:
                 hook(self)
             self.hooked_epoch = self.epoch
 
-    def or_saved(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; when an image can no longer be read, what was learned until then is saved first."""
+    @contextmanager
+    def saved_when_broken(self) -> Iterator[None]:
+        """When an image can no longer be read, by the loader or by a hook, what was learned until then is saved first."""
         try:
-            yield from batches
+            yield
         except BrokenFile as error:
             self.save()
             self.saver.wait()

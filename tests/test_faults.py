@@ -36,7 +36,7 @@ queue: {size: 20}
 ema: {decay: 0.9}
 ais: {prompts: birds}
 teacher: {model: birds, weights: birds}
-data: {name: birds, root: ROOT, image_size: 32, workers: 0, loader: torch}
+data: {name: birds, root: ROOT, image_size: 32, workers: 0, loader: torch, resident: off}
 run: {log_every: 1, save_every_steps: 2, keep: 9}
 """
 STEPS = 10  # 40 images, 2 epochs, batches of 8
@@ -99,7 +99,7 @@ def assert_same_run(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loader", "overrides", "amp", "compile"),
+    ("loader", "overrides", "amp", "compile"),  # loader: "resident" keeps the decoded set in memory
     [
         ("torch", {"name": "moco"}, None, "off"),
         ("dali", {"name": "moco"}, "bf16", "encoder"),
@@ -108,6 +108,7 @@ def assert_same_run(out: Path, other: Path) -> None:
         ("torch", {"name": "ppssl", "form": "guided"}, None, "off"),
         ("dali", {"name": "ppssl", "form": "guided"}, "bf16", "off"),
         ("torch", {"name": "ldfs"}, None, "off"),
+        ("resident", {"name": "ppssl", "form": "guided"}, None, "off"),
         ("dali", {"name": "byol"}, None, "off"),
     ],
 )
@@ -117,8 +118,9 @@ def test_every_configuration_resumes_to_the_bit_in_the_middle_of_an_epoch(
     if compile == "encoder":  # Inductor takes a minute; the graph that it would get is the same
         monkeypatch.setattr(engine.trainer, "Step", lambda *args, **options: Step(*args, **options, backend="aot_eager"))
     cfg = from_yaml(recipe)
+    data = {"resident": "host"} if loader == "resident" else {"loader": loader}
     cfg = replace(
-        cfg, epochs=1, amp=amp, method=replace(cfg.method, **overrides), data=replace(cfg.data, loader=loader, workers=1),
+        cfg, epochs=1, amp=amp, method=replace(cfg.method, **overrides), data=replace(cfg.data, workers=1, **data),
         run=replace(cfg.run, compile=compile),
     )  # fmt: skip
 

@@ -104,8 +104,9 @@ def contrast(**options) -> tuple[Contrast, Step]:
     frozen = {id(p) for p in method.ema_pairs()[1]}
     optimizer = optim.sgd([p for p in method.parameters() if id(p) not in frozen], lr=0.1, momentum=0.9, weight_decay=0.1)
     whole = options.pop("whole", False)
+    exact = precision.resolve(None, CPU)
     step = Step(
-        method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=precision.resolve(None, CPU), total_steps=9, **options
+        method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=options.pop("precision", exact), total_steps=9, **options
     )
     if whole:  # what a CUDA graph replays, as it is
         step.run = step._whole
@@ -155,6 +156,21 @@ def test_a_gradient_that_is_not_finite_is_as_bad_as_a_loss() -> None:
     output = step(images(1))
     assert torch.isfinite(output.total) and float(output.stats["skipped"]) == 1.0
     assert torch.equal(before["encoder_q.head.0.weight"], method.encoder_q.head[0].weight)
+
+
+def test_with_scaled_losses_the_scaler_answers_for_gradients_and_the_guard_for_losses() -> None:
+    method, step = contrast(precision=precision.Precision(CPU, None, True, "float32, scaled as fp16 is"))
+    step(images(1))
+    scale, weight = step.scaler.get_scale(), method.encoder_q.head[0].weight.detach().clone()
+    assert float(step(images(-1)).stats["skipped"]) == 1.0  # the loss
+    assert torch.equal(method.encoder_q.head[0].weight, weight) and int(method.queue.pointer) == 4
+    hook = method.encoder_q.head[0].weight.register_hook(lambda g: g * float("inf"))
+    assert float(step(images(2)).stats["skipped"]) == 0.0  # an overflow is what the scale is found by
+    assert torch.equal(method.encoder_q.head[0].weight, weight) and step.scaler.get_scale() == scale / 4
+    hook.remove()
+    step(images(3))
+    assert not torch.equal(method.encoder_q.head[0].weight, weight)
+    assert all(torch.isfinite(t).all() for t in method.state_dict().values())
 
 
 def test_a_checkpoint_after_a_bad_step_does_not_move_the_key_network_twice() -> None:
