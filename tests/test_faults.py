@@ -118,7 +118,7 @@ def test_every_configuration_resumes_to_the_bit_in_the_middle_of_an_epoch(
     if compile == "encoder":  # Inductor takes a minute; the graph that it would get is the same
         monkeypatch.setattr(engine.trainer, "Step", lambda *args, **options: Step(*args, **options, backend="aot_eager"))
     cfg = from_yaml(recipe)
-    data = {"resident": "host"} if loader == "resident" else {"loader": loader}
+    data = {"resident": "host", "loader": "auto"} if loader == "resident" else {"loader": loader}
     cfg = replace(
         cfg, epochs=1, amp=amp, method=replace(cfg.method, **overrides), data=replace(cfg.data, workers=1, **data),
         run=replace(cfg.run, compile=compile),
