@@ -204,11 +204,13 @@ class Trainer:
 
     @contextmanager
     def saved_when_broken(self) -> Iterator[None]:
-        """When an image can no longer be read, by the loader or by a hook, what was learned until then is saved first."""
+        """When an image can no longer be read, by the loader or by a hook, what was learned until then is saved first. Not with
+        several processes: the others wait elsewhere, and a state that is held in parts needs them all."""
         try:
             yield
         except BrokenFile as error:
-            self.save()
+            if self.world.size == 1:
+                self.save()
             self.saver.wait()
             raise BrokenFile(f"{error}; last good checkpoint: {self.saver.saved or 'none'}") from None
 
