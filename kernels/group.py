@@ -19,11 +19,13 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
     return group.group_name if group is not None and group.size() > 1 else ""
 
 
+@torch.compiler.assume_constant_result
 def world(name: str) -> int:
     """Processes in the group."""
     return _resolve_process_group(name).size() if name else 1
 
 
+@torch.compiler.assume_constant_result
 def place(name: str) -> int:
     """This process's rank in the group."""
     return _resolve_process_group(name).rank() if name else 0

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import Trainer
-from ppssl.encoder import FeatureNet, Trunk, group_batch_norm, projection_head
+from ppssl.batch_norm import group_batch_norm
+from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.ldfs import LDFS, Decoder
 from ppssl.method import METHODS, Batch
 
