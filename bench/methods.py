@@ -37,13 +37,14 @@ from bench.methods_cells import STUDIES, Cell, Study
 from bench.methods_table import markdown, summarise
 from engine import build
 from engine.checkpoint import write_atomically
-from engine.config import Config, ConfigError, flatten, key_types, nearest, read, resolve
+from engine.config import Config, ConfigError, flatten, key_types
 from engine.data import birds, sampler, teacher_cache
 from engine.data.catalog import Catalog, ImageList
 from engine.log import say
 from engine.protocols import linear
 from engine.protocols.features import extract
 from engine.protocols.retrieval import retrieval
+from engine.recipe import nearest, read, resolve
 from engine.train import assemble
 from ppssl.encoder import FeatureNet
 from ppssl.teacher import Teacher

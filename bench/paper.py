@@ -29,12 +29,13 @@ from rich.table import Table
 
 from engine import arguments, build, checkpoint, log, train, weights
 from engine.checkpoint import write_atomically
-from engine.config import Config, flatten, from_yaml, to_yaml
+from engine.config import Config, flatten
 from engine.data.catalog import BrokenFile
 from engine.judge import Candidate, feature_name, judge, of_teacher
 from engine.judge import keep as keep_records
 from engine.log import console, say
 from engine.protocols.features import of_run
+from engine.recipe import from_yaml, to_yaml
 from engine.trainer import Stopped
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS

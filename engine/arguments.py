@@ -1,7 +1,7 @@
 """The command line of ``python -m engine.train``: a recipe, dotted overrides anywhere, and the spellings people know.
 
 jsonargparse alone refuses a bare ``key=value``, names no nearest key and lets ``--amp epochs=3`` swallow the override,
-so the line is brought into {key: text} here, and engine/config.py checks types and ranges.
+so the line is brought into {key: text} here, and engine/recipe.py checks types and ranges.
 """
 
 from __future__ import annotations
@@ -19,20 +19,8 @@ from typing import Any, Literal, NamedTuple, Sequence
 import yaml
 
 import engine.config
-from engine.config import (
-    NUMBER,
-    Config,
-    ConfigError,
-    YamlDumper,
-    YamlLoader,
-    expected_type,
-    flatten,
-    key_types,
-    nearest,
-    read,
-    resolve,
-    union_members,
-)
+from engine.config import Config, ConfigError, expected_type, flatten, key_types, union_members
+from engine.recipe import NUMBER, YamlDumper, YamlLoader, nearest, read, resolve
 
 RECIPES = Path(__file__).parent / "configs"
 """Folder of the shipped recipes."""

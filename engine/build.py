@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageOps
 
 from engine import checkpoint, weights
-from engine.config import Config, ConfigError, from_yaml
+from engine.config import Config, ConfigError
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog, cores
 from engine.data.torch_loader import Normalise, clean_view
 from engine.data.views import clean_resize
 from engine.distributed import ALONE, World
 from engine.log import say
+from engine.recipe import from_yaml
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.teacher import Teacher, load_descriptions

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from engine import build, checkpoint
-from engine.config import ConfigError, from_yaml
+from engine.config import ConfigError
 from engine.data import teacher_cache
 from engine.log import say
+from engine.recipe import from_yaml
 from engine.train import assemble
 from engine.trainer import Trainer
 from ppssl.method import Batch

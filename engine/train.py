@@ -15,11 +15,12 @@ import torch
 
 from engine import arguments, attention, build, checkpoint, distributed, log
 from engine.checkpoint import write_atomically
-from engine.config import Config, ConfigError, flatten, from_yaml, to_yaml
+from engine.config import Config, ConfigError, flatten
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
 from engine.distributed import ALONE, World
 from engine.judge import Judge
 from engine.log import say
+from engine.recipe import from_yaml, to_yaml
 from engine.trainer import Stopped, Summary, Trainer, signals_stop_at_once
 from ppssl.teacher import Teacher
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.arguments import find_recipe, parse, recipe_names
-from engine.config import flatten, from_yaml, key_types, to_yaml
+from engine.config import flatten, key_types
+from engine.recipe import from_yaml, to_yaml
 
 
 def changed(line: str) -> dict[str, object]:

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import nn
 
 from engine import arguments, build, checkpoint, log
-from engine.config import ConfigError, from_yaml
+from engine.config import ConfigError
 from engine.data import catalog, teacher_cache
+from engine.recipe import from_yaml
 from engine.replay import replay
 from engine.train import find_checkpoint
 from engine.trainer import Trainer

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Trainer
-from engine.config import from_yaml
+from engine.recipe import from_yaml
 from ppssl.byol import BYOL
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS, Batch

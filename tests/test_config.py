@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, ConfigError, flatten, from_yaml, key_types, nearest, to_yaml, validate
+from engine.config import Config, ConfigError, flatten, key_types, validate
+from engine.recipe import from_yaml, nearest, to_yaml
 
 # The whole configuration and its defaults, the paper's settings. A key is added here on purpose or not at all.
 FROZEN = {

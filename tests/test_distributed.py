@@ -21,9 +21,10 @@ from torch import Tensor
 
 from engine import checkpoint, log, optim, precision
 from engine.build import spread
-from engine.config import Config, ConfigError, from_yaml
+from engine.config import Config, ConfigError
 from engine.data import birds
 from engine.distributed import described, first_host, gpu_of, restarted
+from engine.recipe import from_yaml
 from engine.step import Step, choose
 from engine.train import main
 from engine.trainer import Trainer

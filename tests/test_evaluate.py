@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from engine import build
 from engine.checkpoint import save_weights
-from engine.config import Config, from_yaml, to_yaml
+from engine.config import Config
 from engine.evaluate import main, retrieval
 from engine.protocols import linear
+from engine.recipe import from_yaml, to_yaml
 
 
 @pytest.fixture

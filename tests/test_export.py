@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import engine
 import engine.export
 from engine import checkpoint, log
-from engine.config import Config, DataConfig, EncoderConfig, MethodConfig, to_yaml
+from engine.config import Config, DataConfig, EncoderConfig, MethodConfig
 from engine.export import main
+from engine.recipe import to_yaml
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS
 

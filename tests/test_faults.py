@@ -18,8 +18,9 @@ import torch
 
 import engine.trainer
 from engine import build, checkpoint, log
-from engine.config import Config, from_yaml
+from engine.config import Config
 from engine.data import birds, teacher_cache
+from engine.recipe import from_yaml
 from engine.replay import main as replay_main
 from engine.replay import replay
 from engine.step import Step

@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine.build import Run
-from engine.config import Config, from_yaml
+from engine.config import Config
 from engine.data.catalog import BrokenFile, ImageList, load
 from engine.protocols import features
 from engine.protocols.features import extract, key, of_run
+from engine.recipe import from_yaml
 
 CPU = torch.device("cpu")
 

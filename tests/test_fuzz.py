@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import arguments, checkpoint
-from engine.config import Config, ConfigError, from_yaml, key_types, to_yaml
+from engine.config import Config, ConfigError, key_types
 from engine.data import layouts
+from engine.recipe import from_yaml, to_yaml
 
 bounded = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

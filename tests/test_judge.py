@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from engine import log
-from engine.config import Config, TeacherConfig, from_yaml
+from engine.config import Config, TeacherConfig
 from engine.data import birds, catalog
 from engine.data.catalog import Catalog
 from engine.judge import SHARE, Candidate, Judge, check, headline, judge, keep
+from engine.recipe import from_yaml
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk
 
 CPU = torch.device("cpu")

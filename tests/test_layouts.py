@@ -12,10 +12,11 @@ from miniatures import make, picture
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from engine.config import Config, ConfigError, DataConfig, from_yaml
+from engine.config import Config, ConfigError, DataConfig
 from engine.data import build_loader, clean_batches, layouts
 from engine.data.catalog import load
 from engine.data.layouts import matlab
+from engine.recipe import from_yaml
 
 
 def open_set(name: str, root: Path, **options):

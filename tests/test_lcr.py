@@ -176,7 +176,8 @@ def test_published_feature_depends_on_its_batch_mates_and_guided_does_not() -> N
 
 
 def test_config_switches_override_the_form() -> None:
-    from engine.config import Config, IadmConfig, LcrConfig, MethodConfig, from_yaml
+    from engine.config import Config, IadmConfig, LcrConfig, MethodConfig
+    from engine.recipe import from_yaml
 
     assert form_from_config(Config()) == PUBLISHED
     cfg = Config(method=MethodConfig(form="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False))

@@ -147,7 +147,7 @@ class Images:
 
 
 def test_it_trains_and_its_decoder_learns_to_draw() -> None:
-    from engine.config import from_yaml
+    from engine.recipe import from_yaml
 
     torch.manual_seed(0)
     cfg = from_yaml("method: {name: ldfs}\nencoder: {dim: 6}\nqueue: {size: 128, dtype: float32}\ndata: {image_size: 32}")

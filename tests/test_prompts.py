@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from engine.arguments import RECIPES, recipe_names
-from engine.config import from_yaml
+from engine.recipe import from_yaml
 from ppssl.teacher import load_descriptions
 
 CORPORA = ["aircraft", "birds", "butterfly", "cars", "dogs", "flowers", "folder"]

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from engine.arguments import RECIPES, parse, recipe_names
-from engine.config import Config, flatten, from_yaml, to_yaml
+from engine.config import Config, flatten
+from engine.recipe import from_yaml, to_yaml
 from engine.train import main
 
 PAPER = ["cub", "cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs"]

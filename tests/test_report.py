@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from engine import attention, checkpoint, log
-from engine.config import Config, DataConfig, EncoderConfig, IadmConfig, MethodConfig, to_yaml
+from engine.config import Config, DataConfig, EncoderConfig, IadmConfig, MethodConfig
+from engine.recipe import to_yaml
 from engine.report import charts, embedding, pictures, write
 from engine.report.__main__ import main
 from ppssl.encoder import Trunk

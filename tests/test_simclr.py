@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from engine import Trainer, load, log
-from engine.config import from_yaml
 from engine.data import birds
+from engine.recipe import from_yaml
 from engine.train import main
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS, Batch, Output, register

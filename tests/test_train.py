@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from engine import attention, checkpoint, log, report
-from engine.config import from_yaml
 from engine.data import birds
+from engine.recipe import from_yaml
 from engine.train import main
 from engine.trainer import Trainer
 from ppssl.moco import MoCo

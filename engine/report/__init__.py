@@ -10,9 +10,9 @@ import torch
 
 from engine import neighbours
 from engine.checkpoint import write_atomically
-from engine.config import to_yaml
 from engine.data.catalog import BrokenFile
 from engine.log import say
+from engine.recipe import to_yaml
 from engine.report import charts, numbers, sections
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run, read

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from engine import attention, build, log
 from engine.attention import Attention
-from engine.config import Config, from_yaml
+from engine.config import Config
 from engine.data import birds
 from engine.data.catalog import ImageList
 from engine.protocols import features as kept_features
+from engine.recipe import from_yaml
 
 
 class Run(NamedTuple):
