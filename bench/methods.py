@@ -37,7 +37,8 @@ from bench.methods_cells import STUDIES, Cell, Study
 from bench.methods_table import markdown, summarise
 from engine import build
 from engine.checkpoint import write_atomically
-from engine.config import Config, ConfigError, flatten, key_types
+from engine.command import command
+from engine.config import Config, flatten, key_types
 from engine.data import birds, sampler, teacher_cache
 from engine.data.catalog import Catalog, ImageList
 from engine.log import say
@@ -263,21 +264,15 @@ def command_of(argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "bench.methods", *folders.parse_known_args(argv)[1]])
 
 
+@command(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
     args = parse(argv)
-    command = command_of(sys.argv[1:] if argv is None else argv)
     try:
-        run_study(args.study, args, command)
-    except ConfigError as error:
-        say(f"error: {error}")
-        return 2
-    except (RuntimeError, ValueError, OSError) as error:
-        say(f"error: {error}")
-        return 1
+        run_study(args.study, args, command_of(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         say("interrupted; the same command continues with the cells that are missing")
-        return 130
+        raise
     return 0
 
 

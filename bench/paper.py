@@ -29,8 +29,8 @@ from rich.table import Table
 
 from engine import arguments, build, checkpoint, log, train, weights
 from engine.checkpoint import write_atomically
+from engine.command import FAILURES
 from engine.config import Config, flatten
-from engine.data.catalog import BrokenFile
 from engine.judge import Candidate, feature_name, judge, of_teacher
 from engine.judge import keep as keep_records
 from engine.log import console, say
@@ -43,7 +43,6 @@ from ppssl.method import METHODS
 HERE = Path(__file__).resolve().parent
 # Where a run lies and how it is executed makes no other cell of it.
 _NOT_IN_A_NAME = ("seed", "out", "resume", "data.root", "data.loader", "data.resident", "data.workers")
-_FAILURES = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError, FloatingPointError, BrokenFile)
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def carry_out(exhibit: Exhibit, plan: Plan, *, dry_run: bool) -> tuple[dict[tupl
             except Stopped as stopped:
                 say(str(stopped))
                 return found, stopped.code
-            except _FAILURES as error:
+            except (*FAILURES, RuntimeError) as error:
                 code, why = 1, f"failed: {error}"
                 say(f"error: {error}")
             finally:

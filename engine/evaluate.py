@@ -13,7 +13,8 @@ from rich.table import Table
 
 from engine import arguments, build, checkpoint, weights
 from engine.build import Run
-from engine.data.catalog import BrokenFile
+from engine.command import command
+from engine.config import ConfigError
 from engine.judge import Candidate, check, feature_name, judge, keep, of_teacher
 from engine.log import console, say
 from engine.protocols.features import of_run
@@ -157,8 +158,9 @@ def _fractions(text: str) -> list[float]:
     return list(dict.fromkeys(numbers))
 
 
+@command(ConfigError, RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the numbers and adds them to a JSON file; returns the exit code: 0 done, 1 failure, 2 usage."""
+    """Prints the numbers and adds them to a JSON file; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser("python -m engine.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, metavar="RUN|WEIGHTS", help="run folder, or a .safetensors/.pth file with --cfg")
     parser.add_argument("--cfg", metavar="FILE|RECIPE", help="data and architecture for a weights file")
@@ -172,19 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong := [text for text in overrides if "=" not in text]:
         parser.error(f"unexpected argument {wrong[0]!r}; overrides are given as key=value")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        records = evaluate(
-            args.source, device, cfg=args.cfg, overrides=overrides, protocols=args.protocol, fractions=args.fractions,
-            split=args.split, row0=args.row0,
-        )  # fmt: skip
-        show(records)
-        beside = args.source / "evaluation.json" if args.source.is_dir() else args.source.with_suffix(".evaluation.json")
-        keep(args.out or beside, records)
-    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, BrokenFile, RuntimeError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    records = evaluate(
+        args.source, device, cfg=args.cfg, overrides=overrides, protocols=args.protocol, fractions=args.fractions,
+        split=args.split, row0=args.row0,
+    )  # fmt: skip
+    show(records)
+    beside = args.source / "evaluation.json" if args.source.is_dir() else args.source.with_suffix(".evaluation.json")
+    keep(args.out or beside, records)
     say(f"written: {args.out or beside}")
     return 0
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from engine import build, card
 from engine.build import Run
 from engine.checkpoint import write_atomically
+from engine.command import command
+from engine.config import ConfigError
 from engine.log import say
 from ppssl.encoder import FeatureNet, global_average_pool, scale_to_unit
 
@@ -214,21 +216,16 @@ def _place(folder: Path, to: str, out: Path | None, arch: str) -> Path:
     return (folder / "export" if out is None else out) / f"{arch}_{to.replace('-', '_')}{suffix}"
 
 
+@command(ConfigError, RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage."""
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser("python -m engine.export", description="a run's network in the files other programs read")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format")
     parser.add_argument("--out", type=Path, metavar="DIR/FILE", help="where to (default: RUN/export)")
     parser.add_argument("--minmax", choices=("batch", "image"), help="range over which the mask is scaled (default: the run's own)")
     args = parser.parse_args(argv)
-    try:
-        path = export(args.run, args.to, args.out, minmax=args.minmax)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    path = export(args.run, args.to, args.out, minmax=args.minmax)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB), {path.name}.json, {path.name}.md")
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import build, checkpoint
+from engine.command import command
 from engine.config import ConfigError
 from engine.data import teacher_cache
 from engine.log import say
@@ -117,21 +118,16 @@ def run_again(trainer: Trainer, batch: Batch) -> tuple[dict[str, float], str | N
     return {name: float(value) for name, value in terms.items()}, found[0] if found else None
 
 
+@command(ConfigError, RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the terms then and now and the first bad place; returns 0 when the step was not finite again, 1 when it was finite or
-    on a failure, 2 on usage."""
+    on a failure, 2 on usage, 130 when interrupted."""
     parser = argparse.ArgumentParser("python -m engine.replay", description=__doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="RUN/replay/step_N.pt")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    try:
-        result = replay(args.bundle, root=args.root, device=args.device)
-    except (ConfigError, ValueError, OSError, ImportError, RuntimeError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    result = replay(args.bundle, root=args.root, device=args.device)
     say(f"step {result.step} on {len(result.images)} images, {result.images[0]} ... {result.images[-1]}")
     for name, value in result.now.items():
         say(f"  {name:<10} then {result.then.get(name, math.nan):>12.6g}   now {value:>12.6g}")

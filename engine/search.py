@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from engine import build, precision
+from engine.command import command
+from engine.config import ConfigError
 from engine.data import sheet
-from engine.data.catalog import BrokenFile, ImageList, read_image
+from engine.data.catalog import ImageList, read_image
 from engine.log import console, say
 from engine.neighbours import most_similar
 from engine.protocols.features import of_run
@@ -80,6 +82,7 @@ def contact_sheet(image: Path, matches: Sequence[Match], out: Path) -> None:
     sheet.write(sheet.draw(tiles, columns=min(6, len(tiles)), side=_SIDE), out)
 
 
+@command(ConfigError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints files and scores and writes the contact sheet; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser("python -m engine.search", description=__doc__)
@@ -91,15 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top < 1:
         parser.error(f"--top: got {args.top}, must be at least 1")
     out = args.out or args.run / "search.png"
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        matches = search(args.run, args.image, args.top, device)
-        contact_sheet(args.image, matches, out)
-    except (ValueError, OSError, NotImplementedError, BrokenFile) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matches = search(args.run, args.image, args.top, device)
+    contact_sheet(args.image, matches, out)
     say(f"most like {args.image}, below {matches[0].images.root}:")
     table = Table()
     for name in ("", "cosine", "list", "class", "file"):

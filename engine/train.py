@@ -15,6 +15,7 @@ import torch
 
 from engine import arguments, attention, build, checkpoint, distributed, log
 from engine.checkpoint import write_atomically
+from engine.command import FAILURES, exit_code
 from engine.config import Config, ConfigError, flatten
 from engine.data import birds, build_loader, catalog, sampler, teacher_cache
 from engine.distributed import ALONE, World
@@ -54,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted outside of training: there was nothing to save")
         return 130
-    except ConfigError as error:
+    except FAILURES as error:
         say_error(error, world)
-        return 2
-    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, catalog.BrokenFile) as error:
-        say_error(error, world)
-        return 1
+        return exit_code(error)
     world.leave()
     return code
 

@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from engine import arguments, build
-from engine.config import ConfigError
+from engine.command import command
 from engine.data import cores, sheet
-from engine.data.catalog import BrokenFile, Catalog, ImageList, printable, with_progress
+from engine.data.catalog import Catalog, ImageList, printable, with_progress
 from engine.log import console, say
 
 _USAGE = "python -m engine.data.check --cfg FILE|RECIPE [--out SHEET.png] [key.sub=value ...]"
@@ -153,34 +153,27 @@ def _spread(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the summary and writes the sheet; returns the exit code: 0 done (also with findings), 1 failure, 2 usage or config."""
+    """Prints the summary and writes the sheet; returns the exit code: 0 done (also with findings), 1 failure, 2 usage or
+    config, 130 interrupted."""
     parser = argparse.ArgumentParser(usage=_USAGE, description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="SHEET.png", help="contact sheet (%(default)s)")
     own, rest = parser.parse_known_args(argv)
     cfg = arguments.parse(rest).config
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        catalog = build.data(cfg, cache_dir=build.cache_folder())
+    console.print(table(catalog))
+    for warning in warned:
+        say(f"warning: {warning.message}")
+    for line in findings(catalog, duplicates(catalog, workers=cfg.data.workers)):
+        say(line)
+    picture = contact_sheet(catalog)
     try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always", UserWarning)
-            catalog = build.data(cfg, cache_dir=build.cache_folder())
-        console.print(table(catalog))
-        for warning in warned:
-            say(f"warning: {warning.message}")
-        for line in findings(catalog, duplicates(catalog, workers=cfg.data.workers)):
-            say(line)
-        picture = contact_sheet(catalog)
-        try:
-            sheet.write(picture, own.out)
-        except OSError as error:
-            raise OSError(f"--out {own.out} cannot be written: {error}") from error
-    except ConfigError as error:
-        say(f"error: {error}")
-        return 2
-    except (ValueError, OSError, BrokenFile) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        sheet.write(picture, own.out)
+    except OSError as error:
+        raise OSError(f"--out {own.out} cannot be written: {error}") from error
     say(f"contact sheet: {own.out}")
     return 0
 

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from engine import arguments, build, data
-from engine.config import Config, ConfigError
+from engine.command import command
+from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, catalog, sampler, sheet, views
 from engine.log import say
 
@@ -98,17 +99,14 @@ def describe(values: views.ViewValues, b: int, size: np.ndarray) -> str:
     return ", ".join(words) + "\n" + " ".join(jitter)
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config."""
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
     cfg = arguments.parse(argv).config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(cfg.out or "sheet.png")
-    try:
-        images = build.data(cfg, cache_dir=build.cache_folder())
-        sheet.write(draw(images.train, cfg, device), out)
-    except (ValueError, OSError, ImportError, catalog.BrokenFile) as error:
-        say(f"error: {error}")
-        return 2 if isinstance(error, ConfigError) else 1
+    images = build.data(cfg, cache_dir=build.cache_folder())
+    sheet.write(draw(images.train, cfg, device), out)
     say(f"drew {out}")
     return 0
 
