@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,18 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 CEILINGS = {"NVIDIA H200": {"gb_s": 4300, "tflop_s": 790}}
 """Measured copy bandwidth and 16-bit matrix-product rate, by device name."""
 
+_CORES = torch.get_num_threads()  # what torch takes by itself: the machine's, or OMP_NUM_THREADS
 torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """For times that are stated of a whole machine; everything else here is measured with one thread."""
+    torch.set_num_threads(_CORES)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def synchronise() -> None:
