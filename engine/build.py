@@ -113,6 +113,7 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if cfg.method.name != "ppssl" or cfg.ais.weight == 0:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
+    say(f"teacher: {model}, weights {files}")  # before it is loaded: a first use downloads it
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")

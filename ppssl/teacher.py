@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,7 @@ class Teacher(nn.Module):
         model: an open_clip name, e.g. ``ViT-B-32-quickgelu``, or the path of a model-config .json.
         weights: a tag of that model, e.g. ``openai`` (downloaded on first use by open_clip), or the path of a .safetensors file.
         Raises ``ValueError`` for an unknown model or tag, a QuickGELU mismatch, or a file that is not a safetensors file of
-        this model; ``FileNotFoundError`` for a missing file; ``RuntimeError`` when a download fails, naming the remedy.
+        this model; ``FileNotFoundError`` for a missing file; ``ConnectionError`` when a download fails, naming the remedy.
         """
         import open_clip  # heavy: only where a teacher is used
 
@@ -73,11 +76,12 @@ class Teacher(nn.Module):
         else:
             _check_tag(open_clip, model, weights, bool(config.get("quick_gelu", False)))
         try:
-            clip = open_clip.create_model(model, pretrained=weights)
+            with _quiet_logging():
+                clip = open_clip.create_model(model, pretrained=weights)
         except Exception as error:
             if is_file:
                 raise ValueError(f"teacher.weights: {weights} does not fit open_clip's {model}: {error}") from error
-            raise RuntimeError(
+            raise ConnectionError(
                 f"teacher.weights: {weights!r} of {model} could not be downloaded ({type(error).__name__}: {error}). Without a "
                 f"network, get the open_clip_model.safetensors of that model on another machine and set teacher.weights=PATH"
             ) from error
@@ -94,6 +98,17 @@ class Teacher(nn.Module):
             std=tuple(preprocess["std"]),
             name=f"{model}/{Path(weights).name if is_file else weights}",
         )
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """A download that fails logs every attempt, twice; the error raised after it says it once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _side(size: Any) -> int:

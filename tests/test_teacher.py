@@ -1,6 +1,7 @@
 """The teacher: open_clip by name, tag or file, what is refused before any download, and the cache of clean-image embeddings."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_the_recipes_teacher_names_an_existing_model_and_tag() -> None:
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_remedy(
-    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pickle = tmp_path / "ViT-B-32.pt"
     pickle.write_bytes(b"PK")
@@ -82,11 +83,13 @@ def test_what_cannot_be_loaded_is_refused_with_the_remedy(
         Teacher.from_open_clip(files[0], str(tmp_path / "other.safetensors"), DESCRIPTIONS)
 
     def offline(*_args, **_kwargs):
+        logging.getLogger("huggingface_hub").warning("retrying")
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(RuntimeError, match=r"openai.*no network.*open_clip_model\.safetensors.*teacher\.weights=PATH"):
+    with pytest.raises(ConnectionError, match=r"openai.*no network.*open_clip_model\.safetensors.*teacher\.weights=PATH"):
         Teacher.from_open_clip("ViT-B-32-quickgelu", "openai", DESCRIPTIONS)
+    assert "retrying" not in caplog.text, "the attempts of a download are not logged, the error says how it ended"
 
 
 def test_descriptions_put_the_relevant_one_first(tmp_path: Path) -> None:
