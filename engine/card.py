@@ -59,7 +59,7 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
             "std": list(IMAGENET_STD),
         },
         "training": {
-            "method": f"{cfg.method.name} ({cfg.method.form})",
+            "method": cfg.method.title,
             "data": cfg.data.name,
             "initial_weights": _short(cfg.encoder.weights),
             "epoch": run.epoch,

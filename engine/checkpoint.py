@@ -138,7 +138,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises ``FileNotFoundError``, or ``ValueError`` naming the file when it is not one of ours or is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"resume: there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no file {path}")
     _check_seal(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -25,13 +25,18 @@ class MethodConfig:
     name: str = "ppssl"
     """Registered method: byol, lcr, ldfs, moco, ppssl, simclr."""
     form: Literal["published", "guided"] = "published"
-    """published: what the authors' code computes. guided: what the paper's text aims at."""
+    """Of ppssl and lcr. published: what the authors' code computes. guided: what the paper's text aims at."""
     minmax: Literal["batch", "image"] | None = None
     """Range over which the mask is scaled to [0, 1]. published: batch, guided: image."""
     maxout_width: int = 32
     """Channels of the 1x1 projection whose maximum is the mask."""
     contrast_mask: bool = False
     """Contrast the masked feature gap(A * F) instead of gap(F)."""
+
+    @property
+    def title(self) -> str:
+        """The name, with the form where the method has forms."""
+        return f"{self.name} ({self.form})" if self.name in ("ppssl", "lcr") else self.name
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -53,10 +54,8 @@ class Finding(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the findings; returns 1 if something that a run needs is broken, else 0."""
-    if argv if argv is not None else sys.argv[1:]:
-        print("usage: python -m engine.doctor    (no options)", file=sys.stderr)
-        return 2
+    """Prints the findings; returns 1 if something that a run needs is broken, else 0; usage errors exit with 2."""
+    argparse.ArgumentParser("python -m engine.doctor", description="what this machine has, what a run will use").parse_args(argv)
     findings = examine()
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)

@@ -161,7 +161,11 @@ def _fractions(text: str) -> list[float]:
 @command(ConfigError, RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the numbers and adds them to a JSON file; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
-    parser = argparse.ArgumentParser("python -m engine.evaluate", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m engine.evaluate",
+        description="features of a run or of a weights file, judged; key=value overrides the config",
+        allow_abbrev=False,
+    )
     parser.add_argument("source", type=Path, metavar="RUN|WEIGHTS", help="run folder, or a .safetensors/.pth file with --cfg")
     parser.add_argument("--cfg", metavar="FILE|RECIPE", help="data and architecture for a weights file")
     parser.add_argument("--protocol", type=_protocols, metavar="LIST", help="of retrieval,knn,linear (default: eval.protocols)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -20,11 +21,18 @@ from ppssl.span import span
 
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 132  # a file or a pipe has no width: rich's 80 columns break tables
 
 
 def say(text: str) -> None:
     """One line for the person at the terminal."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def bar() -> Progress:
+    """A progress bar for work outside the steps: on a terminal only, and gone when the work is done."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 class RunLog:

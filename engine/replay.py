@@ -122,7 +122,9 @@ def run_again(trainer: Trainer, batch: Batch) -> tuple[dict[str, float], str | N
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the terms then and now and the first bad place; returns 0 when the step was not finite again, 1 when it was finite or
     on a failure, 2 on usage, 130 when interrupted."""
-    parser = argparse.ArgumentParser("python -m engine.replay", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m engine.replay", description="runs a step that was not finite again and names the first place that is not"
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="RUN/replay/step_N.pt")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")

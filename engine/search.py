@@ -85,7 +85,9 @@ def contact_sheet(image: Path, matches: Sequence[Match], out: Path) -> None:
 @command(ConfigError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints files and scores and writes the contact sheet; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
-    parser = argparse.ArgumentParser("python -m engine.search", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m engine.search", description="the images of a run's data set that are most like a photograph"
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="photograph to search with")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="answers (default: 10)")

@@ -201,7 +201,7 @@ def assemble(
         info={"config": to_yaml(cfg)},
         world=world,
     )
-    say(f"method: {cfg.method.name} ({cfg.method.form}), {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    say(f"method: {cfg.method.title}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     if world.group:
@@ -219,6 +219,8 @@ def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
         found = checkpoint.newest(out / "checkpoints", say)
     elif cfg.resume != "none":
         source = Path(cfg.resume)
+        if not source.exists():
+            raise FileNotFoundError(f"resume: {source} is not there; give a checkpoint, a run folder, auto or none")
         found = checkpoint.newest(source / "checkpoints", say) if source.is_dir() else (source, checkpoint.load(source))
         if found is None:
             raise FileNotFoundError(f"resume: {source} holds no checkpoint")

@@ -236,7 +236,7 @@ class Trainer:
         raise FloatingPointError(
             f"step {streak.step}: the loss or its gradient is not finite ({terms}), the first of {self.step.guard.patience} steps "
             f"in a row (run.max_bad_steps); last good checkpoint: {self.saver.saved or 'none'}; to run that step again: "
-            f"python -m engine.replay {bundle}; a lower optim.lr or --amp off may help"
+            f"python -m engine.replay {bundle}; a lower optim.lr{' or amp=null (float32)' if self.precision.dtype else ''} may help"
         )
 
     def state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,14 @@ def test_help_lists_every_key_with_its_documentation(capsys):
         assert len(lines[at + 1].strip()) > 3 and lines[at + 1].startswith("    ")
     for name in recipe_names():
         assert any(name in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "search", "export", "replay", "doctor", "report.__main__", "data.check", "data.show"]
+)
+def test_every_command_explains_itself_in_plain_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"engine.{command}").main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"usage: python -m engine.{command.removesuffix('.__main__')} " in shown and "``" not in shown

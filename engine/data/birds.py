@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import Progress
 
 from engine.data.birds_drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random_pose
 from engine.data.birds_scenes import Nuisance, background, finish, random_nuisance
+from engine.data.catalog import with_progress
 
 VERSION = 2
 """Raised whenever the same seed draws another picture: ``ensure`` moves a world of another version aside and draws it again."""
@@ -230,8 +230,7 @@ def _draw_all(root: Path, seed: int, counts: tuple[int, int], workers: int, prog
     (root / "image_class_labels.txt").write_text("".join(f"{i} {job.species + 1}\n" for i, job, _ in rows))
     (root / "train_test_split.txt").write_text("".join(f"{i} {int(train)}\n" for i, _, train in rows))
     (root / "classes.txt").write_text("".join(f"{k + 1} {_folder(k)}\n" for k in range(len(SPECIES))))
-    with Progress(disable=not progress, transient=True) as bar, ExitStack() as stack:
-        task = bar.add_task("drawing the demo world", total=len(jobs))
+    with ExitStack() as stack:
         todo = (job for job, _ in jobs)
         if workers == 1:
             done: Iterator[None] = map(_write, todo)
@@ -239,5 +238,5 @@ def _draw_all(root: Path, seed: int, counts: tuple[int, int], workers: int, prog
             # spawn: the caller may already hold threads (torch, DALI), which do not survive a fork.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             done = pool.map(_write, todo, chunksize=20)
-        for _ in done:
-            bar.advance(task)
+        for _ in with_progress(done, len(jobs), "drawing the demo world", progress):
+            pass

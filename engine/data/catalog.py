@@ -265,13 +265,14 @@ def _check_files(
 
 
 def with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:
-    """``items`` with a progress bar on the terminal, if ``show``."""
+    """``items`` with a progress bar, if ``show`` and where there is a terminal to show it on."""
     if not show:
         return items
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, text, total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(items, text, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _read_cache(path: Path) -> dict[str, list]:

@@ -157,7 +157,9 @@ def _spread(count: int, most: int) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the summary and writes the sheet; returns the exit code: 0 done (also with findings), 1 failure, 2 usage or
     config, 130 interrupted."""
-    parser = argparse.ArgumentParser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage=_USAGE, description="what a data set holds, what is wrong with it, and a contact sheet", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="SHEET.png", help="contact sheet (%(default)s)")
     own, rest = parser.parse_known_args(argv)
     cfg = arguments.parse(rest).config

@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from rich.progress import Progress
 
 from engine.checkpoint import read_metadata, write_atomically
 from engine.data import cores
 from engine.data.catalog import ImageList
 from engine.data.views import resized
-from engine.log import console, say
+from engine.log import bar, say
 
 FORMAT = 1
 """Of the file; another number, and it is made anew."""
@@ -177,8 +176,7 @@ def _decode_all(
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         keep(i, np.ascontiguousarray(image))
 
-    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with shown as progress, ThreadPoolExecutor(workers or cores()) as pool:
+    with bar() as progress, ThreadPoolExecutor(workers or cores()) as pool:
         task = progress.add_task("decoding every image once", total=len(images))
         try:
             for _ in pool.map(one, range(len(images))):

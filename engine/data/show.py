@@ -1,8 +1,9 @@
-"""``python -m engine.data.show --cfg X --out sheet.png``: originals and views side by side, as every loader that runs here makes
+"""``python -m engine.data.show --cfg X --out views.png``: originals and views side by side, as every loader that runs here makes
 them from the same values."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, catalog, sampler, sheet, views
 from engine.log import say
 
+_USAGE = "python -m engine.data.show --cfg FILE|RECIPE [--out SHEET.png] [key.sub=value ...]"
 IMAGES = 5
 """Rows of the sheet: the first images of the run's order."""
 
@@ -102,12 +104,16 @@ def describe(values: views.ViewValues, b: int, size: np.ndarray) -> str:
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
-    cfg = arguments.parse(argv).config
+    parser = argparse.ArgumentParser(
+        usage=_USAGE, description="views, as every loader that runs here makes them", allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("views.png"), metavar="SHEET.png", help="contact sheet (%(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    cfg = arguments.parse(rest).config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(cfg.out or "sheet.png")
     images = build.data(cfg, cache_dir=build.cache_folder())
-    sheet.write(draw(images.train, cfg, device), out)
-    say(f"drew {out}")
+    sheet.write(draw(images.train, cfg, device), own.out)
+    say(f"contact sheet: {own.out}")
     return 0
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from engine.checkpoint import write_atomically
 from engine.data import clean_batches
 from engine.data.catalog import ImageList
-from engine.log import console, say
+from engine.log import bar, say
 from ppssl.teacher import Teacher
 
 
@@ -42,7 +41,7 @@ def embeddings(
             return torch.from_numpy(stored).to(device)
         say(f"warning: {path} is damaged; the teacher looks at the images again")
     result = np.zeros((len(images), teacher.dim), np.float16)
-    with Progress(console=console, transient=True) as progress:
+    with bar() as progress:
         task = progress.add_task(f"{teacher.name} looks at every image once", total=len(images))
         for x, index in clean_batches(
             images,

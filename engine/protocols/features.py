@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from engine import checkpoint, precision
@@ -19,7 +18,7 @@ from engine.data import clean_batches
 from engine.data.catalog import ImageList
 from engine.data.views import clean_resize
 from engine.distributed import gather_rows
-from engine.log import console, say
+from engine.log import bar, say
 from ppssl.ops import place, world
 
 _VERSION = 1
@@ -70,7 +69,7 @@ def of_run(run: Run, images: ImageList, split: str, folder: Path, device: torch.
     """
 
     def compute() -> Tensor:
-        with Progress(console=console, transient=True) as progress:
+        with bar() as progress:
             task = progress.add_task(f"features of the {split} images", total=len(images))
             counter = run.network.register_forward_hook(lambda module, x, rows: progress.advance(task, len(rows)))
             try:
