@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, ConfigError, flatten, key_types, validate
+from engine.config import Config, ConfigError, MethodConfig, flatten, key_types, validate
 from engine.recipe import from_yaml, nearest, to_yaml
 
 # The whole configuration and its defaults, the paper's settings. A key is added here on purpose or not at all.
@@ -252,3 +252,9 @@ def test_null_stands_for_a_later_choice():
 def test_nearest_prefers_the_same_last_part():
     assert nearest("optimizer.weight_decay") == "did you mean optim.weight_decay?"
     assert nearest("image_size") == "did you mean data.image_size?"
+
+
+def test_a_method_without_forms_is_called_by_its_name_alone() -> None:
+    titles = {name: MethodConfig(name=name, form="guided").title for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")}
+    assert titles.pop("ppssl") == "ppssl (guided)" and titles.pop("lcr") == "lcr (guided)"
+    assert all(title == name for name, title in titles.items())
