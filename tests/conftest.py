@@ -1,12 +1,15 @@
-"""Where CUDA is absent, Triton kernels run in its interpreter: it must be chosen before triton is first imported."""
+"""Tests run on one thread. Where CUDA is absent, Triton kernels run in its interpreter: it must be chosen before triton is first imported."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start; small shapes gain nothing from a second
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one, and OpenMP's waiting for it starves whatever else runs
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,6 +17,15 @@ if not torch.cuda.is_available():
 def pytest_configure(config: pytest.Config) -> None:
     # numpy's remark about how Triton's interpreter turns loop counters into integers
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def threads_are_given_back() -> Iterator[None]:
+    """Benchmarks, and tests of several processes, set the number of threads of the whole process."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

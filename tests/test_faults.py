@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +41,15 @@ data: {name: birds, root: ROOT, image_size: 32, workers: 0, loader: torch, resid
 run: {log_every: 1, save_every_steps: 2, keep: 9}
 """
 STEPS = 10  # 40 images, 2 epochs, batches of 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads in their last bit, and runs of this process are compared with those of others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,7 @@ def make(cfg: Config, out: Path) -> Trainer:
 def start(*argv: str, program: str = "") -> subprocess.Popen:
     """``python -m engine.train`` in a process of its own; ``program`` is run before it, in the same process."""
     code = f"import sys, torch\n{program}\nfrom engine.train import main\nsys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: one_thread
     return subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -113,7 +113,8 @@ def test_a_damaged_file_is_made_anew(
     path.write_bytes({"cut": content[:-40], "flipped": flipped, "empty": b""}[damage])
     again, made = kept(run, images, tmp_path)
     assert made and torch.equal(first, again) and "made anew" in " ".join(capsys.readouterr().err.split())
-    assert path.read_bytes() == content
+    third, made = kept(run, images, tmp_path)  # the file is whole again; its bytes may order the metadata differently
+    assert not made and torch.equal(first, third)
 
 
 def test_a_folder_that_cannot_be_written_to_keeps_nothing(
