@@ -1,4 +1,4 @@
-"""Tests run on one thread. Where CUDA is absent, Triton kernels run in its interpreter: it must be chosen before triton is first imported."""
+"""Tests run on one thread. Without CUDA, Triton kernels run in its interpreter: chosen before triton is first imported."""
 
 from __future__ import annotations
 
