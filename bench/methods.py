@@ -45,7 +45,7 @@ from engine.log import say
 from engine.protocols import linear
 from engine.protocols.features import extract
 from engine.protocols.retrieval import retrieval
-from engine.recipe import nearest, read, resolve
+from engine.recipe import YamlLoader, nearest, read, resolve
 from engine.train import assemble
 from ppssl.encoder import FeatureNet
 from ppssl.teacher import Teacher
@@ -188,10 +188,12 @@ def world_of(args: argparse.Namespace) -> Path:
 def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
     """Writes STUDY.json and STUDY.md."""
     rows = summarise(records, [cell.name for cell in study.cells], study.reference)
-    whole = {"study": study_name, "command": command, "budget": round(study.share * args.budget), "reference": study.reference}
+    images = sorted({r["images"] for r in records if "images" in r})  # whole epochs, the nearest to the budget
+    whole = {"study": study_name, "command": command, "images": images, "reference": study.reference}
     write(args.out / f"{study_name}.json", json.dumps(whole | {"rows": rows, "records": records}, indent=1) + "\n")
     commits = ", ".join(sorted({r["commit"] for r in records}))
-    head = f"# {study.title}\n\n`{command}`\n\n{round(study.share * args.budget):,} images a run; commit {commits}.\n\n"
+    seen = " or ".join(f"{count:,}" for count in images) or "no"
+    head = f"# {study.title}\n\n`{command}`\n\n{seen} images a run; commit {commits}.\n\n"
     write(args.out / f"{study_name}.md", head + markdown(rows, study.reference) + "\n" + NOTE)
 
 
@@ -251,7 +253,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         key, equals, value = text.partition("=")
         if not equals or key not in key_types():
             parser.error(f"{text!r} is not KEY=VALUE with a config key; {nearest(key)}")
-        overrides[key] = yaml.safe_load(value)
+        if key in ("epochs", "seed", "amp"):
+            remedy = {"epochs": "--budget", "seed": "--first-seed and --seeds", "amp": "--amp"}[key]
+            parser.error(f"{text!r} would be replaced for every cell; use {remedy}")
+        overrides[key] = yaml.load(value, Loader=YamlLoader)
     args.overrides = overrides
     return args
 

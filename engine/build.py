@@ -94,7 +94,7 @@ def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catal
     """The checked image lists of ``data.name`` under ``data.root``; the demo world is drawn there first if it is missing
     or of another version."""
     if cfg.data.root is None:
-        raise ValueError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
+        raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
     if cfg.data.name == "birds" and birds.is_missing(root):
         birds.ensure(root, progress=progress)

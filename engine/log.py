@@ -121,7 +121,7 @@ class RunLog:
         shown = [name for name in self.names if name in record and name not in ("grad_norm", "contrast_top5")]
         status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
         status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
-        status += f"  lr {lr:.4f}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
+        status += f"  lr {lr:.3g}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
         self.progress.update(self.task, status=status)
         if not console.is_terminal:
             say(f"step {step}/{self.total_steps}  epoch {epoch}  {status}")

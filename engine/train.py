@@ -239,7 +239,7 @@ def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
     for key, value in now.items():
         free = key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
         if not free and then[key] != value:
-            raise ValueError(
+            raise ConfigError(
                 f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; give {key}={then[key]} to "
                 f"continue it, or --out DIR (or --resume none) to start afresh"
             )

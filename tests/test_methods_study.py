@@ -64,7 +64,7 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
     assert methods.main([*two, "--seeds", "2", *arguments]) == 0
     assert Inline.ran[2:] == ["moco/11", "lcr guided/11"]  # the first seed's cells were there
     table = json.loads((tmp_path / "out" / "main.json").read_text())
-    assert table["budget"] == 48 and "--seeds 2" in table["command"] and table["reference"] == "moco"
+    assert table["images"] == [80] and "--seeds 2" in table["command"] and table["reference"] == "moco"
     records = {(r["cell"], r["seed"]): r for r in table["records"]}
     assert len(records) == 4
     for (cell, seed), record in records.items():
@@ -93,6 +93,13 @@ def test_a_cell_is_a_process_of_its_own(arguments: list[str], tmp_path: Path) ->
     assert methods.main(["--only", "untrained", "--seeds", "1", *arguments]) == 0
     (record,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
     assert record["rank1"] >= 0 and "steps" not in record and record["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("text", "remedy"), [("epochs=2", "--budget"), ("amp=bf16", "--amp"), ("seeed=1", "seed")])
+def test_a_key_that_the_study_sets_itself_is_refused(text: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        methods.parse([text])
+    assert remedy in capsys.readouterr().err
 
 
 def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) -> None:

@@ -275,4 +275,4 @@ def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
