@@ -227,16 +227,20 @@ class Trainer:
         if streak is None:
             return
         self.saver.wait()
-        bundle, state = "none (no run folder)", self.state()
+        state, replay = self.state(), "no run folder keeps it for a replay"
         again = {"index": gather(streak.index, self.method.group), "terms": streak.terms}
         if self.out is not None:
             bundle = self.out / "replay" / f"step_{streak.step:09d}.pt"
-            checkpoint.write(bundle, state | {"step": streak.step, "replay": again})
+            replay = f"to run that step again: python -m engine.replay {bundle}"
+            try:
+                checkpoint.write(bundle, state | {"step": streak.step, "replay": again})
+            except OSError as error:  # it must not hide why the run ends
+                replay = f"{bundle} for a replay could not be written ({error})"
         terms = ", ".join(f"{name} {value:.6g}" for name, value in streak.terms.items())
         raise FloatingPointError(
             f"step {streak.step}: the loss or its gradient is not finite ({terms}), the first of {self.step.guard.patience} steps "
-            f"in a row (run.max_bad_steps); last good checkpoint: {self.saver.saved or 'none'}; to run that step again: "
-            f"python -m engine.replay {bundle}; a lower optim.lr{' or amp=null (float32)' if self.precision.dtype else ''} may help"
+            f"in a row (run.max_bad_steps); last good checkpoint: {self.saver.saved or 'none'}; {replay}; "
+            f"a lower optim.lr{' or amp=null (float32)' if self.precision.dtype else ''} may help"
         )
 
     def state(self) -> dict[str, Any]:

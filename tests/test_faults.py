@@ -363,6 +363,22 @@ def test_a_streak_of_bad_steps_leaves_a_bundle_that_reproduces_it(
     assert "no replay bundle" in capfd.readouterr().err
 
 
+def test_a_full_disk_does_not_hide_why_a_run_ends(
+    recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write
+
+    def no_room(path: Path, state: dict) -> object:
+        if path.parent.name == "replay":
+            raise OSError(28, "No space left on device")
+        return write(path, state)
+
+    monkeypatch.setattr(checkpoint, "write", no_room)
+    assert main(["--cfg", str(recipe), "--out", "bad", "optim.lr=1e25", "run.max_bad_steps=3", "epochs=9"]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    assert "not finite" in error and "could not be written" in error and "No space left" in error and "Traceback" not in error
+
+
 def test_training_opens_no_connection(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: socket.socket, address: object) -> None:
         raise AssertionError(f"a connection to {address}")
