@@ -131,7 +131,12 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
-    return _parser().parse_object(nested).as_dict()
+    tree = _parser().parse_object(nested).as_dict()
+    for key, value in values.items():
+        if isinstance(value, str) and str in union_members(key_types()[key]):  # text stays text: jsonargparse reads '~' as null
+            section, _, name = key.rpartition(".")
+            (tree[section] if section else tree)[name] = value
+    return tree
 
 
 def resolve(values: dict[str, Any], origin: str) -> Config:

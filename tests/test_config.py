@@ -119,6 +119,12 @@ def test_yaml_round_trip():
     assert from_yaml(to_yaml(odd)) == odd
 
 
+@pytest.mark.parametrize("text", ["~", "null", "Null", "true", "1e3", "[1]"])
+def test_text_that_looks_like_something_else_stays_text(text: str):
+    config = replace(Config(), out=text)
+    assert from_yaml(to_yaml(config)) == config
+
+
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(min_size=1).filter(str.strip), lr=st.floats(0, 1e6), seed=st.integers(0, 2**63 - 1))
 def test_yaml_round_trip_of_any_value(text: str, lr: float, seed: int):
