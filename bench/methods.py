@@ -100,7 +100,8 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
         def embed(teacher: Teacher) -> Tensor:
             return altered(teacher_cache.embeddings(teacher, images.train, **cache), cell.teacher, cfg.seed)
 
-        trainer = assemble(cfg, images, device, out=folder, cache=build.cache_folder(), embed=embed)
+        teacher = build.teacher(cfg, device)
+        trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=build.cache_folder(), embed=embed)
         before = cpu_seconds()
         try:
             summary = trainer.fit()

@@ -236,8 +236,7 @@ class Judge:
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
         protocols = self.cfg.eval.protocols
-        with torch.random.fork_rng(devices=[]):  # reading images draws a seed; the run must not depend on being watched
-            records = judge(candidate, self.images, self.cfg, self.device, protocols=protocols)
+        records = judge(candidate, self.images, self.cfg, self.device, protocols=protocols)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)
@@ -250,14 +249,12 @@ class Judge:
         keep(self.out / "evaluation.json", records)
         say(f"epoch {epoch}: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items()))
 
-    def teacher(self) -> None:
+    def teacher(self, teacher: Teacher | None) -> None:
         """Judges the teacher's own image features, where the method has one: what the student could take over."""
-        with torch.random.fork_rng(devices=[]):
-            teacher = build.teacher(self.cfg, self.device) if self.possible and self.world.first else None
-            if teacher is None:
-                return
-            candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
-            records = judge(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
+        if teacher is None or not self.possible or not self.world.first:
+            return
+        candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
+        records = judge(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
         keep(self.out / "evaluation.json", records)
         say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))
 

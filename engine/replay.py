@@ -61,9 +61,12 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     cfg = build.resolve(cfg, device)
     cache = build.cache_folder()
     images = build.data(cfg, cache_dir=cache)
-    trainer = assemble(cfg, images, device, out=None, cache=cache, embed=lambda teacher: teacher_cache.embeddings(
-        teacher, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
-    ))  # fmt: skip
+    trainer = assemble(
+        cfg, images, device, teacher=build.teacher(cfg, device), out=None, cache=cache,
+        embed=lambda teacher: teacher_cache.embeddings(
+            teacher, images.train, device=device, cache_dir=cache, workers=cfg.data.workers
+        ),
+    )  # fmt: skip
     try:
         trainer.resume(bundle, state)
         step = trainer.step.step

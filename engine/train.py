@@ -89,7 +89,10 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
         with world.first_then_others():
             return teacher_cache.embeddings(teacher, images.train, device=device, cache_dir=cache, workers=cfg.data.workers)
 
-    trainer = assemble(cfg, images, device, out=out if world.first else None, cache=cache, embed=embed, world=world)
+    teacher = load_teacher(cfg, world)
+    trainer = assemble(
+        cfg, images, device, teacher=teacher, out=out if world.first else None, cache=cache, embed=embed, world=world
+    )
     if world.first:
         for folder in (out, out / "checkpoints", out / "replay"):
             checkpoint.clean(folder)
@@ -105,7 +108,7 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
         if world.first:
             log.append(out, {"kind": "start", "step": 0} | environment(trainer, device))
         judge(trainer)
-        judge.teacher()
+        judge.teacher(teacher)
         watch(trainer)
     trainer.profile = profile if world.first else 0
     if cfg.eval.every:
@@ -147,7 +150,8 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
             rows[index] = teacher_cache.embeddings_of(teacher, images.train, index, device=device)
             return rows
 
-        trainer = assemble(cfg, images, device, out=None, cache=None, embed=embed_first_batch, world=world)
+        teacher = load_teacher(cfg, world)
+        trainer = assemble(cfg, images, device, teacher=teacher, out=None, cache=None, embed=embed_first_batch, world=world)
         try:
             batch = next(iter(trainer.loader.batches(0, 1)))
             output = trainer.step(trainer.with_teacher(batch))
@@ -160,19 +164,24 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
     say(f"a run would take {steps} steps: {cfg.epochs} epochs of {epoch}; nothing was written")
 
 
+def load_teacher(cfg: Config, world: World) -> Teacher | None:
+    """The method's teacher, if it has one; the first process fetches its weights where they are not at hand."""
+    with world.first_then_others():
+        return build.teacher(cfg, world.device)
+
+
 def assemble(
     cfg: Config,
     images: catalog.Catalog,
     device: torch.device,
     *,
+    teacher: Teacher | None,
     out: Path | None,
     cache: Path | None,
     embed: Callable[[Teacher], torch.Tensor],
     world: World = ALONE,
 ) -> Trainer:
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
-    with world.first_then_others():
-        teacher = build.teacher(cfg, device)
     method = build.method(cfg, teacher, world)
     share = sampler.Share(world.rank, world.size)
     with world.first_then_others():

@@ -156,7 +156,8 @@ def make(cfg: Config, out: Path) -> Trainer:
     cfg = build.resolve(cfg, CPU)
     cache = build.cache_folder()
     images = build.data(cfg, cache_dir=cache, progress=False)
-    return assemble(cfg, images, CPU, out=out, cache=cache, embed=lambda t: teacher_cache.embeddings(
+    teacher = build.teacher(cfg, CPU)
+    return assemble(cfg, images, CPU, teacher=teacher, out=out, cache=cache, embed=lambda t: teacher_cache.embeddings(
         t, images.train, device=CPU, cache_dir=cache, workers=0
     ))  # fmt: skip
 

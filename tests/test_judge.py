@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import log
+from engine import build, log
 from engine.config import Config, TeacherConfig
 from engine.data import birds, catalog
 from engine.data.catalog import Catalog
@@ -66,11 +66,11 @@ def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
 def test_the_teacher_is_judged_too(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     cfg = replace(config(), method=replace(config().method, name="ppssl"), teacher=TeacherConfig("birds", "birds"))
-    Judge(tmp_path, cfg, images, CPU).teacher()
+    Judge(tmp_path, cfg, images, CPU).teacher(build.teacher(cfg, CPU))
     records = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(r["model"], r["epoch"], r["protocol"]) for r in records] == [("teacher", None, p) for p in ("retrieval", *["knn"] * 3)]
     assert "image feature of" in records[0]["feature"] and not log.read(tmp_path)  # the log's curves are the run's
-    Judge(tmp_path, config(), images, CPU).teacher()  # MoCo has none
+    Judge(tmp_path, config(), images, CPU).teacher(build.teacher(config(), CPU))  # MoCo has none
 
 
 def test_a_run_does_not_notice_that_it_is_judged(images: Catalog, tmp_path: Path):
@@ -122,7 +122,7 @@ def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, 
     flat = Catalog(replace(images.train, labels=None), None, ())
     judges = Judge(tmp_path, config(every=1), flat, CPU)
     judges(trainer(0))
-    judges.teacher()
+    judges.teacher(object())  # not even looked at
     judges.after_epoch(trainer(1))
     assert "nothing to judge the features by" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir()) and judges.closing(1.0) is None
