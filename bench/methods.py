@@ -5,9 +5,9 @@
     python -m bench.methods --only "ppssl guided" --seeds 3 --budget 25600 optim.lr=0.03
 
 The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
-seeds of the runs. A cell is one process and leaves one JSON file; a cell whose file is there is not run again, so the same
-command continues after any interruption. Seconds are those of the CPU, not of the clock. KEY=VALUE after the options
-changes every cell. The table is rewritten after each cell.
+seeds of the runs. A cell is one process, as many at a time as there are cores (--jobs), and leaves one JSON file; a cell whose
+file is there is not run again, so the same command continues after any interruption. Seconds are those of the CPU, not of the
+clock. KEY=VALUE after the options changes every cell. The table is rewritten after each cell.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.methods_cells import STUDIES, Cell, Study
+from bench.methods_maps import coverage, look
 from bench.methods_table import markdown, summarise
 from engine import build
 from engine.checkpoint import write_atomically
 from engine.command import command
 from engine.config import Config, flatten, key_types
-from engine.data import birds, sampler, teacher_cache
+from engine.data import birds, cores, sampler, teacher_cache
 from engine.data.catalog import Catalog, ImageList
 from engine.log import say
 from engine.protocols import linear
@@ -48,6 +50,7 @@ from engine.protocols.retrieval import retrieval
 from engine.recipe import YamlLoader, nearest, read, resolve
 from engine.train import assemble
 from ppssl.encoder import FeatureNet
+from ppssl.method import Method
 from ppssl.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +68,8 @@ def configure(cell: Cell, args: argparse.Namespace, seed: int, root: Path) -> Co
     values = read((files("engine") / "configs" / "demo.yaml").read_bytes(), "demo.yaml") | cell.overrides | args.overrides
     values |= {"seed": seed, "data.root": str(root), "amp": None if args.amp == "off" else args.amp}
     values |= {"run.log_every": 10**6, "run.save_every_steps": 10**9}
+    if args.jobs > 1:
+        values |= {"data.workers": 0}  # a cell that has one core of several decodes in its own process
     return resolve(values, f"cell {cell.name!r}")
 
 
@@ -82,8 +87,9 @@ def specification(cell: Cell, cfg: Config) -> dict[str, Any]:
     return keys | {"kind": cell.kind, "embeddings": cell.teacher, "world": world}
 
 
-def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder: Path | None) -> None:
+def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder: Path | None, threads: int) -> None:
     """Trains and measures one cell and writes its record; in a process of its own, so that memory and CPU time are the cell's."""
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = build.resolve(cfg, device)
     images = build.data(cfg, cache_dir=build.cache_folder(), progress=False)
@@ -94,7 +100,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
         rows = [teacher_cache.embeddings(teacher, part, **cache).float() for part in (images.train, images.test)]
         found |= judge(*rows, images)
     elif cell.kind == "untrained":
-        found |= measure(build.method(cfg, None).to(device).network, cfg, images, device)
+        found |= measure(build.method(cfg, None).to(device), cfg, images, device)
     else:
 
         def embed(teacher: Teacher) -> Tensor:
@@ -109,7 +115,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
             found["cpu_seconds_per_epoch"] = (cpu_seconds() - before) / cfg.epochs
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _usage(resource.RUSAGE_SELF).ru_maxrss
             found |= {"peak_memory_mib": peak / 2**20, "steps": summary.steps, "images": summary.steps * cfg.batch_size}
-            found |= measure(trainer.method.network, cfg, images, device)
+            found |= measure(trainer.method, cfg, images, device)
         except FloatingPointError as error:
             found["failed"] = str(error)
     write(record, json.dumps(found | provenance(), indent=1) + "\n")
@@ -124,16 +130,19 @@ def altered(rows: Tensor, how: str, seed: int) -> Tensor:
     return F.normalize(rows.float().mean(0, keepdim=True), dim=1).to(rows.dtype).expand_as(rows).contiguous()
 
 
-def measure(network: nn.Module, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
-    """Retrieval and linear probes of ``network``; where it has a mask, also retrieval without it. Raises ``FloatingPointError``."""
+def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
+    """Retrieval and linear probes of the method's network; where it has a mask, also retrieval without it; on a drawn world, where
+    it looks (``bench.methods_maps``). Raises ``FloatingPointError``."""
+    network = method.network
     train, test = (extract(network, part, cfg, device) for part in (images.train, images.test))
     if not all(torch.isfinite(features).all() for features in (train, test)):
         raise FloatingPointError("the features are not finite: the network has diverged")
+    labels = labels_of(images.test, device)
     found = judge(train, test, images)
     if network.mask is not None:
-        plain = extract(FeatureNet(network.trunk), images.test, cfg, device)
-        found["plain_rank1"] = retrieval(plain, labels_of(images.test, device)).rank1
-    return found
+        plain = retrieval(extract(FeatureNet(network.trunk), images.test, cfg, device), labels)
+        found |= {"plain_rank1": plain.rank1, "plain_mAP": plain.mAP}
+    return found | look(method, cfg, images.test, labels, device, build.cache_folder())
 
 
 def judge(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
@@ -199,34 +208,78 @@ def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args:
 
 
 def run_study(name: str, args: argparse.Namespace, command: str) -> None:
-    """Every cell of a study that has no record yet, seed by seed, so that a table is fair at any time."""
+    """Every cell of a study that has no record yet, ``args.jobs`` at a time, seed by seed, so that a table is fair at any time."""
     study = STUDIES[name]
     cells = [cell for cell in study.cells if not args.only or cell.name in args.only]
     root = world_of(args)
-    train_images = len(build.data(configure(cells[0], args, args.first_seed, root), cache_dir=build.cache_folder()).train)
+    some = configure(cells[0], args, args.first_seed, root)
+    images = build.data(some, cache_dir=build.cache_folder())
+    coverage(images.test, some.data.image_size, build.cache_folder())  # once, before several cells want it
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    pending = [(cell, seed) for seed in seeds for cell in cells]
-    records: list[dict[str, Any]] = []
-    for number, (cell, seed) in enumerate(pending, 1):
-        cfg = configure(cell, args, seed, root)
-        if cell.kind == "train":
-            cfg = dataclasses.replace(cfg, epochs=epochs_of(study.share * args.budget, train_images, cfg.batch_size))
-        spec = specification(cell, cfg)
-        key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
-        label = f"{cell.name.replace(' ', '_').replace(',', '')}-{seed}"
-        record = args.work / name / f"{label}-{key}.json"
-        if not record.is_file():
-            folder = args.work / name / f"{label}-{key}" if args.keep else None
-            process = multiprocessing.get_context("spawn").Process(target=run_cell, args=(cell, cfg, spec, record, folder))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"cell {cell.name!r}, seed {seed} ended with exit code {process.exitcode}; see above")
-        records.append(json.loads(record.read_text()))
-        shown = records[-1].get("failed") or f"rank-1 {100 * records[-1]['rank1']:.1f} %, mAP {100 * records[-1]['mAP']:.1f} %"
-        say(f"{name} {number}/{len(pending)}: {cell.name}, seed {seed}: {shown}")
-        tabulate(name, study, records, args, command)
+    asked = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in cells]
+    done = [plan for plan in asked if plan.record.is_file()]
+    say(f"{name}: {len(asked)} cells, {len(done)} of them done before; {args.jobs} at a time")
+    failures: list[str] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(run_apart, plan, args): plan for plan in asked if plan not in done}
+        try:
+            for future in as_completed(running):
+                plan = running[future]
+                if future.cancelled():
+                    continue
+                if code := future.result():
+                    failures.append(f"cell {plan.cell.name!r}, seed {plan.cfg.seed} ended with exit code {code}; see above")
+                    pool.shutdown(wait=False, cancel_futures=True)  # those that run go on to their end
+                    continue
+                done.append(plan)
+                say(f"{name} {len(done)}/{len(asked)}: {plan.cell.name}, seed {plan.cfg.seed}: {shown(plan.record)}")
+                tabulate(name, study, records_of(asked), args, command)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failures:
+        raise RuntimeError("; ".join(failures))
+    tabulate(name, study, records_of(asked), args, command)
     say(f"written: {args.out / name}.md")
+
+
+class Plan(NamedTuple):
+    """One cell with one seed, and where its result goes."""
+
+    cell: Cell
+    cfg: Config
+    specification: dict[str, Any]
+    record: Path
+
+
+def planned(study_name: str, cell: Cell, args: argparse.Namespace, seed: int, root: Path, train_images: int) -> Plan:
+    cfg = configure(cell, args, seed, root)
+    if cell.kind == "train":
+        budget = STUDIES[study_name].share * args.budget
+        cfg = dataclasses.replace(cfg, epochs=epochs_of(budget, train_images, cfg.batch_size))
+    spec = specification(cell, cfg)
+    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    label = f"{cell.name.replace(' ', '_').replace(',', '')}-{seed}"
+    return Plan(cell, cfg, spec, args.work / study_name / f"{label}-{key}.json")
+
+
+def run_apart(plan: Plan, args: argparse.Namespace) -> int:
+    """Runs one cell in a process of its own; returns its exit code."""
+    folder = plan.record.with_suffix("") if args.keep else None
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    process = multiprocessing.get_context("spawn").Process(target=run_cell, args=(*plan, folder, threads))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def records_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    return [json.loads(plan.record.read_text()) for plan in plans if plan.record.is_file()]
+
+
+def shown(record: Path) -> str:
+    found = json.loads(record.read_text())
+    return found.get("failed") or f"rank-1 {100 * found['rank1']:.1f} %, mAP {100 * found['mAP']:.1f} %"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -234,6 +287,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", choices=list(STUDIES), default="main")
     parser.add_argument("--budget", type=int, default=51200, metavar="IMAGES", help="a run sees (studies: half of it)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    default = 1 if torch.cuda.is_available() else cores()
+    parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells at a time, which share the cores")
     parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
     parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
     parser.add_argument("--only", action="append", metavar="CELL", help="this cell (several times: these)")
@@ -243,8 +298,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep every cell's run folder beside its record")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for every cell")
     args = parser.parse_args(argv)
-    if min(args.budget, args.seeds) < 1:
-        parser.error(f"--budget {args.budget} and --seeds {args.seeds} must be at least 1")
+    for option in ("budget", "seeds", "jobs"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} {getattr(args, option)} must be at least 1")
     names = [cell.name for cell in STUDIES[args.study].cells]
     for name in args.only or []:
         if name not in names:
@@ -263,10 +319,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """The command line as a table states it: without the folders, which are this machine's."""
+    """The command line as a table states it: without the folders and the jobs, which are this machine's."""
     folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     folders.add_argument("--out")
     folders.add_argument("--work")
+    folders.add_argument("--jobs")
     return shlex.join(["python", "-m", "bench.methods", *folders.parse_known_args(argv)[1]])
 
 

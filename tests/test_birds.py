@@ -40,6 +40,29 @@ def test_a_seed_is_a_picture() -> None:
         birds.draw(40, 0)
 
 
+def test_a_silhouette_is_where_the_bird_is() -> None:
+    covered = np.asarray(birds.silhouette_of(7, [3, 1, 4]), float) / 255
+    assert covered.shape == (birds.SIDE, birds.SIDE) and 0.05 < covered.mean() < 0.6
+    other = np.asarray(birds.silhouette_of(4, [3, 1, 4]), float) / 255  # same genus and scene: another part, the same bird
+    assert np.abs(covered - other).mean() < 0.02
+    # where another genus stands in the same scene, pixels change on the birds and, beside their shading, nowhere else
+    change = np.abs(np.asarray(birds.draw(7, [3, 1, 4]), int) - np.asarray(birds.draw(28, [3, 1, 4]), int)).max(2) > 40
+    either = np.maximum(covered, np.asarray(birds.silhouette_of(28, [3, 1, 4]), float) / 255) > 0.5
+    assert change.any() and (change & either).sum() > 0.95 * change.sum()
+
+
+def test_silhouettes_of_the_files_of_a_world(world: Path) -> None:
+    (name,) = [line.split()[1] for line in (world / "images.txt").read_text().splitlines()[40:41]]
+    species = int(name[:3]) - 1
+    (found,) = birds.silhouettes(world, [f"images/{name}"])
+    split, number = int("_0000." not in name), int(name[-8:-4])
+    assert found.tobytes() == birds.silhouette_of(species, (0, split, species, number - split)).tobytes()
+    with pytest.raises(ValueError, match="no image 'images/none.jpg'"):
+        birds.silhouettes(world, ["images/none.jpg"])
+    with pytest.raises(ValueError, match="no demo world"):
+        birds.silhouettes(world.parent, [])
+
+
 def test_species_of_a_genus_differ_in_a_part_only() -> None:
     for genus in range(10):
         plain = np.asarray(birds.draw(4 * genus, 11), int)

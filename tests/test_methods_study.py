@@ -50,7 +50,7 @@ def arguments(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.chdir(tmp_path)
     Inline.ran.clear()
     return [
-        "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--budget", "48", "--amp", "off",
+        "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--budget", "48", "--amp", "off", "--jobs", "1",
         f"data.root={world}", "data.image_size=32", "data.loader=torch", "data.workers=0", "batch_size=16", "queue.size=32",
         "encoder.arch=resnet18_w8_s16", "encoder.dim=8",
     ]  # fmt: skip

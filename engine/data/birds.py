@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from engine.data.birds_drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random_pose
-from engine.data.birds_scenes import Nuisance, background, finish, random_nuisance
+from engine.data.birds_scenes import Nuisance, background, finish, random_nuisance, silhouette
 from engine.data.catalog import with_progress
 
 VERSION = 2
@@ -92,6 +92,18 @@ def draw(species: int, seed: int | Sequence[int]) -> Image.Image:
 
     Pose, place, light and occluders follow from ``seed`` alone: two species with one seed stand in the same scene.
     """
+    scene, empty, nuisance, before = _stage(species, seed)
+    return finish(scene, empty, nuisance, before)
+
+
+def silhouette_of(species: int, seed: int | Sequence[int]) -> Image.Image:
+    """Where the bird of ``draw(species, seed)`` is, seen or hidden: mode L, ``SIDE`` pixels square, 255 for a whole pixel."""
+    scene, empty, _, _ = _stage(species, seed)
+    return silhouette(scene, empty)
+
+
+def _stage(species: int, seed: int | Sequence[int]) -> tuple[Image.Image, Image.Image, Nuisance, np.random.Generator]:
+    """The scene with its bird and without, enlarged, what it is like, and the generator for what comes before the bird."""
     if not 0 <= species < len(SPECIES):
         raise ValueError(f"species {species} is not in 0..{len(SPECIES) - 1}")
     behind, figure, before = _streams(seed)
@@ -100,7 +112,7 @@ def draw(species: int, seed: int | Sequence[int]) -> Image.Image:
     scene = background(behind, nuisance.place, size)
     empty = scene.copy()
     draw_bird(scene, PLANS[GENERA[species // 4]], parts_of(species), random_pose(figure, size))
-    return finish(scene, empty, nuisance, before)
+    return scene, empty, nuisance, before
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,21 @@ def _jobs(root: Path, seed: int, counts: tuple[int, int]) -> Iterator[tuple[_Job
                 number = i + split * counts[0]
                 path = f"{_folder(species)}/{name}_{number:04d}.jpg"
                 yield _Job(str(root), path, species, (seed, split, species, i)), split == 0
+
+
+def silhouettes(root: Path | str, names: Sequence[str]) -> list[Image.Image]:
+    """``silhouette_of`` for images of the world at ``root``, by their files relative to it.
+
+    Raises ``ValueError`` where ``root`` is no finished world of this version, or has no such image.
+    """
+    stamp = _read_stamp(Path(root))
+    if stamp is None or stamp.get("version") != VERSION:
+        raise ValueError(f"{root} is no demo world of version {VERSION}: where its birds are is not known")
+    jobs = _jobs(Path(root), stamp["seed"], (stamp["train_per_species"], stamp["test_per_species"]))
+    by_name = {f"images/{job.name}": job for job, _ in jobs}
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"{root} has no image {unknown[0]!r}")
+    return [silhouette_of(by_name[name].species, by_name[name].seed) for name in names]
 
 
 def _folder(species: int) -> str:

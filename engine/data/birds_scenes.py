@@ -103,10 +103,16 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def silhouette(scene: Image.Image, empty: Image.Image) -> Image.Image:
+    """Where the figure of ``scene`` covers the ``empty`` one: mode L, ``SIDE`` pixels square, 0 nothing and 255 all of a pixel."""
+    covered = ImageChops.difference(scene, empty).convert("L").point(lambda v: 255 if v > 2 else 0)
+    return covered.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
 def finish(scene: Image.Image, empty: Image.Image, nuisance: Nuisance, rng: np.random.Generator) -> Image.Image:
     """Round the figure by light and shade, put the occluder before it, light the scene and reduce it to ``SIDE``."""
     size = scene.size[0]
-    mask = ImageChops.difference(scene, empty).convert("L").point(lambda v: 255 if v > 2 else 0)
+    mask = silhouette(scene, empty)
     pen = ImageDraw.Draw(scene)
     if nuisance.occluder == "twigs":
         for _ in range(rng.integers(1, 4)):
@@ -115,7 +121,6 @@ def finish(scene: Image.Image, empty: Image.Image, nuisance: Nuisance, rng: np.r
         for _ in range(rng.integers(2, 6)):
             _leaf(pen, rng, size, _FOLIAGE[rng.integers(len(_FOLIAGE))], 0.04, 0.09)
     pixels = np.asarray(scene.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
-    mask = mask.resize((SIDE, SIDE), Image.Resampling.BOX)
     height = np.asarray(mask.filter(ImageFilter.GaussianBlur(SIDE * 0.035)), np.float32) / 255
     relief = (np.roll(height, -3, 0) - np.roll(height, 3, 0)) * (np.asarray(mask, np.float32) / 255)
     angle = rng.uniform(0, 2 * np.pi)

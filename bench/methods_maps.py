@@ -1,0 +1,86 @@
+"""Where a trained network looks, held against where the bird of a drawn world really is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from engine.attention import attention
+from engine.checkpoint import load_weights, save_weights
+from engine.config import Config
+from engine.data import birds, clean_batches
+from engine.data.catalog import ImageList
+from engine.data.torch_loader import clean_view
+from engine.data.views import clean_resize
+from engine.protocols.features import extract
+from engine.protocols.retrieval import retrieval
+from ppssl.method import Method
+
+EVERY = 5
+"""The maps of every fifth test image are looked at."""
+
+
+def coverage(images: ImageList, image_size: int, cache: Path) -> Tensor | None:
+    """[N, S, S] in [0, 1]: how much of each pixel of the clean views is bird, kept in ``cache``; None where the images are no demo
+    world's."""
+    path = cache / f"silhouettes-{images.fingerprint[:16]}-{image_size}.safetensors"
+    if not path.is_file():
+        try:
+            drawn = birds.silhouettes(images.root, images.names)
+        except ValueError:
+            return None
+        views = [clean_view(one, clean_resize(image_size), image_size, Image.Resampling.BILINEAR) for one in drawn]
+        save_weights(path, {"coverage": torch.from_numpy(np.stack([np.asarray(view) for view in views]))}, {})
+    return load_weights(path)["coverage"].float() / 255
+
+
+def share_on_bird(maps: Tensor, covered: Tensor) -> float:
+    """Mean over images of (share of a map's mass that lies on the bird) / (share of the image that is bird): 1 is blind, more looks
+    at the bird. maps [N, h, w] non-negative, a map that is zero everywhere counts as blind; covered [N, S, S]."""
+    bird = F.adaptive_avg_pool2d(covered[:, None], maps.shape[1:])[:, 0]
+    mass, area = maps.sum((1, 2)), bird.mean((1, 2))
+    on = torch.where(mass > 0, (maps * bird).sum((1, 2)) / mass.clamp_min(1e-30), area)
+    return float((on / area)[area > 0].mean())
+
+
+class SilhouettePool(nn.Module):
+    """l2 of F averaged over the cells by how much of each is bird: what a perfect mask would make of this trunk. Images come in the
+    order of ``covered`` [N, S, S], once."""
+
+    def __init__(self, trunk: nn.Module, covered: Tensor):
+        super().__init__()
+        self.trunk, self.covered, self.seen = trunk, covered, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature = self.trunk(images)
+        mine = self.covered[self.seen : self.seen + len(images)].to(feature.device)
+        self.seen += len(images)
+        weight = F.adaptive_avg_pool2d(mine[:, None], feature.shape[2:]).to(feature.dtype)
+        return F.normalize((weight * feature).mean((2, 3)).float(), dim=1)
+
+
+def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device: torch.device, cache: Path) -> dict[str, Any]:
+    """``silhouette_rank1`` (``SilhouettePool``), and ``mask_on_bird``, ``cam_on_bird`` (``share_on_bird``) where the method has
+    such maps; nothing where the images are no demo world's."""
+    covered = coverage(images, cfg.data.image_size, cache)
+    if covered is None:
+        return {}
+    features = extract(SilhouettePool(method.network.trunk, covered), images, cfg, device)
+    found = {"silhouette_rank1": retrieval(features, labels).rank1}
+    if type(method).attention is Method.attention:
+        return found
+    maps: dict[str, list[Tensor]] = {}
+    views = clean_batches(
+        images, resize=clean_resize(cfg.data.image_size), crop=cfg.data.image_size, batch_size=cfg.eval.batch_size,
+        workers=cfg.data.workers, device=device,
+    )  # fmt: skip
+    for x, index in views:
+        for name, values in attention(method, x[index % EVERY == 0]).items():
+            maps.setdefault(name, []).append(values.cpu())
+    return found | {f"{name}_on_bird": share_on_bird(torch.cat(parts), covered[::EVERY]) for name, parts in maps.items()}
