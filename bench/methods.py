@@ -35,9 +35,9 @@ import yaml
 from torch import Tensor
 
 from bench.methods_cells import STUDIES, Cell, Study
-from bench.methods_maps import coverage, look
+from bench.methods_maps import coverage, look, picture
 from bench.methods_table import markdown, summarise
-from engine import build
+from engine import attention, build
 from engine.checkpoint import write_atomically
 from engine.command import command
 from engine.config import Config, flatten, key_types
@@ -47,7 +47,7 @@ from engine.log import say
 from engine.protocols import linear
 from engine.protocols.features import extract
 from engine.protocols.retrieval import retrieval
-from engine.recipe import YamlLoader, nearest, read, resolve
+from engine.recipe import YamlLoader, nearest, read, resolve, to_yaml
 from engine.train import assemble
 from ppssl.encoder import FeatureNet
 from ppssl.method import Method
@@ -108,6 +108,10 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
 
         teacher = build.teacher(cfg, device)
         trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=build.cache_folder(), embed=embed)
+        if folder is not None:
+            write(folder / "config.yaml", to_yaml(cfg))
+            watch = attention.Watch(folder, cfg, images, device)
+            trainer.hooks.append(watch.after_epoch)
         before = cpu_seconds()
         try:
             summary = trainer.fit()
@@ -115,6 +119,8 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
             found["cpu_seconds_per_epoch"] = (cpu_seconds() - before) / cfg.epochs
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _usage(resource.RUSAGE_SELF).ru_maxrss
             found |= {"peak_memory_mib": peak / 2**20, "steps": summary.steps, "images": summary.steps * cfg.batch_size}
+            if folder is not None:
+                watch(trainer)
             found |= measure(trainer.method, cfg, images, device)
         except FloatingPointError as error:
             found["failed"] = str(error)
@@ -240,6 +246,9 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
     if failures:
         raise RuntimeError("; ".join(failures))
     tabulate(name, study, records_of(asked), args, command)
+    if args.keep:
+        of_first = [(p.cell.name, p.record.with_suffix("")) for p in asked if p.cfg.seed == args.first_seed]
+        picture(of_first, f"{study.title}: last epoch, seed {args.first_seed}", args.out / f"{name}.jpg")
     say(f"written: {args.out / name}.md")
 
 
@@ -295,7 +304,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
     parser.add_argument("--work", type=Path, default=Path("runs") / "methods", help="folder of the cells' records")
-    parser.add_argument("--keep", action="store_true", help="keep every cell's run folder beside its record")
+    parser.add_argument("--keep", action="store_true", help="keep every cell's run folder, and draw where they look")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for every cell")
     args = parser.parse_args(argv)
     for option in ("budget", "seeds", "jobs"):

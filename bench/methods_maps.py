@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.attention import attention
-from engine.checkpoint import load_weights, save_weights
+from engine import attention
+from engine.checkpoint import load_weights, save_weights, write_atomically
 from engine.config import Config
-from engine.data import birds, clean_batches
+from engine.data import birds, clean_batches, sheet
 from engine.data.catalog import ImageList
 from engine.data.torch_loader import clean_view
 from engine.data.views import clean_resize
 from engine.protocols.features import extract
 from engine.protocols.retrieval import retrieval
+from engine.report.pictures import overlay
+from engine.report.sections import MAP_NAMES
 from ppssl.method import Method
 
 EVERY = 5
@@ -65,22 +68,37 @@ class SilhouettePool(nn.Module):
         return F.normalize((weight * feature).mean((2, 3)).float(), dim=1)
 
 
+def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
+    """Writes a sheet of the run folders ``(name, folder)``: one row a watched image, as it is and under every map of every cell at
+    its last look."""
+    kept = [(name, found) for name, folder in cells if (found := attention.read(folder)) is not None]
+    if not kept:
+        return
+    tiles: list[sheet.Tile] = []
+    columns = 1 + sum(len(found.looks[-1].maps) for _, found in kept)
+    for i, file in enumerate(kept[0][1].names):
+        tiles.append(sheet.Tile(kept[0][1].pictures[i], Path(file).stem))
+        for name, found in kept:
+            for kind in sorted(found.looks[-1].maps, reverse=True):  # mask, feature map, CAM, as in a report
+                tiles.append(sheet.Tile(overlay(found.pictures[i], found.looks[-1].maps[kind][i]), f"{name}\n{MAP_NAMES[kind]}"))
+    drawn = sheet.draw(tiles, columns=columns, side=96, title=title)
+    write_atomically(path, lambda temporary: drawn.save(temporary, "JPEG", quality=88))
+
+
 def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device: torch.device, cache: Path) -> dict[str, Any]:
-    """``silhouette_rank1`` (``SilhouettePool``), and ``mask_on_bird``, ``cam_on_bird`` (``share_on_bird``) where the method has
-    such maps; nothing where the images are no demo world's."""
+    """``silhouette_rank1`` (``SilhouettePool``), and ``share_on_bird`` of the maps, as ``feature_on_bird``, ``mask_on_bird`` and
+    ``cam_on_bird``; nothing where the images are no demo world's."""
     covered = coverage(images, cfg.data.image_size, cache)
     if covered is None:
         return {}
     features = extract(SilhouettePool(method.network.trunk, covered), images, cfg, device)
     found = {"silhouette_rank1": retrieval(features, labels).rank1}
-    if type(method).attention is Method.attention:
-        return found
     maps: dict[str, list[Tensor]] = {}
     views = clean_batches(
         images, resize=clean_resize(cfg.data.image_size), crop=cfg.data.image_size, batch_size=cfg.eval.batch_size,
         workers=cfg.data.workers, device=device,
     )  # fmt: skip
     for x, index in views:
-        for name, values in attention(method, x[index % EVERY == 0]).items():
+        for name, values in attention.attention(method, x[index % EVERY == 0]).items():
             maps.setdefault(name, []).append(values.cpu())
     return found | {f"{name}_on_bird": share_on_bird(torch.cat(parts), covered[::EVERY]) for name, parts in maps.items()}

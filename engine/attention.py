@@ -53,7 +53,7 @@ class Watch:
     """Keeps a trainer's maps of COUNT images of the test split (of the training images where there is none) in ``out``/maps.
 
     Calling it keeps them now. As a hook, ``after_epoch`` keeps them whenever a quarter of the run is done and every ``eval.every``
-    epochs; the last epoch is looked at after training. Nothing is done for a method without ``attention``. With ``out`` None the
+    epochs; the last epoch is looked at after training. Nothing is done for a method without maps. With ``out`` None the
     maps are made and not kept: the other processes of a run, whose part of a queue the first one needs.
     Raises ``BrokenFile`` naming an image that no longer opens.
     """
@@ -65,7 +65,7 @@ class Watch:
         self.loaded: Tensor | None = None
 
     def __call__(self, trainer: Trainer) -> None:
-        if type(trainer.method).attention is Method.attention:
+        if not has_maps(trainer.method):
             return
         if self.loaded is None:
             self.loaded = self._load()
@@ -99,14 +99,24 @@ class Watch:
         return Normalise(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
 
 
+def has_maps(method: Method) -> bool:
+    """Whether ``attention`` gives anything: the method has an inference network, or maps of its own."""
+    return type(method).network is not Method.network or type(method).attention is not Method.attention
+
+
 def attention(method: Method, images: Tensor) -> dict[str, Tensor]:
-    """``method.attention`` of [B, 3, S, S] normalised images in float32 and eval mode: [B, h, w] float32 by name. Leaves the
-    method as it was, and compiles nothing."""
+    """Non-negative maps [B, h, w] float32 by name, of [B, 3, S, S] normalised images in float32 and eval mode: ``method.attention``
+    and, where there is an inference network, ``feature``, the mean of its feature map over the channels. Leaves the method as it
+    was, and compiles nothing."""
     modes = [(module, module.training) for module in method.modules()]
     method.eval()
     try:
         with uncompiled(), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            return {name: value.detach().float() for name, value in method.attention(images).items()}
+            maps = method.attention(images)
+            if type(method).network is not Method.network:
+                with torch.no_grad():
+                    maps = maps | {"feature": method.network.trunk(images).mean(1).clamp_min(0)}
+            return {name: value.detach().float() for name, value in maps.items()}
     finally:
         for module, training in modes:
             module.training = training

@@ -16,10 +16,11 @@ from test_compile import build_moco, build_ppssl, step_of
 from engine import attention, checkpoint
 from engine.config import Config, DataConfig, EvalConfig
 from engine.data import catalog
-from ppssl.encoder import Trunk, projection_head
+from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.lcr import FORMS as LCR_FORMS
 from ppssl.lcr import LCR
 from ppssl.method import Batch, Method
+from ppssl.simclr import SimCLR
 
 ARCH = "resnet18_w8_s16"
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_taking_maps_leaves_the_method_as_it_was(kind: str) -> None:
     before, modes = copy.deepcopy(method.state_dict()), [m.training for m in method.modules()]
     random = torch.get_rng_state()
     maps = attention.attention(method, images())
-    assert set(maps) == ({"cam"} if kind == "moco" else {"mask", "cam"})
+    assert set(maps) == {"feature", "cam"} | (set() if kind == "moco" else {"mask"})
     for values in maps.values():
         assert values.shape == (3, 2, 2) and values.dtype == torch.float32 and not values.requires_grad
         assert torch.isfinite(values).all() and values.min() >= 0 and values.max() > 0
@@ -79,6 +80,17 @@ def test_pp_ssl_s_mask_is_the_one_that_pools_the_feature() -> None:
     torch.testing.assert_close(attention.attention(method, x)["mask"], expected)
     method.form = method.form.override(iadm_weight=0.0)  # without guidance there is still something to look at
     assert attention.attention(method, x)["cam"].max() > 0
+
+
+def test_every_method_with_a_network_shows_its_feature_map() -> None:
+    torch.manual_seed(0)
+    trunk = Trunk(ARCH)
+    method, x = SimCLR(FeatureNet(trunk), projection_head("mlp2", trunk.channels, 16)).train(), images()
+    maps = attention.attention(method, x)
+    with torch.no_grad():
+        expected = trunk.eval()(x).mean(1)
+    assert set(maps) == {"feature"} and torch.equal(maps["feature"], expected)
+    assert attention.has_maps(method) and not attention.has_maps(Method())
 
 
 @pytest.mark.parametrize("mode", ["encoder", "step"])
@@ -125,7 +137,7 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     assert kept.names[0] == "01.png" and kept.names[-1] == "18.png"
     assert kept.pictures.shape == (attention.COUNT, attention.SIDE, attention.SIDE, 3)
     assert kept.pictures[0].min() == kept.pictures[0].max() == 10
-    assert {n: m.shape for n, m in kept.looks[0].maps.items()} == {"mask": (8, 2, 2), "cam": (8, 2, 2)}
+    assert {n: m.shape for n, m in kept.looks[0].maps.items()} == dict.fromkeys(("mask", "cam", "feature"), (8, 2, 2))
     assert sum(p.stat().st_size for p in (tmp_path / "run" / "maps").iterdir()) < 700_000
     names = checkpoint.read_metadata(tmp_path / "run/maps/images.safetensors")["names"]
     assert json.loads(names) == list(kept.names)

@@ -86,8 +86,9 @@ def config(name: str, **method) -> Config:
     )
 
 
-@pytest.mark.parametrize(("name", "maps"), [("moco", {"cam"}), ("lcr", {"mask", "cam"}), ("simclr", set())])
-def test_look(images, tmp_path: Path, name: str, maps: set[str]) -> None:
+@pytest.mark.parametrize(("name", "more"), [("moco", {"cam"}), ("lcr", {"mask", "cam"}), ("simclr", set())])
+def test_look(images, tmp_path: Path, name: str, more: set[str]) -> None:
+    maps = {"feature"} | more
     cfg = build.resolve(config(name), torch.device("cpu"))
     labels = torch.as_tensor(images.labels)
     found = look(build.method(cfg, None), cfg, images, labels, torch.device("cpu"), tmp_path)

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
 
+import engine  # noqa: E402
 from bench import methods  # noqa: E402
 from bench.methods_cells import STUDIES  # noqa: E402
 from bench.methods_table import markdown, paired, summarise  # noqa: E402
+from engine import attention  # noqa: E402
 from engine.data import birds  # noqa: E402
 from ppssl.method import METHODS  # noqa: E402
 
@@ -87,6 +90,19 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
     Inline.ran.clear()
     assert methods.main([*two, "--seeds", "1", *arguments, "optim.lr=0.01"]) == 0
     assert Inline.ran == ["moco/10", "lcr guided/10"]  # another setting is another cell
+
+
+def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    asked = ["--only", "moco", "--only", "lcr guided", "--seeds", "1", "--keep", *arguments]
+    assert methods.main(asked) == 0
+    folders = sorted(p for p in (tmp_path / "work" / "main").iterdir() if p.is_dir())
+    assert [p.name.rsplit("-", 2)[0] for p in folders] == ["lcr_guided", "moco"]
+    for folder in folders:
+        assert engine.load(folder).trunk.channels == 64 and attention.read(folder).looks[-1].step == 5
+    with Image.open(tmp_path / "out" / "main.jpg") as sheet:
+        # eight images; the image, the feature map and the CAM of both methods, the mask of one
+        assert sheet.width == 6 * (96 + 8) + 8 and sheet.height > 8 * 96
 
 
 def test_a_cell_is_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:

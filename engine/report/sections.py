@@ -18,6 +18,7 @@ from engine.report.numbers import SCORES
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run
 
+MAP_NAMES = {"mask": "mask A", "feature": "feature map", "cam": "CAM"}
 MOMENTS = 5
 """Columns of attention maps at most."""
 QUERIES = 8
@@ -115,8 +116,8 @@ def attention(runs: Sequence[Run]) -> AttentionPart | str:
     for i, name in enumerate(lead.names):
         rows = []
         for run in shown:
-            for kind in sorted(looks[run.name][0].maps, reverse=True):  # the mask before the CAM
-                label = {"mask": "mask A", "cam": "CAM"}.get(kind, kind)
+            for kind in sorted(looks[run.name][0].maps, reverse=True):  # mask, feature map, CAM
+                label = MAP_NAMES.get(kind, kind)
                 row = []
                 for look in looks[run.name]:
                     source = pictures.address(pictures.overlay(run.attention.pictures[i], look.maps[kind][i]))
