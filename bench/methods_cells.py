@@ -18,7 +18,8 @@ class Cell(NamedTuple):
     kind: str = "train"
     """train, untrained (the starting network), or teacher (the image-text model's own image features)."""
     teacher: str = "true"
-    """The cached embeddings that a method listens to: true, shuffled (another image's each) or constant (their mean)."""
+    """The cached embeddings that a method listens to: true, shuffled (another image's each), constant (their mean), or species (an
+    oracle that was told the labels)."""
 
 
 class Study(NamedTuple):
@@ -48,6 +49,14 @@ SOURCES = [("image",), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("ima
            ("image", "layer1", "layer2", "layer3", "layer4")]  # fmt: skip
 ALPHAS, BETAS = (0.0, 0.03, 0.1, 0.3), (0.0, 0.4, 1.28, 4.0)
 
+
+
+def choice(name: str, *, masked: bool, reach: str = "branch", iadm: bool = True, ais: bool = False) -> Cell:
+    """A candidate for the form ``guided``: every switch in question is set, whatever the form says by now."""
+    parts = ({} if iadm else {"iadm": OFF}) | ({} if ais else {"ais": OFF})
+    return ppssl(name, method={"contrast_mask": masked, "mask_reach": reach}, **parts)
+
+
 STUDIES = {
     "main": Study(
         "Methods",
@@ -64,6 +73,23 @@ STUDIES = {
             plain("simclr"),
             # nothing keeps a target that follows at once from a constant answer
             Cell("byol", {"method.name": "byol", "ema.decay": 0.99}),
+        ],
+        share=1.0,
+    ),
+    # its evidence chose guided's defaults: to be run with --world 2 --first-seed 0, apart from what the others are judged on
+    "choice": Study(
+        "Candidates for the form guided",
+        "moco",
+        [
+            plain("moco"),
+            choice("masked contrast, no guidance", masked=True, iadm=False),
+            choice("masked contrast, CAM to the mask", masked=True),
+            choice("masked contrast, CAM to the trunk", masked=True, reach="trunk"),
+            choice("masked contrast, CAM to the mask, text", masked=True, ais=True),
+            choice("masked contrast, CAM to the trunk, text", masked=True, reach="trunk", ais=True),
+            choice("plain contrast, CAM to the mask", masked=False),
+            choice("plain contrast, CAM to the trunk", masked=False, reach="trunk"),
+            choice("plain contrast, CAM to the trunk, text", masked=False, reach="trunk", ais=True),
         ],
         share=1.0,
     ),
@@ -85,11 +111,7 @@ STUDIES = {
     "layers": Study(
         "Where the CAM is taken",
         "image",
-        [
-            ppssl("+".join(sources) + suffix, iadm={"sources": list(sources)}, **ais)
-            for suffix, ais in (("", {}), (" without AIS", {"ais": OFF}))
-            for sources in SOURCES
-        ],
+        [ppssl("+".join(sources), iadm={"sources": list(sources)}) for sources in SOURCES],
     ),
     "weights": Study(
         "Weights alpha (AIS) and beta (IADM)",
@@ -108,6 +130,9 @@ STUDIES = {
     "teacher": Study(
         "What the teacher knows",
         "true teacher",
-        [ppssl(f"{kind} teacher", teacher=kind) for kind in ("true", "shuffled", "constant")] + [ppssl("no teacher", ais=OFF)],
+        [ppssl(f"{kind} teacher", teacher=kind) for kind in ("true", "shuffled", "constant", "species")]
+        # a softmax that is sure of the category tells of the rest only what a higher temperature lets through
+        + [ppssl(f"{kind} teacher, tau 4", teacher=kind, ais={"temperature": 4.0}) for kind in ("true", "species")]
+        + [ppssl("no teacher", ais=OFF)],
     ),
 }

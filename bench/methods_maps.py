@@ -23,6 +23,7 @@ from engine.protocols.features import extract
 from engine.protocols.retrieval import retrieval
 from engine.report.pictures import overlay
 from engine.report.sections import MAP_NAMES
+from ppssl.encoder import masked_average_pool
 from ppssl.method import Method
 
 EVERY = 5
@@ -64,8 +65,8 @@ class SilhouettePool(nn.Module):
         feature = self.trunk(images)
         mine = self.covered[self.seen : self.seen + len(images)].to(feature.device)
         self.seen += len(images)
-        weight = F.adaptive_avg_pool2d(mine[:, None], feature.shape[2:]).to(feature.dtype)
-        return F.normalize((weight * feature).mean((2, 3)).float(), dim=1)
+        weight = F.adaptive_avg_pool2d(mine[:, None], feature.shape[2:])[:, 0]
+        return F.normalize(masked_average_pool(feature, weight).float(), dim=1)
 
 
 def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from scipy import stats
 
-MEASURES = {
+SCORES = {
     "rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "linear_100": "linear 100 %", "linear_50": "linear 50 %",
-    "linear_20": "linear 20 %", "plain_rank1": "rank-1, unmasked",
+    "linear_20": "linear 20 %",
 }  # fmt: skip
-"""Percentages, by the name that a record gives them (there as fractions)."""
 COSTS = {"cpu_seconds_per_epoch": "CPU s/epoch", "peak_memory_mib": "peak MiB"}
-TESTED = ("rank1", "mAP")
+MASKS = {
+    "plain_rank1": "rank-1 unmasked", "plain_mAP": "mAP unmasked", "mask_gain": "rank-1 the mask adds",
+    "silhouette_gain": "rank-1 the silhouette would add",
+}  # fmt: skip
+SHARES = {"feature_on_bird": "feature map on the bird", "mask_on_bird": "mask", "cam_on_bird": "CAM"}
+"""What a record may hold, and how a table calls it. Scores and masks are in percent (in the record fractions), shares ratios."""
+TESTED = {"rank1": "rank-1", "mAP": "mAP", "plain_rank1": "rank-1 unmasked"}
+
+
+def derived(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with what a mask gains over none in the same network: its own mask, and the true silhouette."""
+    found = dict(record)
+    for gain, measure in {"mask_gain": "rank1", "silhouette_gain": "silhouette_rank1"}.items():
+        if measure in record and "plain_rank1" in record and (gain != "mask_gain" or "mask_on_bird" in record):
+            found[gain] = record[measure] - record["plain_rank1"]
+    return found
 
 
 def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
@@ -36,7 +51,7 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
 def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -> list[dict[str, Any]]:
     """One row a cell, in ``order``, of the cells that have records: per measure mean and sample standard deviation (None with one
     seed), ``against`` the reference, the ``seeds`` that ended and those that ``failed``, with why."""
-    by_cell = {name: [r for r in records if r["cell"] == name] for name in order}
+    by_cell = {name: [derived(r) for r in records if r["cell"] == name] for name in order}
 
     def values(name: str, measure: str) -> dict[int, float]:
         return {r["seed"]: r[measure] for r in by_cell.get(name, []) if r.get(measure) is not None}
@@ -46,7 +61,7 @@ def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -
         if not by_cell[name]:
             continue
         row: dict[str, Any] = {"cell": name, "measures": {}, "against": {}}
-        for measure in (*MEASURES, *COSTS):
+        for measure in (*SCORES, *COSTS, *MASKS, *SHARES):
             found = list(values(name, measure).values())
             if found:
                 deviation = statistics.stdev(found) if len(found) > 1 else None
@@ -60,15 +75,22 @@ def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -
 
 
 def markdown(rows: list[dict[str, Any]], reference: str) -> str:
-    """The rows as a Markdown table, percentages as mean ± standard deviation over seeds."""
-    measures = [m for m in (*MEASURES, *COSTS) if any(m in row["measures"] for row in rows)]
-    heads = [(MEASURES | COSTS)[m] for m in measures]
-    tested = [f"{MEASURES[m]} against {reference} (p)" for m in TESTED]
-    lines = ["| " + " | ".join(["", *heads, *tested, "seeds"]) + " |", "|" + "---|" * (len(measures) + len(TESTED) + 2)]
+    """The rows as two Markdown tables: what the methods reach and cost, and what their masks and maps are worth."""
+    return _table(rows, SCORES | COSTS, reference, ("rank1", "mAP"), counted=True) + "\n" + _table(
+        rows, MASKS | SHARES, reference, ("plain_rank1",)
+    )  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], names: dict[str, str], reference: str, tested: Sequence[str], counted: bool = False) -> str:
+    """The measures among ``names`` that any row has, and differences from ``reference`` in those ``tested``."""
+    measures = [m for m in names if any(m in row["measures"] for row in rows)]
+    heads = ["", *(names[m] for m in measures), *(f"{TESTED[m]} against {reference} (p)" for m in tested), *["seeds"] * counted]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["cell"], *(_value(m, row["measures"].get(m)) for m in measures)]
-        cells += [_difference(row["against"].get(m)) for m in TESTED]
-        cells.append(f"{len(row['seeds'])}" + (f", {len(row['failed'])} failed" if row["failed"] else ""))
+        cells += [_difference(row["against"].get(m)) for m in tested]
+        if counted:
+            cells.append(f"{len(row['seeds'])}" + (f", {len(row['failed'])} failed" if row["failed"] else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -76,8 +98,8 @@ def markdown(rows: list[dict[str, Any]], reference: str) -> str:
 def _value(measure: str, value: dict[str, float | None] | None) -> str:
     if value is None:
         return "–"
-    factor, digits = (100, 1) if measure in MEASURES else (1, 0 if measure == "peak_memory_mib" else 2)
-    text = f"{factor * value['mean']:.{digits}f}"
+    factor, digits = (1, 0 if measure == "peak_memory_mib" else 2) if measure in COSTS | SHARES else (100, 1)
+    text = f"{factor * value['mean']:{'+' if measure.endswith('_gain') else ''}.{digits}f}"
     return text if value["deviation"] is None or measure in COSTS else f"{text} ± {factor * value['deviation']:.{digits}f}"
 
 

@@ -30,8 +30,10 @@ class MethodConfig:
     """Range over which the mask is scaled to [0, 1]. published: batch, guided: image."""
     maxout_width: int = 32
     """Channels of the 1x1 projection whose maximum is the mask."""
-    contrast_mask: bool = False
-    """Contrast the masked feature gap(A * F) instead of gap(F)."""
+    contrast_mask: bool | None = None
+    """Contrast the masked features gap(A * F) of query and key instead of gap(F)."""
+    mask_reach: Literal["trunk", "branch"] | None = None
+    """What a gradient through the mask reaches: the trunk too, or the mask's own 1x1 projection alone."""
 
     @property
     def title(self) -> str:

@@ -122,6 +122,11 @@ def global_average_pool(feature: Tensor) -> Tensor:
     return feature.mean(dim=(2, 3))
 
 
+def masked_average_pool(feature: Tensor, mask: Tensor) -> Tensor:
+    """gap(A * F): [B, C, h, w] and [B, h, w] -> [B, C]."""
+    return (mask[:, None].to(feature.dtype) * feature).mean(dim=(2, 3))
+
+
 class Masked(NamedTuple):
     """What the mask branch gives."""
 
@@ -168,7 +173,7 @@ class MaskBranch(nn.Module):
             mask = own(scale_to_unit(gather(mask, group), "batch"), group)  # the scaling is global, over parts and processes
         else:
             mask = scale_to_unit(mask, self.minmax)
-        return Masked(mask, (mask[:, None].to(feature.dtype) * feature).mean(dim=(2, 3)))
+        return Masked(mask, masked_average_pool(feature, mask))
 
 
 class ImageMaskBranch(nn.Module):

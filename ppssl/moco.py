@@ -91,8 +91,12 @@ class MoCo(Method):
         """[B, 3, S, S] -> unit rows [B, D] of the key network."""
         with span("key_fwd"):
             if self.bn_groups == 1 or not self.encoder_k.training:
-                return self.encoder_k(x_k)
-            return unshuffle(self.encoder_k(shuffle(x_k, self.bn_groups, self.group)), self.bn_groups, self.group)
+                return self.embed_key(x_k)
+            return unshuffle(self.embed_key(shuffle(x_k, self.bn_groups, self.group)), self.bn_groups, self.group)
+
+    def embed_key(self, x_k: Tensor) -> Tensor:
+        """The key network itself, [B, 3, S, S] -> unit rows [B, D]: k = l2(g_k(gap(f_k(x_k))))."""
+        return self.encoder_k(x_k)
 
     def contrast(self, q: Tensor, k: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first); ``index`` [B] the images."""

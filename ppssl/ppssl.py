@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Trunk, global_average_pool
+from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Masked, Trunk, global_average_pool, masked_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import Batch, Output, register
 from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.momentum import key_copy, parameter_pairs
 from ppssl.ops import gradcam, world
 from ppssl.span import span
 from ppssl.teacher import Teacher
@@ -31,6 +32,8 @@ class Form:
     """The switches in which the two forms differ; engine/config.py explains each under the same name."""
 
     minmax: str  # of the mask: over the batch, or per image
+    contrast_mask: bool
+    mask_reach: str
     iadm_weight: float
     sign: str
     temperature: float
@@ -50,13 +53,13 @@ class Form:
 
 FORMS = {
     "published": Form(
-        minmax="batch", iadm_weight=0.01, sign="plus", temperature=1.0, softmax="rows", cam_scale="none", cam_loss="mean",
-        pool="max", mask="image", image_bn="shared", reduction="sum", teacher_view="query",
+        minmax="batch", contrast_mask=False, mask_reach="trunk", iadm_weight=0.01, sign="plus", temperature=1.0, softmax="rows",
+        cam_scale="none", cam_loss="mean", pool="max", mask="image", image_bn="shared", reduction="sum", teacher_view="query",
     ),
     # 1.28 = 0.01 x the published batch of 128: the weight of one image is kept and no longer depends on the batch
     "guided": Form(
-        minmax="image", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells", cam_scale="max", cam_loss="sum",
-        pool="mean", mask="feature", image_bn="own", reduction="mean", teacher_view="clean",
+        minmax="image", contrast_mask=False, mask_reach="trunk", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells",
+        cam_scale="max", cam_loss="sum", pool="mean", mask="feature", image_bn="own", reduction="mean", teacher_view="clean",
     ),
 }  # fmt: skip
 
@@ -66,6 +69,8 @@ def form_from_config(cfg: Any) -> Form:
     names = ("sign", "temperature", "softmax", "cam_scale", "cam_loss", "pool", "mask", "image_bn", "reduction")
     return FORMS[cfg.method.form].override(
         minmax=cfg.method.minmax,
+        contrast_mask=cfg.method.contrast_mask,
+        mask_reach=cfg.method.mask_reach,
         iadm_weight=cfg.iadm.weight,
         teacher_view=cfg.teacher.view,
         **{name: getattr(cfg.iadm, name) for name in names},
@@ -96,7 +101,6 @@ class PPSSL(MoCo):
         ais_warmup: float = 0.0,
         sources: tuple[str, ...] = ("image",),
         cam_image: str = "query",
-        contrast_mask: bool = False,
         **contrast: Any,
     ):
         super().__init__(network, head, **contrast)
@@ -112,7 +116,8 @@ class PPSSL(MoCo):
         self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if ais_weight else None)
         self.form, self.embed, self.teacher_logit_scale = form, embed, teacher_logit_scale
         self.ais_weight, self.ais_temperature, self.ais_scale, self.ais_warmup = ais_weight, ais_temperature, ais_scale, ais_warmup
-        self.sources, self.cam_image, self.contrast_mask = tuple(sources), cam_image, contrast_mask
+        self.sources, self.cam_image = tuple(sources), cam_image
+        self.mask_k = key_copy(self.mask) if form.contrast_mask else None
 
         guides = form.iadm_weight != 0
         self.needs_original = guides and cam_image == "orig"
@@ -138,7 +143,6 @@ class PPSSL(MoCo):
             ais_warmup=cfg.ais.warmup,
             sources=cfg.iadm.sources,
             cam_image=cfg.iadm.image,
-            contrast_mask=cfg.method.contrast_mask,
             **cls.contrast_arguments(cfg, network),
         )
 
@@ -151,15 +155,38 @@ class PPSSL(MoCo):
     def network(self) -> FeatureNet:
         return FeatureNet(self.encoder_q.trunk, self.mask)
 
+    def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = super().ema_pairs()
+        if self.mask_k is not None:
+            pairs = tuple(a + b for a, b in zip(pairs, parameter_pairs(self.mask, self.mask_k), strict=True))
+        return pairs
+
+    def embed_key(self, x_k: Tensor) -> Tensor:
+        if self.mask_k is None:
+            return super().embed_key(x_k)
+        return self.encoder_k.project(self.mask_k(self.encoder_k.trunk(x_k)).pooled)
+
+    def masked(self, feature: Tensor) -> Masked:
+        """A and gap(A * F) of F. Where the form's ``mask_reach`` is ``branch``, A is made of a constant F."""
+        if self.form.mask_reach == "trunk":
+            return self.mask(feature)
+        mask, _ = self.mask(feature.detach())
+        return Masked(mask, masked_average_pool(feature, mask))
+
+    def contrasted(self, feature: Tensor, mask: Tensor) -> Tensor:
+        """What of F is contrasted: gap(F), or gap(A * F), to which A is a constant: the contrast alone would draw the mask to
+        whatever two views share, the background too."""
+        return masked_average_pool(feature, mask.detach()) if self.form.contrast_mask else global_average_pool(feature)
+
     def forward(self, batch: Batch) -> Output:
         with span("query_fwd"):
             maps = self.encoder_q.trunk.maps(batch.x_q)
             feature = maps["layer4"]  # F [B, C, h, w]
-            mask, pooled = self.mask(feature)  # A [B, h, w], gap(F') [B, C]
+            mask, pooled = self.masked(feature)  # A [B, h, w], gap(F') [B, C]
 
         # L_con: the query against its key and the queue
         k = self.keys(batch.x_k)
-        q = self.encoder_q.project(pooled if self.contrast_mask else global_average_pool(feature))
+        q = self.encoder_q.project(self.contrasted(feature, mask))
         losses, rank = self.contrast(q, k, batch.index)
         contrast = losses.mean()
         total, terms = contrast, {"contrast": contrast.detach()}
@@ -170,9 +197,9 @@ class PPSSL(MoCo):
             if self.cam_image == "orig":
                 seen = batch.x_o
                 seen_maps = self.encoder_q.trunk.maps(seen)
-                seen_mask, seen_pooled = self.mask(seen_maps["layer4"])
-                q_o = seen_pooled if self.contrast_mask else global_average_pool(seen_maps["layer4"])
-                seen_losses, _ = self.contrast(self.encoder_q.project(q_o), k, batch.index)
+                seen_mask, _ = self.masked(seen_maps["layer4"])
+                q_o = self.encoder_q.project(self.contrasted(seen_maps["layer4"], seen_mask))
+                seen_losses, _ = self.contrast(q_o, k, batch.index)
             with span("cam"):
                 cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
             with span("losses"):
@@ -210,8 +237,8 @@ class PPSSL(MoCo):
         """``mask``: A, by which the feature is pooled; ``cam``: what IADM would draw it to, in this form, whatever its weight."""
         x = images.detach().requires_grad_()
         maps = self.encoder_q.trunk.maps(x)
-        mask, pooled = self.mask(maps["layer4"])
-        q = self.encoder_q.project(pooled if self.contrast_mask else global_average_pool(maps["layer4"]))
+        mask, _ = self.mask(maps["layer4"])
+        q = self.encoder_q.project(self.contrasted(maps["layer4"], mask))
         losses = self.mirror_losses(q, images)
         return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, size=mask.shape[1:])}
 

@@ -194,6 +194,7 @@ def test_zero_cam_is_a_uniform_target() -> None:
 SWITCHES = [
     ("minmax", "batch", {"iadm", "ais"}),
     ("iadm_weight", 2.0, set()),
+    ("contrast_mask", True, {"contrast", "iadm"}),
     ("sign", "plus", {"iadm"}),
     ("temperature", 1.0, {"iadm"}),
     ("softmax", "rows", {"iadm"}),
@@ -312,8 +313,51 @@ def test_maxout_width_and_head_are_the_configs() -> None:
     assert isinstance(method.encoder_q.head[-1], nn.BatchNorm1d) and method.queue.rows.shape == (30, 7)
 
 
-def test_contrast_mask_contrasts_the_masked_feature() -> None:
-    assert not torch.equal(build(contrast_mask=True)(batch()).terms["contrast"], build()(batch()).terms["contrast"])
+def test_contrast_mask_contrasts_masked_features_on_both_sides() -> None:
+    """Written out: A of either network pools its own features, and is a constant to the contrast."""
+    method, given = build(dataclasses.replace(GUIDED, contrast_mask=True, iadm_weight=0.0), ais_weight=0.0), batch()
+    with torch.no_grad():
+        method.mask_k.conv.weight.mul_(torch.rand_like(method.mask_k.conv.weight))  # as if they had moved apart
+    other = copy.deepcopy(method)
+    feature, key_feature = other.encoder_q.trunk(given.x_q), other.encoder_k.trunk(given.x_k)
+    mask, key_mask = other.mask(feature).mask.detach(), other.mask_k(key_feature).mask
+    q = other.encoder_q.project((mask[:, None] * feature).mean((2, 3)))
+    k = other.encoder_k.project((key_mask[:, None] * key_feature).mean((2, 3))).detach()
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ other.queue.rows.T], 1) / 0.2
+    expected = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))
+    output = method(given)
+    assert near(output.total, expected) and near(output.keys, k)
+    found, wanted = gradients(method, output.total), gradients(other, expected)
+    assert found["mask.conv.weight"] is None and found["mask.bn.weight"] is None
+    assert all(near(found[n], g, 1e-4) for n, g in wanted.items() if g is not None)
+
+
+def test_the_key_s_mask_follows_and_is_only_there_where_keys_are_masked() -> None:
+    plain, masked = build(), build(dataclasses.replace(GUIDED, contrast_mask=True))
+    assert plain.mask_k is None and not any(name.startswith("mask_k") for name in plain.state_dict())
+    online, target = masked.ema_pairs()
+    moved = {id(p) for p in target}
+    assert all(id(p) in moved and not p.requires_grad for p in masked.mask_k.parameters())
+    assert [id(p) for p in online[-3:]] == [id(p) for p in masked.mask.parameters()]
+    assert len(online) == len(plain.ema_pairs()[0]) + 3
+    before = masked.mask_k.bn.running_mean.clone()
+    masked(batch())
+    assert not torch.equal(masked.mask_k.bn.running_mean, before)  # the key's statistics are its own
+    assert not torch.equal(masked.mask_k.bn.running_mean, masked.mask.bn.running_mean)
+
+
+def test_a_mask_that_reaches_its_branch_only_leaves_the_trunk_to_the_contrast() -> None:
+    branch = dataclasses.replace(GUIDED, mask_reach="branch")
+    method, bare = build(branch, ais_weight=0.0), build(dataclasses.replace(GUIDED, iadm_weight=0.0), ais_weight=0.0)
+    output = method(batch())
+    guided, contrast = gradients(method, output.total), gradients(bare, bare(batch()).total)
+    assert torch.equal(output.terms["iadm"], build()(batch()).terms["iadm"])  # the values are the same
+    assert all(near(guided[n], g, 1e-6) for n, g in contrast.items() if n.startswith("encoder_q."))
+    assert float(guided["mask.conv.weight"].abs().max()) > 1e-4
+    # the text guidance still teaches the trunk, through the feature that is pooled
+    text = build(dataclasses.replace(branch, iadm_weight=0.0))
+    taught = gradients(text, text(batch()).total)
+    assert not near(taught["encoder_q.trunk.second.weight"], contrast["encoder_q.trunk.second.weight"], 1e-2)
 
 
 def test_warmup_raises_the_weight_with_the_share_of_the_run_done() -> None:
