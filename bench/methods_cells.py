@@ -51,10 +51,10 @@ ALPHAS, BETAS = (0.0, 0.03, 0.1, 0.3), (0.0, 0.4, 1.28, 4.0)
 
 
 
-def choice(name: str, *, masked: bool, reach: str = "branch", iadm: bool = True, ais: bool = False) -> Cell:
+def choice(name: str, *, masked: bool, reach: str = "branch", beta: float = 1.28, alpha: float = 0.0) -> Cell:
     """A candidate for the form ``guided``: every switch in question is set, whatever the form says by now."""
-    parts = ({} if iadm else {"iadm": OFF}) | ({} if ais else {"ais": OFF})
-    return ppssl(name, method={"contrast_mask": masked, "mask_reach": reach}, **parts)
+    switches = {"contrast_mask": masked, "mask_reach": reach}
+    return ppssl(name, method=switches, iadm={"weight": beta} if beta != 1.28 else {}, ais={"weight": alpha})
 
 
 STUDIES = {
@@ -82,14 +82,15 @@ STUDIES = {
         "moco",
         [
             plain("moco"),
-            choice("masked contrast, no guidance", masked=True, iadm=False),
+            choice("masked contrast, no guidance", masked=True, beta=0.0),
             choice("masked contrast, CAM to the mask", masked=True),
             choice("masked contrast, CAM to the trunk", masked=True, reach="trunk"),
-            choice("masked contrast, CAM to the mask, text", masked=True, ais=True),
-            choice("masked contrast, CAM to the trunk, text", masked=True, reach="trunk", ais=True),
+            choice("masked contrast, CAM to the mask, text", masked=True, alpha=0.1),
+            choice("masked contrast, CAM to the trunk, text", masked=True, reach="trunk", alpha=0.1),
+            choice("masked contrast, CAM to the trunk, less text", masked=True, reach="trunk", alpha=0.03),
             choice("plain contrast, CAM to the mask", masked=False),
             choice("plain contrast, CAM to the trunk", masked=False, reach="trunk"),
-            choice("plain contrast, CAM to the trunk, text", masked=False, reach="trunk", ais=True),
+            choice("plain contrast, CAM to the trunk, text", masked=False, reach="trunk", alpha=0.1),
         ],
         share=1.0,
     ),

@@ -31,9 +31,9 @@ class MethodConfig:
     maxout_width: int = 32
     """Channels of the 1x1 projection whose maximum is the mask."""
     contrast_mask: bool | None = None
-    """Contrast the masked features gap(A * F) of query and key instead of gap(F)."""
+    """Contrast gap(F) of query and key (published), or the masked gap(A * F), to which A is a constant (guided)."""
     mask_reach: Literal["trunk", "branch"] | None = None
-    """What a gradient through the mask reaches: the trunk too, or the mask's own 1x1 projection alone."""
+    """What a gradient through the mask reaches: the trunk too (both forms), or the mask's own 1x1 projection alone."""
 
     @property
     def title(self) -> str:

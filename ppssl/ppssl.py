@@ -5,7 +5,9 @@
 The form ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
 switches only (``FORMS``), and each switch can be turned alone. In ``published``, the CAM is a softmax over rows of seven
 gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so IADM sends
-no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own.
+no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own, and what is contrasted is the feature that is
+kept, gap(A * F), on both sides: k = l2(g_k(gap(A_k * F_k))) with a momentum copy of the mask branch. Its defaults were chosen on
+tuning seeds of the demo world (bench/results/methods/choice.md).
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ FORMS = {
     ),
     # 1.28 = 0.01 x the published batch of 128: the weight of one image is kept and no longer depends on the batch
     "guided": Form(
-        minmax="image", contrast_mask=False, mask_reach="trunk", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells",
+        minmax="image", contrast_mask=True, mask_reach="trunk", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells",
         cam_scale="max", cam_loss="sum", pool="mean", mask="feature", image_bn="own", reduction="mean", teacher_view="clean",
     ),
 }  # fmt: skip
