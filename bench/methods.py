@@ -7,7 +7,7 @@
 The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
 seeds of the runs. A cell is one process, as many at a time as there are cores (--jobs), and leaves one JSON file; a cell whose
 file is there is not run again, so the same command continues after any interruption. Seconds are those of the CPU, not of the
-clock. KEY=VALUE after the options changes every cell. The table is rewritten after each cell.
+clock. KEY=VALUE after the options changes every cell. The table, of all cells that have records, is rewritten after each cell.
 """
 
 from __future__ import annotations
@@ -225,13 +225,13 @@ def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args:
 def run_study(name: str, args: argparse.Namespace, command: str) -> None:
     """Every cell of a study that has no record yet, ``args.jobs`` at a time, seed by seed, so that a table is fair at any time."""
     study = STUDIES[name]
-    cells = [cell for cell in study.cells if not args.only or cell.name in args.only]
     root = world_of(args)
-    some = configure(cells[0], args, args.first_seed, root)
+    some = configure(study.cells[0], args, args.first_seed, root)
     images = build.data(some, cache_dir=build.cache_folder())
     coverage(images.test, some.data.image_size, build.cache_folder())  # once, before several cells want it
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    asked = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in cells]
+    plans = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in study.cells]
+    asked = [plan for plan in plans if not args.only or plan.cell.name in args.only]
     done = [plan for plan in asked if plan.record.is_file()]
     say(f"{name}: {len(asked)} cells, {len(done)} of them done before; {args.jobs} at a time")
     failures: list[str] = []
@@ -248,15 +248,15 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
                     continue
                 done.append(plan)
                 say(f"{name} {len(done)}/{len(asked)}: {plan.cell.name}, seed {plan.cfg.seed}: {shown(plan.record)}")
-                tabulate(name, study, records_of(asked), args, command)
+                tabulate(name, study, records_of(plans), args, command)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failures:
         raise RuntimeError("; ".join(failures))
-    tabulate(name, study, records_of(asked), args, command)
+    tabulate(name, study, records_of(plans), args, command)
     if args.keep:
-        of_first = [(p.cell.name, p.record.with_suffix("")) for p in asked if p.cfg.seed == args.first_seed]
+        of_first = [(p.cell.name, p.record.with_suffix("")) for p in plans if p.cfg.seed == args.first_seed]
         picture(of_first, f"{study.title}: last epoch, seed {args.first_seed}", args.out / f"{name}.jpg")
     say(f"written: {args.out / name}.md")
 
@@ -309,7 +309,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells at a time, which share the cores")
     parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
     parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
-    parser.add_argument("--only", action="append", metavar="CELL", help="this cell (several times: these)")
+    parser.add_argument("--only", action="append", metavar="CELL", help="train this cell (several times: these)")
     parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
     parser.add_argument("--work", type=Path, default=Path("runs") / "methods", help="folder of the cells' records")
@@ -337,12 +337,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def command_of(argv: Sequence[str]) -> str:
-    """The command line as a table states it: without the folders and the jobs, which are this machine's."""
-    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    folders.add_argument("--out")
-    folders.add_argument("--work")
-    folders.add_argument("--jobs")
-    return shlex.join(["python", "-m", "bench.methods", *folders.parse_known_args(argv)[1]])
+    """The command line that makes the whole table: without this machine's folders and jobs, and without the choice of cells."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--out", "--work", "--jobs"):
+        own.add_argument(option)
+    own.add_argument("--only", action="append")
+    return shlex.join(["python", "-m", "bench.methods", *own.parse_known_args(argv)[1]])
 
 
 @command(RuntimeError)

@@ -47,8 +47,7 @@ def plain(name: str, form: str | None = None, **overrides: Any) -> Cell:
 OFF = {"weight": 0.0}
 SOURCES = [("image",), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("image", "layer4"), ("layer3", "layer4"),
            ("image", "layer1", "layer2", "layer3", "layer4")]  # fmt: skip
-ALPHAS, BETAS = (0.0, 0.03, 0.1, 0.3), (0.0, 0.4, 1.28, 4.0)
-
+ALPHAS, BETAS = (0.0, 0.1, 0.4), (0.0, 0.4, 1.28, 4.0)
 
 
 def choice(name: str, *, masked: bool, reach: str = "branch", beta: float = 1.28, alpha: float = 0.0) -> Cell:
@@ -107,6 +106,10 @@ STUDIES = {
                 "without IADM": {"iadm": OFF},
                 "without both": {"ais": OFF, "iadm": OFF},
             }.items()
+        ]
+        + [
+            ppssl("guided, plain contrast", method={"contrast_mask": False}),
+            ppssl("guided, mask apart from the trunk", method={"mask_reach": "branch"}),
         ],
     ),
     "layers": Study(
