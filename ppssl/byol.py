@@ -13,6 +13,7 @@ from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
 from ppssl.encoder import Encoder, FeatureNet, global_average_pool, projection_head
 from ppssl.method import Batch, Method, Output, register
 from ppssl.momentum import key_copy, parameter_pairs
+from ppssl.ops import gather
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -61,8 +62,9 @@ class BYOL(Method):
         with span("losses"):
             cosine = ((p_q * t_k).sum(1) + (p_k * t_q).sum(1)).mean() / 2
             total = 4 - 4 * cosine
-        # a spread that falls to 0 is the constant answer: 1/sqrt(D) where the targets of a batch point everywhere
-        return Output(total, {"prediction": total.detach()}, t_k, {"cosine": cosine.detach(), "target_spread": t_k.std(0).mean()})
+        # a spread that falls to 0 is the constant answer: 1/sqrt(D) where the targets of the global batch point everywhere
+        spread = gather(t_k, self.group).std(0).mean()
+        return Output(total, {"prediction": total.detach()}, t_k, {"cosine": cosine.detach(), "target_spread": spread})
 
     def predict(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] float32."""
