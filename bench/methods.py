@@ -56,11 +56,12 @@ from ppssl.teacher import Teacher
 ROOT = Path(__file__).resolve().parent.parent
 PERCENTS = (100, 50, 20)
 """Of the training labels that the linear probes see."""
-NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views); p is of a
-two-sided paired t test, uncorrected for the number of rows. "Unmasked" pools the same network without its mask, "by the silhouette"
-with the true outline of the bird in place of the mask. "On the bird" is the share of a map's mass that lies on the bird over the
-share of the image that is bird: 1 is blind. A drawn world shows how the methods behave at this budget from random weights.
-It shows nothing about photographs, pretrained weights or hundreds of epochs.
+NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
+number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
+pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
+bird" is the share of a map's mass that lies on the bird over the share of the image that is bird: 1 is blind. A drawn world shows
+how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained weights or hundreds of
+epochs.
 """
 
 

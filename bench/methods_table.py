@@ -33,11 +33,13 @@ def derived(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, Any]:
-    """``values`` minus ``reference``, both by seed, over the seeds that both have: mean ``difference``, its 95 % ``interval`` and
-    the two-sided ``p`` of Student's paired t test; both None below two seeds or where all differences are equal."""
+    """``values`` minus ``reference``, both by seed, over the seeds that both have: mean ``difference``, in how many seeds it is
+    ``higher``, its 95 % ``interval`` and the two-sided ``p`` of Student's paired t test; both None below two seeds or where all
+    differences are equal."""
     seeds = sorted(values.keys() & reference.keys())
     differences = [values[seed] - reference[seed] for seed in seeds]
-    found: dict[str, Any] = {"seeds": len(seeds), "difference": None, "interval": None, "p": None}
+    higher = sum(difference > 0 for difference in differences)
+    found: dict[str, Any] = {"seeds": len(seeds), "higher": higher, "difference": None, "interval": None, "p": None}
     if not seeds:
         return found
     found["difference"] = mean = statistics.fmean(differences)
@@ -84,7 +86,7 @@ def markdown(rows: list[dict[str, Any]], reference: str) -> str:
 def _table(rows: list[dict[str, Any]], names: dict[str, str], reference: str, tested: Sequence[str], counted: bool = False) -> str:
     """The measures among ``names`` that any row has, and differences from ``reference`` in those ``tested``."""
     measures = [m for m in names if any(m in row["measures"] for row in rows)]
-    heads = ["", *(names[m] for m in measures), *(f"{TESTED[m]} against {reference} (p)" for m in tested), *["seeds"] * counted]
+    heads = ["", *(names[m] for m in measures), *(f"{TESTED[m]} against {reference}" for m in tested), *["seeds"] * counted]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["cell"], *(_value(m, row["measures"].get(m)) for m in measures)]
@@ -106,5 +108,5 @@ def _value(measure: str, value: dict[str, float | None] | None) -> str:
 def _difference(found: dict[str, Any] | None) -> str:
     if found is None or found["difference"] is None:
         return "–"
-    p = "" if found["p"] is None else f" ({found['p']:.3f})" if found["p"] >= 0.001 else " (< 0.001)"
-    return f"{100 * found['difference']:+.1f}{p}"
+    p = "" if found["p"] is None else f", p {found['p']:.3f}" if found["p"] >= 0.001 else ", p < 0.001"
+    return f"{100 * found['difference']:+.1f} ({found['higher']} of {found['seeds']}{p})"

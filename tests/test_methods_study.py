@@ -79,7 +79,7 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
         assert cell == "lcr guided" or record["plain_rank1"] == record["rank1"]
         assert str(tmp_path) not in json.dumps(record)
     text = (tmp_path / "out" / "main.md").read_text()
-    assert "| moco |" in text and "| lcr guided |" in text and "shows nothing about photographs" in text
+    assert "| moco |" in text and "| lcr guided |" in text and "nothing about photographs" in text
 
     Inline.ran.clear()
     for record in (tmp_path / "work" / "main").glob("moco-11-*.json"):
@@ -172,13 +172,13 @@ def test_paired_differences_are_students_over_common_seeds() -> None:
     ours, theirs = {1: 0.30, 2: 0.34, 3: 0.31, 9: 0.9}, {1: 0.25, 2: 0.33, 3: 0.29, 8: 0.1}
     found = paired(ours, theirs)
     differences = [0.05, 0.01, 0.02]
-    assert found["seeds"] == 3 and found["difference"] == pytest.approx(sum(differences) / 3)
+    assert found["seeds"] == found["higher"] == 3 and found["difference"] == pytest.approx(sum(differences) / 3)
     t, p = stats.ttest_1samp(differences, 0)
     assert found["p"] == pytest.approx(p)
     error = found["difference"] / t
     quantile = 4.302652729911275  # of Student's t with two degrees of freedom, 97.5 %
     assert found["interval"] == pytest.approx([found["difference"] - quantile * error, found["difference"] + quantile * error])
-    assert paired({1: 0.5}, {1: 0.25}) == {"seeds": 1, "difference": 0.25, "interval": None, "p": None}
+    assert paired({1: 0.5}, {1: 0.25}) == {"seeds": 1, "higher": 1, "difference": 0.25, "interval": None, "p": None}
     assert paired({1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5})["p"] is None  # equal runs prove nothing
     assert paired({1: 0.5}, {2: 0.5})["difference"] is None
 
@@ -201,7 +201,7 @@ def test_rows_are_means_spreads_and_failures_in_the_studys_order() -> None:
     reached, looked = (part.splitlines() for part in markdown(rows, "a").split("\n\n"))
     for lines in (reached, looked):
         assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
-    assert "15.0 ± 7.1" in reached[2] and "+15.0" in reached[3] and "1 failed" in reached[4]
+    assert "15.0 ± 7.1" in reached[2] and "+15.0 (2 of 2, p " in reached[3] and "1 failed" in reached[4]
     assert "linear" not in reached[0] and "CPU s/epoch" in reached[0]
     assert "| 30.0 | -10.0 | +20.0 | 1.50 | – |" in looked[2] and "CPU" not in looked[0]
 
