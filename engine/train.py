@@ -119,6 +119,11 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
         summary = trainer.fit()
     finally:
         trainer.loader.close()
+    if world.share(world.first and is_finished(out, trainer.step.step)):
+        say(f"{out} was finished before: nothing is trained or judged again, the report is made anew")
+        if world.first:
+            make_page(out, device)
+        return summary
     judge(trainer)
     watch(trainer)
     if world.first:
@@ -129,6 +134,11 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
             say(share)
         make_page(out, device)
     return summary
+
+
+def is_finished(out: Path, step: int) -> bool:
+    """Whether the run in ``out`` came to its end, the judging after training included, at ``step``."""
+    return any(record["kind"] == "summary" and record["step"] == step for record in log.read(out))
 
 
 def dry_run(cfg: Config, world: World = ALONE) -> None:

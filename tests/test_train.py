@@ -122,9 +122,23 @@ def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(number: int, co
 def test_a_finished_run_is_shown_again_not_trained_again(recipe: Path, capfd: pytest.CaptureFixture) -> None:
     assert main(["--cfg", str(recipe)]) == 0
     capfd.readouterr()
+    before = log.read(Path("runs/tiny"))
+    Path("runs/tiny/report.html").unlink()
     assert main(["--cfg", str(recipe)]) == 0
-    assert f"at step {STEPS} of {STEPS}" in capfd.readouterr().err
-    assert [r["kind"] for r in log.read(Path("runs/tiny"))].count("train") == STEPS // 2
+    shown = capfd.readouterr().err
+    assert f"at step {STEPS} of {STEPS}" in shown and "runs/tiny was finished before" in shown
+    assert log.read(Path("runs/tiny")) == before and Path("runs/tiny/report.html").is_file()
+
+
+def test_a_run_that_ended_before_it_was_judged_is_judged(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe)]) == 0
+    path = Path("runs/tiny/metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    first_of_the_end = next(i for i, line in enumerate(lines) if '"eval"' in line and f'"step": {STEPS},' in line)
+    path.write_text("".join(lines[:first_of_the_end]))
+    assert main(["--cfg", str(recipe)]) == 0
+    kinds = [r["kind"] for r in log.read(Path("runs/tiny"))]
+    assert kinds.count("eval") == 2 and kinds.count("summary") == 1
 
 
 def test_resume_none_moves_an_earlier_run_aside(recipe: Path) -> None:
