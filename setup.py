@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["engine", "engine.*", "ppssl", "ppssl.*", "kernels", "kernels.*"]),
     include_package_data=False,
     package_data={
-        "engine": ["configs/*.yaml", "data/*.safetensors", "data/*.json", "report/page.*"],
+        "engine": ["config/recipes/*.yaml", "synthetic/*.safetensors", "synthetic/*.json", "report/page.*"],
         "ppssl": ["prompts/*.yaml"],
         "kernels": ["*.json"],
     },

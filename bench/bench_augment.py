@@ -14,8 +14,8 @@ from timing import CUDA, DEVICE, GUARDS, alternate, guard, measure
 from torchvision.transforms import functional as F
 
 import kernels
-from engine.data import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.torch_loader import Normalise, execute_view
+from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.loaders.torch_loader import Normalise, execute_view
 from engine.data.views import view_values
 from kernels.reference import ViewValues
 

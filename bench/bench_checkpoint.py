@@ -17,8 +17,10 @@ from types import SimpleNamespace
 
 import torch
 
-from engine import arguments, build, checkpoint
-from engine.trainer import Trainer
+from engine import build
+from engine.config import command_line
+from engine.training import checkpoint
+from engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 STATES = {
@@ -30,7 +32,7 @@ ROUNDS = 5
 
 def measure(argv: list[str]) -> dict[str, float]:
     """Medians in milliseconds, and the checkpoint's size in MiB."""
-    cfg = build.resolve(arguments.parse(argv).config, CPU)
+    cfg = build.resolve(command_line.parse(argv).config, CPU)
     seconds: dict[str, list[float]] = {"stall_ms": [], "thread_ms": [], "cpu_ms": [], "resume_ms": []}
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         trainer = Trainer(build.method(cfg, None), SimpleNamespace(steps_per_epoch=1000), epochs=9, out=folder, device=CPU)

@@ -28,8 +28,9 @@ import yaml
 from PIL import Image
 
 from engine.config import Config, DataConfig
-from engine.data import build_loader, cores, dali_problem
 from engine.data.catalog import ImageList, load
+from engine.data.loaders.choose import build_loader, dali_problem
+from engine.data.machine import cores
 
 BATCH = 16
 WARM, TIMED = 6, 10

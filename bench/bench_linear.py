@@ -12,7 +12,7 @@ from timing import GUARDS, all_cores, alternate, guard
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.protocols import linear
+from engine.evaluation import linear
 
 
 def features(n: int, dim: int, classes: int, noise: float = 6.0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from timing import GUARDS, all_cores, alternate, guard
 from torch import Tensor
 
-from engine.protocols.retrieval import Retrieval, retrieval
+from engine.evaluation.retrieval import Retrieval, retrieval
 
 
 def features(n: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:

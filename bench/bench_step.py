@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppssl.encoder
 import ppssl.moco
 import ppssl.ppssl
-from engine import optim, precision
-from engine.data import cores
-from engine.step import Step
+from engine.data.machine import cores
+from engine.training import optim, precision
+from engine.training.step import Step
 from ppssl import LCR, LDFS, PPSSL, Batch, MoCo, Teacher
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method

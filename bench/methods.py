@@ -37,18 +37,19 @@ from torch import Tensor
 from bench.methods_cells import STUDIES, Cell, Study
 from bench.methods_maps import coverage, look, picture
 from bench.methods_table import markdown, summarise
-from engine import attention, build
-from engine.checkpoint import write_atomically
+from engine import build
+from engine.build import assemble
 from engine.command import command
-from engine.config import Config, flatten, key_types
-from engine.data import birds, cores, sampler, teacher_cache
+from engine.config import Config, YamlLoader, flatten, key_types, nearest, read, resolve, to_yaml
+from engine.console import say
+from engine.data import sampler, teacher_cache
 from engine.data.catalog import Catalog, ImageList
-from engine.log import say
-from engine.protocols import linear
-from engine.protocols.features import extract
-from engine.protocols.retrieval import retrieval
-from engine.recipe import YamlLoader, nearest, read, resolve, to_yaml
-from engine.train import assemble
+from engine.data.machine import cores
+from engine.evaluation import attention_maps, linear
+from engine.evaluation.features import extract
+from engine.evaluation.retrieval import retrieval
+from engine.files import cache_folder, write_atomically
+from engine.synthetic import dataset
 from ppssl.encoder import FeatureNet
 from ppssl.method import Method
 from ppssl.teacher import Teacher
@@ -67,7 +68,7 @@ epochs.
 
 def configure(cell: Cell, args: argparse.Namespace, seed: int, root: Path) -> Config:
     """The demo recipe with the cell's keys, then the command line's."""
-    values = read((files("engine") / "configs" / "demo.yaml").read_bytes(), "demo.yaml") | cell.overrides | args.overrides
+    values = read((files("engine") / "config" / "recipes" / "demo.yaml").read_bytes(), "demo.yaml") | cell.overrides | args.overrides
     values |= {"seed": seed, "data.root": str(root), "amp": None if args.amp == "off" else args.amp}
     values |= {"run.log_every": 10**6, "run.save_every_steps": 10**9}
     if args.jobs > 1:
@@ -94,9 +95,9 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = build.resolve(cfg, device)
-    images = build.data(cfg, cache_dir=build.cache_folder(), progress=False)
+    images = build.data(cfg, cache_dir=cache_folder(), progress=False)
     found: dict[str, Any] = {"cell": cell.name, "seed": cfg.seed, "specification": spec}
-    cache = dict(device=device, cache_dir=build.cache_folder(), workers=cfg.data.workers)
+    cache = dict(device=device, cache_dir=cache_folder(), workers=cfg.data.workers)
     if cell.kind == "teacher":
         teacher = build.teacher(cfg, device)
         rows = [teacher_cache.embeddings(teacher, part, **cache).float() for part in (images.train, images.test)]
@@ -110,10 +111,10 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
             return altered(rows, cell.teacher, cfg.seed, labels_of(images.train, device))
 
         teacher = build.teacher(cfg, device)
-        trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=build.cache_folder(), embed=embed)
+        trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=cache_folder(), embed=embed)
         if folder is not None:
             write(folder / "config.yaml", to_yaml(cfg))
-            watch = attention.Watch(folder, cfg, images, device)
+            watch = attention_maps.Watch(folder, cfg, images, device)
             trainer.hooks.append(watch.after_epoch)
         before = cpu_seconds()
         try:
@@ -158,7 +159,7 @@ def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) 
     plain = test if network.mask is None else extract(FeatureNet(network.trunk), images.test, cfg, device)
     unmasked = retrieval(plain, labels)
     found |= {"plain_rank1": unmasked.rank1, "plain_mAP": unmasked.mAP}
-    return found | look(method, cfg, images.test, labels, device, build.cache_folder())
+    return found | look(method, cfg, images.test, labels, device, cache_folder())
 
 
 def judge(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
@@ -207,8 +208,8 @@ def world_of(args: argparse.Namespace) -> Path:
     """The folder of images: ``data.root`` from the command line, or the demo world of --world, drawn where it is missing."""
     if root := args.overrides.get("data.root"):
         return Path(root)
-    root = build.cache_folder() / f"birds-{args.world}"
-    return birds.generate(root, seed=args.world) if birds.is_missing(root) else root
+    root = cache_folder() / f"birds-{args.world}"
+    return dataset.generate(root, seed=args.world) if dataset.is_missing(root) else root
 
 
 def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
@@ -228,8 +229,8 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
     study = STUDIES[name]
     root = world_of(args)
     some = configure(study.cells[0], args, args.first_seed, root)
-    images = build.data(some, cache_dir=build.cache_folder())
-    coverage(images.test, some.data.image_size, build.cache_folder())  # once, before several cells want it
+    images = build.data(some, cache_dir=cache_folder())
+    coverage(images.test, some.data.image_size, cache_folder())  # once, before several cells want it
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     plans = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in study.cells]
     asked = [plan for plan in plans if not args.only or plan.cell.name in args.only]

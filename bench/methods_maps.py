@@ -12,17 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from engine import attention
-from engine.checkpoint import load_weights, save_weights, write_atomically
 from engine.config import Config
-from engine.data import birds, clean_batches, sheet
+from engine.data import contact_sheet
 from engine.data.catalog import ImageList
-from engine.data.torch_loader import clean_view
+from engine.data.loaders.torch_loader import clean_batches, clean_view
 from engine.data.views import clean_resize
-from engine.protocols.features import extract
-from engine.protocols.retrieval import retrieval
+from engine.evaluation import attention_maps
+from engine.evaluation.features import extract
+from engine.evaluation.retrieval import retrieval
+from engine.files import write_atomically
+from engine.pretrained.weights_file import load_weights, save_weights
 from engine.report.pictures import overlay
 from engine.report.sections import MAP_NAMES
+from engine.synthetic import dataset
 from ppssl.encoder import masked_average_pool
 from ppssl.method import Method
 
@@ -36,7 +38,7 @@ def coverage(images: ImageList, image_size: int, cache: Path) -> Tensor | None:
     path = cache / f"silhouettes-{images.fingerprint[:16]}-{image_size}.safetensors"
     if not path.is_file():
         try:
-            drawn = birds.silhouettes(images.root, images.names)
+            drawn = dataset.silhouettes(images.root, images.names)
         except ValueError:
             return None
         views = [clean_view(one, clean_resize(image_size), image_size, Image.Resampling.BILINEAR) for one in drawn]
@@ -72,17 +74,17 @@ class SilhouettePool(nn.Module):
 def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
     """Writes a sheet of the run folders ``(name, folder)``: one row a watched image, as it is and under every map of every cell at
     its last look."""
-    kept = [(name, found) for name, folder in cells if (found := attention.read(folder)) is not None]
+    kept = [(name, found) for name, folder in cells if (found := attention_maps.read(folder)) is not None]
     if not kept:
         return
-    tiles: list[sheet.Tile] = []
+    tiles: list[contact_sheet.Tile] = []
     columns = 1 + sum(len(found.looks[-1].maps) for _, found in kept)
     for i, file in enumerate(kept[0][1].names):
-        tiles.append(sheet.Tile(kept[0][1].pictures[i], Path(file).stem))
+        tiles.append(contact_sheet.Tile(kept[0][1].pictures[i], Path(file).stem))
         for name, found in kept:
             for kind in sorted(found.looks[-1].maps, reverse=True):  # mask, feature map, CAM, as in a report
-                tiles.append(sheet.Tile(overlay(found.pictures[i], found.looks[-1].maps[kind][i]), f"{name}\n{MAP_NAMES[kind]}"))
-    drawn = sheet.draw(tiles, columns=columns, side=96, title=title)
+                tiles.append(contact_sheet.Tile(overlay(found.pictures[i], found.looks[-1].maps[kind][i]), f"{name}\n{MAP_NAMES[kind]}"))
+    drawn = contact_sheet.draw(tiles, columns=columns, side=96, title=title)
     write_atomically(path, lambda temporary: drawn.save(temporary, "JPEG", quality=88))
 
 
@@ -100,6 +102,6 @@ def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device:
         workers=cfg.data.workers, device=device,
     )  # fmt: skip
     for x, index in views:
-        for name, values in attention.attention(method, x[index % EVERY == 0]).items():
+        for name, values in attention_maps.attention(method, x[index % EVERY == 0]).items():
             maps.setdefault(name, []).append(values.cpu())
     return found | {f"{name}_on_bird": share_on_bird(torch.cat(parts), covered[::EVERY]) for name, parts in maps.items()}

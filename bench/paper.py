@@ -27,16 +27,17 @@ import torch
 import yaml
 from rich.table import Table
 
-from engine import arguments, build, checkpoint, log, train, weights
-from engine.checkpoint import write_atomically
+from engine import build, files, run, run_folder
 from engine.command import FAILURES
-from engine.config import Config, flatten
-from engine.judge import Candidate, feature_name, judge, of_teacher
-from engine.judge import keep as keep_records
-from engine.log import console, say
-from engine.protocols.features import of_run
-from engine.recipe import from_yaml, to_yaml
-from engine.trainer import Stopped
+from engine.config import Config, command_line, flatten, from_yaml, to_yaml
+from engine.console import console, say
+from engine.evaluation.evaluator import Candidate, feature_name, judge, of_teacher
+from engine.evaluation.evaluator import keep as keep_records
+from engine.evaluation.features import of_run
+from engine.files import write_atomically
+from engine.pretrained import third_party, weights_file
+from engine.pretrained.run import load_run
+from engine.training.trainer import Stopped
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 
@@ -115,13 +116,13 @@ class Cell(NamedTuple):
 def cells(exhibit: Exhibit, plan: Plan) -> Iterator[Cell]:
     """Every run of an exhibit; rows that train nothing have one seed unless the initial weights are random."""
     for data in exhibit.data:
-        recipe = flatten(from_yaml(arguments.find_recipe(data)))
+        recipe = flatten(from_yaml(command_line.find_recipe(data)))
         for row in exhibit.rows:
             words = ["--cfg", data, *(f"{key}={_word(value)}" for key, value in row.set.items()), *plan.overrides]
             words += [f"data.root={plan.data_root / data}"]
             if row.untouched == "initial":
                 words += ["method.name=moco"]  # the plain pooled feature
-            base = arguments.parse(words).config
+            base = command_line.parse(words).config
             differs = {k: v for k, v in flatten(base).items() if v != recipe[k] and not k.startswith("run.")}
             name = ",".join(f"{k}={_word(v)}" for k, v in differs.items() if k not in _NOT_IN_A_NAME) or "recipe"
             if row.untouched:
@@ -160,7 +161,7 @@ def run(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
     if cell.row.untouched == "initial":
         keep_initial(cell)
     elif cell.row.untouched is None and not finished(cell):
-        train.train(cell.config, cell.folder, time.perf_counter())
+        run.train(cell.config, cell.folder, time.perf_counter())
     known |= measure(cell, measures)
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8"))
     return known
@@ -168,21 +169,21 @@ def run(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
 
 def finished(cell: Cell) -> bool:
     """Whether the run in the cell's folder has reached its last epoch."""
-    last = log.read(cell.folder)[-1:]
+    last = run_folder.read_metrics(cell.folder)[-1:]
     path = cell.folder / "weights.safetensors"
-    return bool(last) and last[0]["kind"] == "summary" and checkpoint.read_metadata(path).get("epoch") == str(cell.config.epochs)
+    return bool(last) and last[0]["kind"] == "summary" and weights_file.read_metadata(path).get("epoch") == str(cell.config.epochs)
 
 
 def keep_initial(cell: Cell) -> None:
     """A run folder of the network that training would start from."""
     torch.manual_seed(cell.config.seed)
     trunk = Trunk(cell.config.encoder.arch)
-    say(f"encoder: {weights.initialise(trunk, cell.config.encoder.weights)}")
+    say(f"encoder: {third_party.initialise(trunk, cell.config.encoder.weights)}")
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         cell.folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cell.config), encoding="utf-8")
     )
-    checkpoint.save_weights(cell.folder / "weights.safetensors", FeatureNet(trunk).weights(), {"step": "0", "epoch": "0"})
+    weights_file.save_weights(cell.folder / "weights.safetensors", FeatureNet(trunk).weights(), {"step": "0", "epoch": "0"})
 
 
 def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
@@ -192,14 +193,14 @@ def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
     if cell.row.untouched == "teacher":
         candidate = of_teacher(build.teacher(cfg, device), device, cfg.data.workers)
     else:
-        made = build.load_run(cell.folder, device)._replace(config=cfg)
+        made = load_run(cell.folder, device)._replace(config=cfg)
         candidate = Candidate(
             cell.row.untouched or "run", feature_name(made.network), made.epoch, made.step,
             lambda images, split: of_run(made, images, split, cell.folder, device),
         )  # fmt: skip
     fractions = [float(name.split()[1]) for name in measures if name.startswith("linear")]
     protocols = ("retrieval", "linear") if fractions else ("retrieval",)
-    images = build.data(cfg, cache_dir=build.cache_folder())
+    images = build.data(cfg, cache_dir=files.cache_folder())
     records = judge(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
     keep_records(cell.folder / "evaluation.json", records)
     found = {name: records[0][name] for name in ("rank1", "rank5", "mAP")}
@@ -230,7 +231,7 @@ def carry_out(exhibit: Exhibit, plan: Plan, *, dry_run: bool) -> tuple[dict[tupl
                 if not dry_run:
                     measures = [*measures, run(cell, exhibit.measures)]
                 elif cell.row.untouched is None:
-                    train.dry_run(replace(cell.config, out=None))
+                    run.dry_run(replace(cell.config, out=None))
             except Stopped as stopped:
                 say(str(stopped))
                 return found, stopped.code
@@ -310,7 +311,7 @@ def keep(exhibit: Exhibit, found: dict[tuple[str, str], Outcome], plan: Plan) ->
     ]
     claims = [{k: v for k, v in vars(claim).items() if v not in (None, ())} for claim in exhibit.claims]
     facts = {"exhibit": exhibit.key, "title": exhibit.title, "overrides": plan.overrides, "cells": rows, "claims": claims}
-    facts |= {"notes": exhibit.notes, "commit": log.commit()}
+    facts |= {"notes": exhibit.notes, "commit": run_folder.commit()}
     path = plan.out / f"{exhibit.key.replace(' ', '')}.json"
     write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8"))
     return path

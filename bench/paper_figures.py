@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine import build
-from engine.checkpoint import write_atomically
-from engine.data import sheet
-from engine.log import say
+from engine import build, files
+from engine.console import say
+from engine.data import contact_sheet
+from engine.files import write_atomically
 from ppssl.encoder import FeatureNet
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def draw(exhibit: Exhibit, ran: list[Cell], found: dict[tuple[str, str], Outcome
 def masks(exhibit: Exhibit, here: list[Cell], path: Path) -> None:
     """One row an image: as it is, then under the mask of every run; all images of a run in one batch, as the mask is scaled over it
     in form ``published``."""
-    images = build.data(here[0].config, cache_dir=build.cache_folder()).test
+    images = build.data(here[0].config, cache_dir=files.cache_folder()).test
     _, first = np.unique(images.labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(IMAGES, len(first))).round().astype(int)]
     columns, shown = [], None
@@ -53,10 +53,10 @@ def masks(exhibit: Exhibit, here: list[Cell], path: Path) -> None:
         columns.append(overlay(shown, mask_of(network, batch)))
     tiles = []
     for row, i in enumerate(chosen):
-        tiles.append(sheet.Tile(shown[row], images.classes[images.labels[i]]))
-        tiles += [sheet.Tile(column[row], cell.row.name) for column, cell in zip(columns, here, strict=True)]
+        tiles.append(contact_sheet.Tile(shown[row], images.classes[images.labels[i]]))
+        tiles += [contact_sheet.Tile(column[row], cell.row.name) for column, cell in zip(columns, here, strict=True)]
     title = f"{exhibit.title}; {here[0].data}, seed 0"
-    sheet.write(sheet.draw(tiles, columns=1 + len(here), side=160, title=title), path)
+    contact_sheet.write(contact_sheet.draw(tiles, columns=1 + len(here), side=160, title=title), path)
 
 
 @torch.no_grad()

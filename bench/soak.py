@@ -28,9 +28,10 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, log
-from engine.data import birds
-from engine.log import say
+from engine import run_folder
+from engine.console import say
+from engine.synthetic import dataset
+from engine.training import checkpoint
 
 # The demo's recipe on so few small images that a step takes some 50 ms.
 SMALL = (
@@ -39,7 +40,7 @@ SMALL = (
     "data.resident=off",  # so that every epoch opens every file
 )  # fmt: skip
 SAVE_EVERY, EPOCHS, PER_SPECIES, BATCH = 7, 120, 2, 16
-STEPS = EPOCHS * (PER_SPECIES * len(birds.SPECIES) // BATCH)
+STEPS = EPOCHS * (PER_SPECIES * len(dataset.SPECIES) // BATCH)
 GROWTH_MIB, GROWTH = 16, 0.02
 
 
@@ -185,7 +186,7 @@ def results(folder: Path) -> tuple[dict, dict, dict]:
     """The last checkpoint without the run folder's name, the loss of every step, the evaluation at every step that has one."""
     state = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     state.pop("info")
-    records = log.read(folder)
+    records = run_folder.read_metrics(folder)
     losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
     return state, losses, {r["step"]: (r["rank1"], r["mAP"]) for r in records if r["kind"] == "eval"}
 
@@ -201,7 +202,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         os.environ.setdefault("PPSSL_CACHE", str(out / "cache"))
-        world = birds.generate(out / "birds", train_per_species=PER_SPECIES, test_per_species=2, progress=False)
+        world = dataset.generate(out / "birds", train_per_species=PER_SPECIES, test_per_species=2, progress=False)
         alone = Run(out / "alone", world, until)
         process = alone.start()
         seen = watch(alone, process)

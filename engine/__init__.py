@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.build import load
-    from engine.trainer import Trainer
+    from engine.training.trainer import Trainer
 
 __all__ = ["Trainer", "load"]
 
 
 def __getattr__(name: str) -> Any:  # lazily: reading a config needs no torch
     if name == "Trainer":
-        from engine.trainer import Trainer
+        from engine.training.trainer import Trainer
 
         return Trainer
     if name == "load":

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-import textwrap
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
-from engine import checkpoint, weights
-from engine.config import Config, ConfigError
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, birds, catalog, cores
-from engine.data.torch_loader import Normalise, clean_view
-from engine.data.views import clean_resize
-from engine.distributed import ALONE, World
-from engine.log import say
-from engine.recipe import from_yaml
+from engine.config import Config, to_yaml
+from engine.console import say
+from engine.data import catalog, sampler
+from engine.data.loaders.choose import build_loader
+from engine.data.machine import cores
+from engine.data.transform import Transform
+from engine.errors import ConfigError
+from engine.files import cache_folder
+from engine.pretrained import third_party
+from engine.pretrained.run import load_run
+from engine.synthetic import dataset
+from engine.training.distributed import ALONE, World
+from engine.training.trainer import Trainer
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.teacher import Teacher, load_descriptions
-
-
-def cache_folder() -> Path:
-    """$PPSSL_CACHE, else $XDG_CACHE_HOME/ppssl-engine, else ~/.cache/ppssl-engine."""
-    if own := os.environ.get("PPSSL_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppssl-engine"
 
 
 def check_environment(*, writes: bool) -> None:
@@ -96,8 +91,8 @@ def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catal
     if cfg.data.root is None:
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
-    if cfg.data.name == "birds" and birds.is_missing(root):
-        birds.ensure(root, progress=progress)
+    if cfg.data.name == "birds" and dataset.is_missing(root):
+        dataset.ensure(root, progress=progress)
     return catalog.load(
         cfg.data.name,
         root,
@@ -117,7 +112,7 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
-        from engine.data.birds_teacher import teacher_files
+        from engine.synthetic.teacher import teacher_files
 
         model, files = map(str, teacher_files())
     return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
@@ -138,57 +133,8 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
     with world.first_then_others():
-        say(f"encoder: {cfg.encoder.arch}, {weights.initialise(trunk, cfg.encoder.weights)}")
+        say(f"encoder: {cfg.encoder.arch}, {third_party.initialise(trunk, cfg.encoder.weights)}")
     return METHODS[cfg.method.name].build_network(cfg, trunk)
-
-
-class Run(NamedTuple):
-    """A run folder that has been read."""
-
-    config: Config
-    network: FeatureNet
-    step: int
-    epoch: int
-
-
-def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
-    """The config and the trained network of a run folder, in eval mode.
-
-    Raises ``FileNotFoundError`` when ``folder`` is not a run folder or has no weights yet, ``ValueError`` when its files do not
-    belong together.
-    """
-    folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_yaml(folder / "config.yaml")
-    path = folder / "weights.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
-    network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
-    try:
-        network.load_weights(checkpoint.load_weights(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {textwrap.shorten(str(error), 300)}") from error
-    metadata = checkpoint.read_metadata(path)
-    network = network.to(device, memory_format=torch.channels_last).eval()
-    return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))
-
-
-@dataclass(frozen=True)
-class Transform:
-    """What evaluation does to an image: upright RGB, short side 256/224 of ``image_size``, centre crop, ImageNet normalisation."""
-
-    image_size: int
-
-    def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
-        """A PIL image or an image file -> [3, S, S] float32. Raises ``OSError`` or ``ValueError`` for a file that is no image."""
-        if isinstance(image, Image.Image):
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        else:
-            upright = catalog.read_image(Path(image))[0]
-        view = clean_view(upright, clean_resize(self.image_size), self.image_size, Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(view))
-        return Normalise(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
@@ -200,3 +146,59 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
     run = load_run(folder, device)
     run.network.transform = Transform(run.config.data.image_size)
     return run.network
+
+
+def load_teacher(cfg: Config, world: World) -> Teacher | None:
+    """The method's teacher, if it has one; the first process fetches its weights where they are not at hand."""
+    with world.first_then_others():
+        return teacher(cfg, world.device)
+
+
+def assemble(
+    cfg: Config,
+    images: catalog.Catalog,
+    device: torch.device,
+    *,
+    teacher: Teacher | None,
+    out: Path | None,
+    cache: Path | None,
+    embed: Callable[[Teacher], torch.Tensor],
+    world: World = ALONE,
+) -> Trainer:
+    """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
+    trained = method(cfg, teacher, world)
+    share = sampler.Share(world.rank, world.size)
+    with world.first_then_others():
+        loader = build_loader(images.train, cfg, device, with_original=trained.needs_original, cache_dir=cache, share=share)
+    rows = embed(teacher) if trained.needs_teacher_embeddings else None
+    trainer = Trainer(
+        trained,
+        loader,
+        epochs=cfg.epochs,
+        lr=cfg.optim.lr,
+        momentum=cfg.optim.momentum,
+        weight_decay=cfg.optim.weight_decay,
+        schedule=cfg.optim.schedule,
+        optimizer=cfg.optim.backend,
+        ema_decay=cfg.ema.decay,
+        amp=cfg.amp,
+        compile=cfg.run.compile,
+        cuda_graph=cfg.run.cuda_graph,
+        device=device,
+        teacher=rows,
+        out=out,
+        log_every=cfg.run.log_every,
+        save_every_steps=cfg.run.save_every_steps,
+        keep=cfg.run.keep,
+        max_bad_steps=cfg.run.max_bad_steps,
+        info={"config": to_yaml(cfg)},
+        world=world,
+    )
+    say(f"method: {cfg.method.title}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
+    say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
+    if world.group:
+        say(f"processes: {world.size}, {cfg.batch_size // world.size} images of each batch; " + (
+            "batch statistics shared" if cfg.bn.sync else f"batch statistics of {cfg.bn.groups} parts"
+        ) + ("; queue in parts" if cfg.queue.sharded else ""))  # fmt: skip
+    return trainer

@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from engine.config import ConfigError
-from engine.data.catalog import BrokenFile
-from engine.log import say
+from engine.console import say
+from engine.errors import BrokenFile, ConfigError
 
 FAILURES = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, BrokenFile)
 """What data, files, settings and missing packages do; messages of these name the remedy."""

@@ -161,7 +161,7 @@ def names() -> list[Finding]:
 
 
 def apex() -> list[Finding]:
-    from engine.optim import apex_missing
+    from engine.training.optim import apex_missing
 
     missing = apex_missing()
     if missing is None:
@@ -173,7 +173,7 @@ def apex() -> list[Finding]:
 
 def machine() -> list[Finding]:
     """Cores and memory that this process may use, and shared memory for loader workers."""
-    from engine.data import cores
+    from engine.data.machine import cores
 
     gib = memory_bytes() / 2**30
     state = "note" if gib < 8 else "ok"
@@ -199,7 +199,7 @@ def memory_bytes() -> int:
 
 def cache() -> list[Finding]:
     """The cache folder: teacher embeddings, checked image lists, compiled steps."""
-    from engine.build import cache_folder
+    from engine.files import cache_folder
 
     folder = cache_folder()
     try:
@@ -254,7 +254,7 @@ def gpu() -> list[Finding]:
 def precision() -> list[Finding]:
     import torch
 
-    from engine import precision as precisions
+    from engine.training import precision as precisions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precisions.resolve("bf16", device)
@@ -267,8 +267,8 @@ def compilers() -> list[Finding]:
     """What run.compile and run.cuda_graph can do here."""
     import torch
 
-    from engine import precision as precisions
-    from engine.step import choose
+    from engine.training import precision as precisions
+    from engine.training.step import choose
 
     on_gpu = torch.cuda.is_available()
     chosen = choose("auto", "auto", precisions.resolve("bf16", torch.device("cuda" if on_gpu else "cpu")))
@@ -298,7 +298,7 @@ def jpeg() -> list[Finding]:
         return [Finding("JPEG decoder", "note", "PIL in the torchvision loader", "pip install nvidia-dali-cuda130")]
     if not torch.cuda.is_available():
         return [Finding("JPEG decoder", "ok", "DALI on the CPU")]
-    from engine.data.dali import HARDWARE_DECODER_SHARE
+    from engine.data.loaders.dali_loader import HARDWARE_DECODER_SHARE
 
     used = nvidia_smi("utilization.jpeg")
     share = f"{100 * HARDWARE_DECODER_SHARE:.0f} %"
@@ -313,8 +313,8 @@ def speed() -> list[Finding]:
     """Two seconds of measuring, and what they promise for ResNet-50 at 224 pixels."""
     import torch
 
-    from engine import precision as precisions
-    from engine.data import cores
+    from engine.data.machine import cores
+    from engine.training import precision as precisions
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from engine import arguments, build, checkpoint, weights
-from engine.build import Run
+from engine import build, files
 from engine.command import command
-from engine.config import ConfigError
-from engine.judge import Candidate, check, feature_name, judge, keep, of_teacher
-from engine.log import console, say
-from engine.protocols.features import of_run
-from engine.protocols.retrieval import retrieval as retrieval  # under this name for whoever has features of their own
+from engine.config import command_line
+from engine.console import console, say
+from engine.errors import ConfigError
+from engine.evaluation.evaluator import Candidate, check, feature_name, judge, keep, of_teacher
+from engine.evaluation.features import of_run
+from engine.evaluation.retrieval import retrieval as retrieval  # under this name for whoever has features of their own
+from engine.pretrained import third_party, weights_file
+from engine.pretrained.run import Run, load_run
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 
@@ -37,7 +39,7 @@ def evaluate(
     split: str = "test",
     row0: bool = False,
 ) -> list[dict[str, Any]]:
-    """The records of ``engine.judge.judge`` for a run folder, or for a weights file with the recipe ``cfg`` (data, arch, method).
+    """The records of ``engine.evaluation.evaluator.judge`` for a run folder, or for a weights file with the recipe ``cfg`` (data, arch, method).
 
     overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; row0: also the untouched
     initial network and the teacher's own image features. Features are kept in RUN/features, those of a file in the cache folder.
@@ -45,7 +47,7 @@ def evaluate(
     """
     run, model, folder = _open(source, cfg, overrides, device)
     protocols = protocols or run.config.eval.protocols
-    images = build.data(run.config, cache_dir=build.cache_folder())
+    images = build.data(run.config, cache_dir=files.cache_folder())
     check(images, protocols, split)
     found = [(model, run)]
     if row0:
@@ -82,28 +84,28 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
             raise ValueError(f"--cfg {cfg}: {source} is a run folder and brings its own config; --cfg goes with a weights file")
         if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
             raise ValueError(f"{foreign[0]}: a run is judged as it was trained; only data.* and eval.* and amp can be set")
-        run = build.load_run(source, device)
-        config = arguments.parse(["--cfg", str(source / "config.yaml"), *overrides]).config
+        run = load_run(source, device)
+        config = command_line.parse(["--cfg", str(source / "config.yaml"), *overrides]).config
         return run._replace(config=config), "run", source
     if cfg is None:
         raise ValueError(f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml")
-    config = arguments.parse(["--cfg", cfg, *overrides]).config
+    config = command_line.parse(["--cfg", cfg, *overrides]).config
     network = _network_of_file(source, config).to(device, memory_format=torch.channels_last).eval()
-    return Run(config, network, 0, 0), "weights", build.cache_folder() / "features" / source.stem
+    return Run(config, network, 0, 0), "weights", files.cache_folder() / "features" / source.stem
 
 
 def _network_of_file(path: Path, config: Any) -> FeatureNet:
     """Our own files with their mask branch, everybody else's trunk with plain pooling."""
-    if path.suffix == ".safetensors" and any(name.startswith("mask.") for name in checkpoint.load_weights(path)):
+    if path.suffix == ".safetensors" and any(name.startswith("mask.") for name in weights_file.load_weights(path)):
         network = METHODS[config.method.name].build_network(config, Trunk(config.encoder.arch))
         if network.mask is not None:
             try:
-                network.load_weights(checkpoint.load_weights(path))
+                network.load_weights(weights_file.load_weights(path))
             except RuntimeError as error:
                 raise ValueError(f"{path} does not fit encoder.arch={config.encoder.arch}: {error}") from error
             return network
     trunk = Trunk(config.encoder.arch)
-    say(f"encoder: {config.encoder.arch}, {weights.initialise(trunk, str(path.resolve()))}")
+    say(f"encoder: {config.encoder.arch}, {third_party.initialise(trunk, str(path.resolve()))}")
     return FeatureNet(trunk)
 
 

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine import build, card
-from engine.build import Run
-from engine.checkpoint import write_atomically
 from engine.command import command
-from engine.config import ConfigError
-from engine.log import say
+from engine.console import say
+from engine.errors import ConfigError
+from engine.files import write_atomically
+from engine.pretrained import model_card
+from engine.pretrained.run import Run, load_run
 from ppssl.encoder import FeatureNet, global_average_pool, scale_to_unit
 
 TOLERANCE = 1e-4
@@ -174,7 +174,7 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
     without ONNX, ``RuntimeError`` when the graph's features are not the run's.
     """
     form = FORMATS[to]
-    run = build.load_run(folder)
+    run = load_run(folder)
     arch, mask = run.config.encoder.arch, run.network.mask
     run.network.to(memory_format=torch.contiguous_format)
     if not form.graph and not re.fullmatch(r"resnet\d+", arch):
@@ -203,7 +203,7 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own insides
         write_atomically(path, lambda temporary: form.write(run, temporary))
-    card.write(path, run, folder, to=to, graph=form.graph, use=form.use.format(file=path.name, arch=arch), notes=notes)
+    model_card.write(path, run, folder, to=to, graph=form.graph, use=form.use.format(file=path.name, arch=arch), notes=notes)
     return path
 
 

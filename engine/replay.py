@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import build, checkpoint
+from engine import build, files
+from engine.build import assemble
 from engine.command import command
-from engine.config import ConfigError
+from engine.config import from_yaml
+from engine.console import say
 from engine.data import teacher_cache
-from engine.log import say
-from engine.recipe import from_yaml
-from engine.train import assemble
-from engine.trainer import Trainer
+from engine.errors import ConfigError
+from engine.training import checkpoint
+from engine.training.trainer import Trainer
 from ppssl.method import Batch
 
 
@@ -59,7 +60,7 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
     cfg = build.resolve(cfg, device)
-    cache = build.cache_folder()
+    cache = files.cache_folder()
     images = build.data(cfg, cache_dir=cache)
     trainer = assemble(
         cfg, images, device, teacher=build.teacher(cfg, device), out=None, cache=cache,

@@ -13,14 +13,17 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from engine import build, precision
+from engine import build, files
 from engine.command import command
-from engine.config import ConfigError
-from engine.data import sheet
+from engine.console import console, say
+from engine.data import contact_sheet
 from engine.data.catalog import ImageList, read_image
-from engine.log import console, say
-from engine.neighbours import most_similar
-from engine.protocols.features import of_run
+from engine.data.transform import Transform
+from engine.errors import ConfigError
+from engine.evaluation.features import of_run
+from engine.evaluation.neighbours import most_similar
+from engine.pretrained.run import load_run
+from engine.training import precision
 
 _SIDE = 160
 
@@ -51,10 +54,10 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
     """
-    run = build.load_run(folder, device)
+    run = load_run(folder, device)
     cfg, network = run.config, run.network
     try:
-        picture = build.Transform(cfg.data.image_size)(image)
+        picture = Transform(cfg.data.image_size)(image)
     except (OSError, ValueError) as error:
         if not image.is_file():
             raise FileNotFoundError(f"there is no image {image}") from error
@@ -63,7 +66,7 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
         say("the mask of this form is scaled over a batch: alone, the image's feature differs a little from what it is in a list")
     with torch.no_grad(), precision.resolve(cfg.amp, device).autocast():  # as the list's features are taken
         query = network(picture[None].to(device, memory_format=torch.channels_last))
-    found = build.data(cfg, cache_dir=build.cache_folder())
+    found = build.data(cfg, cache_dir=files.cache_folder())
     matches = []
     for split, images in (("train", found.train), ("test", found.test)):
         if images is None:
@@ -73,13 +76,13 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
     return sorted(matches, key=lambda m: -m.cosine)[:top]
 
 
-def contact_sheet(image: Path, matches: Sequence[Match], out: Path) -> None:
+def write_sheet(image: Path, matches: Sequence[Match], out: Path) -> None:
     """The photograph and its matches as one PNG."""
-    tiles = [sheet.Tile(np.asarray(read_image(image)[0]), f"searched for\n{image.name}", frame=sheet.INK)]
+    tiles = [contact_sheet.Tile(np.asarray(read_image(image)[0]), f"searched for\n{image.name}", frame=contact_sheet.INK)]
     for number, match in enumerate(matches, 1):
         caption = f"{number}. {match.cosine:.3f}\n{match.label or match.path.name}"
-        tiles.append(sheet.Tile(np.asarray(match.images.read(match.index)), caption))
-    sheet.write(sheet.draw(tiles, columns=min(6, len(tiles)), side=_SIDE), out)
+        tiles.append(contact_sheet.Tile(np.asarray(match.images.read(match.index)), caption))
+    contact_sheet.write(contact_sheet.draw(tiles, columns=min(6, len(tiles)), side=_SIDE), out)
 
 
 @command(ConfigError)
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or args.run / "search.png"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matches = search(args.run, args.image, args.top, device)
-    contact_sheet(args.image, matches, out)
+    write_sheet(args.image, matches, out)
     say(f"most like {args.image}, below {matches[0].images.root}:")
     table = Table()
     for name in ("", "cosine", "list", "class", "file"):

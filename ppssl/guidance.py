@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Comparison(Protocol):
-    """The switches that both methods' forms have; engine/config.py explains each under ``iadm.``."""
+    """The switches that both methods' forms have; engine/config/schema.py explains each under ``iadm.``."""
 
     temperature: float
     softmax: str

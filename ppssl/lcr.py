@@ -27,7 +27,7 @@ from ppssl.teacher import Teacher
 
 @dataclass(frozen=True)
 class Form:
-    """The switches in which the two forms differ; engine/config.py explains each, the last two under ``lcr.``, ``minmax`` under
+    """The switches in which the two forms differ; engine/config/schema.py explains each, the last two under ``lcr.``, ``minmax`` under
     ``method.`` and the others under ``iadm.``."""
 
     minmax: str

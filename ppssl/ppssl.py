@@ -31,7 +31,7 @@ from ppssl.teacher import Teacher
 
 @dataclass(frozen=True)
 class Form:
-    """The switches in which the two forms differ; engine/config.py explains each under the same name."""
+    """The switches in which the two forms differ; engine/config/schema.py explains each under the same name."""
 
     minmax: str  # of the mask: over the batch, or per image
     contrast_mask: bool

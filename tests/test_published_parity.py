@@ -17,8 +17,8 @@ import ppssl.encoder
 import ppssl.lcr
 import ppssl.moco
 import ppssl.ppssl
-from engine import optim, precision
-from engine.step import Step
+from engine.training import optim, precision
+from engine.training.step import Step
 from ppssl.encoder import FeatureNet, MaskBranch
 from ppssl.lcr import LCR
 from ppssl.method import Batch

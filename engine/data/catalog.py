@@ -11,7 +11,6 @@ import os
 import stat
 import struct
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from engine.console import with_progress
 from engine.data import layouts
 from engine.data.layouts.lists import BadFile, Split
 from engine.data.layouts.official import AIRCRAFT_BANNER
+from engine.errors import BrokenFile
 
 MAX_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs."""
 
 _ORIENTATION = 0x0112
 _CACHE_VERSION = 1
-
-
-class BrokenFile(RuntimeError):
-    """A file that was readable when the list was made and no longer is."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def load(
 def write_bad_files(catalog: Catalog, path: Path) -> None:
     """One line ``name<TAB>reason`` for each file or class that was left out; an empty file says that all were used. What would
     break a line is escaped as in Python, and so is a backslash."""
-    from engine.checkpoint import write_atomically
+    from engine.files import write_atomically
 
     lines = (f"{printable(name)}\t{printable(reason)}\n" for name, reason in catalog.bad)
     text = "".join(lines)
@@ -251,7 +248,7 @@ def _check_files(
             return n, _Check(found.st_size, found.st_mtime_ns, 0, 0, False, reason)
         return n, _Check(found.st_size, found.st_mtime_ns, image.height, image.width, plain, None)
 
-    from engine.data import cores
+    from engine.data.machine import cores
 
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:  # PIL decodes without the GIL
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; what matters becomes a reason
@@ -262,17 +259,6 @@ def _check_files(
         except OSError as error:
             warnings.warn(f"the check of {root} could not be kept in {cache} ({error}); it will be repeated", stacklevel=3)
     return checks
-
-
-def with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:
-    """``items`` with a progress bar, if ``show`` and where there is a terminal to show it on."""
-    if not show:
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, text, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _read_cache(path: Path) -> dict[str, list]:
@@ -293,7 +279,7 @@ def _is_row(row: list) -> bool:
 
 
 def _write_cache(path: Path, files: dict[str, list]) -> None:
-    from engine.checkpoint import write_atomically
+    from engine.files import write_atomically
 
     text = json.dumps({"version": _CACHE_VERSION, "files": files})
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
-from engine.data import clean_batches
+from engine.console import bar, say
 from engine.data.catalog import ImageList
-from engine.log import bar, say
+from engine.data.loaders.torch_loader import clean_batches
+from engine.files import write_atomically
 from ppssl.teacher import Teacher
 
 

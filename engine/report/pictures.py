@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.data.catalog import ImageList
-from engine.data.torch_loader import clean_view
+from engine.data.loaders.torch_loader import clean_view
 from engine.data.views import clean_resize
 
 _SIDE = 144

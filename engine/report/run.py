@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine import attention, build, log
-from engine.attention import Attention
-from engine.config import Config
-from engine.data import birds
+from engine import build, files, run_folder
+from engine.config import Config, from_yaml
 from engine.data.catalog import ImageList
-from engine.protocols import features as kept_features
-from engine.recipe import from_yaml
+from engine.evaluation import attention_maps
+from engine.evaluation import features as kept_features
+from engine.evaluation.attention_maps import Attention
+from engine.pretrained.run import load_run
+from engine.synthetic import dataset
 
 
 class Run(NamedTuple):
@@ -50,7 +51,7 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, images, split, device)
     name, judged = folder.resolve().name, _evaluation(folder)
-    return Run(folder, name, cfg, log.read(folder), judged, _attention(folder), images, split, features)
+    return Run(folder, name, cfg, run_folder.read_metrics(folder), judged, _attention(folder), images, split, features)
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def _evaluation(folder: Path) -> list[dict[str, Any]]:
 
 def _attention(folder: Path) -> Attention | str:
     try:
-        found = attention.read(folder)
+        found = attention_maps.read(folder)
     except (ValueError, KeyError) as error:
         return f"No attention maps: {error}."
     return found or "No attention maps: the run folder holds none (the method offers none, or the run is of an earlier version)."
@@ -73,11 +74,11 @@ def _attention(folder: Path) -> Attention | str:
 
 def _images(cfg: Config) -> tuple[ImageList | str, str]:
     root = Path(cfg.data.root or "")
-    missing = not root.is_dir() or cfg.data.name == "birds" and birds.is_missing(root)  # a page draws no demo world
+    missing = not root.is_dir() or cfg.data.name == "birds" and dataset.is_missing(root)  # a page draws no demo world
     if cfg.data.root is None or missing:
         return f"The images are not at hand: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
     try:
-        found = build.data(cfg, cache_dir=build.cache_folder(), progress=False)
+        found = build.data(cfg, cache_dir=files.cache_folder(), progress=False)
     except (ValueError, OSError, NotImplementedError) as error:
         return f"The images are not at hand: {error}.", ""
     if found.test is not None and found.test.labels is not None:
@@ -87,6 +88,6 @@ def _images(cfg: Config) -> tuple[ImageList | str, str]:
 
 def _features(folder: Path, images: ImageList, split: str, device: torch.device) -> Tensor | str:
     try:
-        return kept_features.of_run(build.load_run(folder, device), images, split, folder, device).cpu()
+        return kept_features.of_run(load_run(folder, device), images, split, folder, device).cpu()
     except (ValueError, OSError, RuntimeError) as error:
         return f"No features: {error}."

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import neighbours
-from engine.neighbours import ClassScore, Confusion, Neighbours
+from engine.evaluation import neighbours
+from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours
 from engine.report import charts, embedding, pictures
 from engine.report.charts import Chart
 from engine.report.numbers import SCORES

@@ -1,0 +1,71 @@
+"""``python -m engine.check --cfg X``: what a data set holds and what is wrong with it, with a contact sheet; with ``--views FILE``
+the views that a training run makes of its first images, by every loader that runs here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine import build
+from engine.command import command
+from engine.config import Config, parse
+from engine.console import console, say
+from engine.data import contact_sheet, inspection, views_sheet
+from engine.files import cache_folder
+
+_USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png | --views SHEET.png] [key.sub=value ...]"
+
+
+@command()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the summary and writes the sheet; returns the exit code: 0 done (also with findings), 1 failure, 2 usage or
+    config, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        usage=_USAGE, description="what a data set holds, what is wrong with it, and a contact sheet", allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="SHEET.png", help="contact sheet (%(default)s)")
+    parser.add_argument(
+        "--views", type=Path, metavar="SHEET.png", help="write the views that training makes of the first images instead"
+    )
+    own, rest = parser.parse_known_args(argv)
+    cfg = parse(rest).config
+    if own.views is None:
+        return check(cfg, own.out)
+    return show_views(cfg, own.views)
+
+
+def check(cfg: Config, out: Path) -> int:
+    """Summary, findings and a contact sheet of the data set of ``cfg``."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        catalog = build.data(cfg, cache_dir=cache_folder())
+    console.print(inspection.table(catalog))
+    for warning in warned:
+        say(f"warning: {warning.message}")
+    for line in inspection.findings(catalog, inspection.duplicates(catalog, workers=cfg.data.workers)):
+        say(line)
+    picture = inspection.class_sheet(catalog)
+    try:
+        contact_sheet.write(picture, out)
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error}") from error
+    say(f"contact sheet: {out}")
+    return 0
+
+
+def show_views(cfg: Config, out: Path) -> int:
+    """The views of the first training images, side by side as every loader makes them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = build.data(cfg, cache_dir=cache_folder())
+    contact_sheet.write(views_sheet.draw(images.train, cfg, device), out)
+    say(f"contact sheet: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

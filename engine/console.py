@@ -1,0 +1,28 @@
+"""What a person at the terminal reads: lines and progress bars, on stderr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import Progress, track
+
+console = Console(stderr=True, highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 132  # a file or a pipe has no width: rich's 80 columns break tables
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def bar() -> Progress:
+    """A progress bar for work outside the steps: on a terminal only, and gone when the work is done."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:
+    """``items`` with a progress bar, if ``show`` and where there is a terminal to show it on."""
+    return track(items, text, total, console=console, transient=True, disable=not console.is_terminal) if show else items

@@ -1,0 +1,32 @@
+"""What evaluation does to one image, for whoever has images of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from engine.data import catalog
+from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.loaders.torch_loader import Normalise, clean_view
+from engine.data.views import clean_resize
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What evaluation does to an image: upright RGB, short side 256/224 of ``image_size``, centre crop, ImageNet normalisation."""
+
+    image_size: int
+
+    def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
+        """A PIL image or an image file -> [3, S, S] float32. Raises ``OSError`` or ``ValueError`` for a file that is no image."""
+        if isinstance(image, Image.Image):
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        else:
+            upright = catalog.read_image(Path(image))[0]
+        view = clean_view(upright, clean_resize(self.image_size), self.image_size, Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(view))
+        return Normalise(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]

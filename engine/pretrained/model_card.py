@@ -1,0 +1,167 @@
+"""The model card beside an exported file: what it is, what it was trained on, how well it did, how images enter it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import run_folder
+from engine.config import flatten
+from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.views import clean_resize
+from engine.files import write_atomically
+from engine.pretrained.run import Run
+
+# What a person would have to know about the machine that trained it, not about the network.
+_LOCAL = ("out", "resume")
+_NUMBERS = ("rank1", "rank5", "mAP", "top1", "top5", "knn_top1", "linear_top1")
+
+
+def write(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> None:
+    """Writes ``path``.json and ``path``.md for the exported file ``path`` of the run ``folder``.
+
+    use: lines of code that read the file; notes: sentences a user must know; graph: the file computes the inference feature itself.
+    """
+    facts = describe(path, run, folder, to=to, graph=graph, use=use, notes=notes)
+    for suffix, text in ((".json", json.dumps(facts, indent=2) + "\n"), (".md", markdown(facts))):
+        beside = path.with_name(path.name + suffix)
+        write_atomically(beside, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> dict[str, Any]:
+    """The card as plain data. Paths of the machine are cut to their last part."""
+    cfg = run.config
+    records = run_folder.read_metrics(folder)
+    start = next((r for r in records if r["kind"] == "start"), {})
+    masked = run.network.mask is not None and graph
+    return {
+        "file": path.name,
+        "format": to,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "use": use,
+        "notes": notes,
+        "network": {
+            "arch": cfg.encoder.arch,
+            "feature": "l2(gap(A * F))" if masked else "l2(gap(F))" if graph else "gap(F), the trunk's pooled output",
+            "dimension": run.network.trunk.channels,
+            "mask_scaled_over": run.network.mask.minmax if masked else None,
+        },
+        "preprocessing": {
+            "colour": "RGB in [0, 1], upright by EXIF",
+            "resize_short_side": clean_resize(cfg.data.image_size),
+            "interpolation": "bilinear, antialiased",
+            "centre_crop": cfg.data.image_size,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        },
+        "training": {
+            "method": cfg.method.title,
+            "data": cfg.data.name,
+            "initial_weights": _short(cfg.encoder.weights),
+            "epoch": run.epoch,
+            "step": run.step,
+            "commit": start.get("commit"),
+            "run": folder.resolve().name,
+            "environment": {name: start[name] for name in ("torch", "torchvision", "device", "precision") if name in start},
+        },
+        "metrics": metrics(folder, records),
+        "config": {key: _short(value) for key, value in flatten(cfg).items() if key not in _LOCAL},
+        "exported_with": {"torch": torch.__version__, "commit": run_folder.commit()},
+        "licence": _licence(run),
+    }
+
+
+def metrics(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the run's log and its evaluation files say: ``before`` and ``last`` from the log, the rest by file name."""
+    judged = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in records if r["kind"] == "eval"]
+    found: dict[str, Any] = {"before": judged[0], "last": judged[-1]} if judged else {}
+    for name in ("evaluation", "retrieval"):
+        if (file := folder / f"{name}.json").is_file():
+            found[name] = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    return [_without_paths(inner) for inner in value] if isinstance(value, list) else _short(value)
+
+
+def _short(value: Any) -> Any:
+    """A path without the folders above it, which are nobody's business."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _licence(run: Run) -> str:
+    cfg = run.config
+    if cfg.data.name == "birds":
+        return "Trained on the demo world, which this project draws: MIT, as the code."
+    sources = [f"the images of {cfg.data.name}"]
+    if cfg.encoder.weights != "none":
+        sources.append(f"the initial weights {_short(cfg.encoder.weights)}")
+    if cfg.method.name == "ppssl" and cfg.ais.weight and cfg.teacher.weights != "birds":
+        sources.append(f"the teacher {cfg.teacher.model} ({_short(cfg.teacher.weights)})")
+    return (
+        f"The code is MIT. The weights were learned from {' and '.join(sources)}, which have terms of their own (many image sets "
+        f"allow research only): read them before you share or sell what you make with this file."
+    )
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The card as a page of text; the whole configuration is in the JSON."""
+    network, images, training = facts["network"], facts["preprocessing"], facts["training"]
+    start = training["initial_weights"]
+    lines = [
+        f"# {facts['file']}",
+        "",
+        f"{network['arch']} trained by {training['method']} on {training['data']}, epoch {training['epoch']} (step "
+        f"{training['step']}), from {'random weights' if start == 'none' else start}. Commit "
+        f"{training['commit'] or 'not recorded'}.",
+        "",
+        "```python",
+        facts["use"],
+        "```",
+        "",
+        *[f"> {note}\n" for note in facts["notes"]],
+        "| | |",
+        "|---|---|",
+        f"| feature | {network['feature']}, {network['dimension']}-d |",
+        f"| images | {images['colour']}; short side to {images['resize_short_side']} ({images['interpolation']}), centre crop "
+        f"{images['centre_crop']} |",
+        f"| normalisation | mean {images['mean']}, std {images['std']} |",
+        f"| sha256 | {facts['sha256']} |",
+        "",
+        "## Metrics",
+        "",
+        *(_table(facts["metrics"]) or ["None recorded."]),
+        "",
+        "## Licence",
+        "",
+        facts["licence"],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    """One line a record: what was measured, how, and its numbers in percent."""
+    evaluated = found.get("evaluation", [])
+    records = [found[name] for name in ("before", "last", "retrieval") if name in found]
+    records += evaluated if isinstance(evaluated, list) else [evaluated]
+    rows = []
+    for record in records:
+        epoch = f"epoch {record['epoch']}" if record.get("epoch") is not None else None
+        what = ", ".join(str(part) for part in (record.get("model"), epoch) if part is not None)
+        fraction = f"{record['fraction']:g} % of the labels" if "fraction" in record else None
+        parts = (record.get("protocol"), record.get("setting"), fraction, record.get("feature"))
+        how = "; ".join(part for part in parts if part)
+        numbers = ", ".join(f"{name} {100 * record[name]:.2f} %" for name in _NUMBERS if isinstance(record.get(name), float))
+        if numbers:
+            rows.append(f"| {what} | {how} | {numbers} |")
+    return ["| network | protocol | result |", "|---|---|---|", *dict.fromkeys(rows)] if rows else []

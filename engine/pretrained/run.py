@@ -1,0 +1,46 @@
+"""The trained network of a run folder."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.config import Config, from_yaml
+from engine.pretrained import weights_file
+from ppssl.encoder import FeatureNet, Trunk
+from ppssl.method import METHODS
+
+
+class Run(NamedTuple):
+    """A run folder that has been read."""
+
+    config: Config
+    network: FeatureNet
+    step: int
+    epoch: int
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
+    """The config and the trained network of a run folder, in eval mode.
+
+    Raises ``FileNotFoundError`` when ``folder`` is not a run folder or has no weights yet, ``ValueError`` when its files do not
+    belong together.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+    cfg = from_yaml(folder / "config.yaml")
+    path = folder / "weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no third_party.safetensors yet: the run has not reached its first checkpoint")
+    network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
+    try:
+        network.load_weights(weights_file.load_weights(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {textwrap.shorten(str(error), 300)}") from error
+    metadata = weights_file.read_metadata(path)
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))

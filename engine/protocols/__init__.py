@@ -1,1 +1,0 @@
-"""How features are judged: one protocol a file, each a function of features and labels."""

@@ -1,0 +1,127 @@
+"""What a run tells: the progress bar, ``metrics.jsonl``, TensorBoard events. Sums stay on the device between due lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from engine.console import console, say
+from engine.run_folder import append_metrics
+from ppssl.method import Output
+from ppssl.span import span
+
+T = TypeVar("T")
+
+
+class RunLog:
+    """Log of one run into ``out`` (None: terminal only).
+
+    ``watch(batches)`` times the wait for data; ``add`` after every step; ``line(...)`` when a line is due: it reads the
+    device once and returns the record that it wrote.
+    """
+
+    def __init__(self, out: Path | None, *, total_steps: int, start_step: int, description: str):
+        self.out, self.total_steps = out, total_steps
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.count = self.images = 0
+        self.waited = self.waited_total = 0.0
+        self.opened = self.since = time.perf_counter()
+        self.writer = None
+        if out is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; a dry run does not need it
+
+            out.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task(description, total=total_steps, completed=start_step, status="")
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields ``batches`` and sums up the seconds that the loop waits for them."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                with span("data"):
+                    batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, output: Output, *, images: int) -> None:
+        """Adds one step's losses and statistics, without waiting for the device. A skipped step adds to ``skipped`` alone."""
+        values = {"loss": output.total.detach()} | output.terms | output.stats
+        skipped = values.pop("skipped")
+        row = torch.stack([value.float() for value in values.values()])
+        row = torch.cat([torch.where(skipped > 0, 0.0, row), skipped[None]])
+        self.names, self.sums = [*values], row if self.sums is None else self.sums + row
+        self.count += 1
+        self.images += images
+        self.progress.advance(self.task)
+
+    def line(self, *, step: int, epoch: int, lr: float) -> dict[str, Any]:
+        """Means since the last line, speed and data wait, to the bar, the file and TensorBoard."""
+        *values, skipped = self.sums.tolist()  # the one wait for the device
+        now = time.perf_counter()
+        elapsed = now - self.since
+        record: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch}
+        if skipped < self.count:
+            record |= {name: value / (self.count - skipped) for name, value in zip(self.names, values, strict=True)}
+        record |= {
+            "skipped": int(skipped),
+            "lr": lr,
+            "images_per_s": self.images / elapsed,
+            "data_wait": self.waited / elapsed,
+            "seconds": now - self.opened,
+        }
+        self.waited_total, taken = self.waited_total + self.waited, self.count
+        self.sums, self.count, self.images, self.waited, self.since = None, 0, 0, 0.0, now
+        self.write(record)
+        shown = [name for name in self.names if name in record and name not in ("grad_norm", "contrast_top5")]
+        status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
+        status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
+        status += f"  lr {lr:.3g}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
+        self.progress.update(self.task, status=status)
+        if not console.is_terminal:
+            say(f"step {step}/{self.total_steps}  epoch {epoch}  {status}")
+        return record
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes work that was not training (a checkpoint, an evaluation) out of the speed of the next line."""
+        self.since += seconds
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends ``record`` to metrics.jsonl and its numbers to TensorBoard under ``kind/name``."""
+        if self.out is None:
+            return
+        append_metrics(self.out, record)
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+

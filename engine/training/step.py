@@ -1,0 +1,280 @@
+"""One training step of a method: momentum update, forward, gradients, optimiser, enqueue. It owns what changes the weights, and is
+the only file that knows ``torch.compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine.training import optim
+from engine.training.distributed import average_all
+from engine.training.graph import CapturedStep
+from engine.training.guard import Guard
+from engine.training.precision import Precision
+from ppssl.encoder import Trunk
+from ppssl.method import Batch, Method, Output
+from ppssl.ops import world
+from ppssl.span import span
+
+MODES = ("off", "encoder", "step")
+
+
+class Execution(NamedTuple):
+    """How the step is run: ``compile`` one of MODES, ``graph`` whether it is captured as a CUDA graph, ``note`` what was chosen
+    and why."""
+
+    compile: str
+    graph: bool
+    note: str
+
+
+def choose(compile: str, cuda_graph: str, precision: Precision, processes: int = 1) -> Execution:
+    """What ``run.compile`` and ``run.cuda_graph`` become in one of ``processes``. Raises ``ValueError`` for an explicit choice that
+    cannot be had."""
+    on_gpu = precision.device.type == "cuda"
+    if compile not in ("auto", *MODES):
+        raise ValueError(f"run.compile: {compile!r} is not known; use auto, {', '.join(MODES)}")
+    if compile == "step" and precision.scales:
+        raise ValueError("run.compile: step does not scale fp16 losses; use amp=bf16, or run.compile=encoder")
+    if cuda_graph == "on" and (not on_gpu or precision.scales or compile == "encoder"):
+        raise ValueError("run.cuda_graph: on needs a GPU, no fp16 loss scaling, and run.compile=off or step")
+    if cuda_graph == "on" and processes > 1:
+        raise ValueError("run.cuda_graph: on captures the step of one process; leave it off under torchrun")
+    why = "as asked"
+    if compile == "auto":
+        if not on_gpu:
+            compile, why = "off", "compiling makes the step of a CPU slower"
+        elif precision.scales:
+            compile, why = "encoder", "fp16 losses are scaled outside the graph"
+        else:
+            compile, why = "step", "on a GPU"
+    # auto leaves graphs off: what they gain over the compiled step has not been measured
+    return Execution(compile, cuda_graph == "on", f"compile {compile} ({why}), CUDA graph {'on' if cuda_graph == 'on' else 'off'}")
+
+
+def uncompiled() -> AbstractContextManager:
+    """Within it, what was compiled runs eagerly: for passes of another shape, whose compiling would take longer than they do."""
+    return torch.compiler.set_stance("force_eager")
+
+
+class Step:
+    """Callable that trains ``method`` on one batch.
+
+    optimizer: SGD over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum update;
+    total_steps: the whole run's, for warm-ups. ``step`` is the number of steps done.
+    compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
+    update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
+    of torch.compile. graph: capture the step as a CUDA graph.
+
+    Nothing here waits for the device. A step with a non-finite loss or gradient changes nothing and is counted there (``guard``);
+    whoever synchronises next asks for a streak of ``max_bad_steps``.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr: Callable[[int], float],
+        decay: float,
+        precision: Precision,
+        total_steps: int,
+        compile: str = "off",
+        backend: Any = "inductor",
+        graph: bool = False,
+        max_bad_steps: int = 10,
+    ):
+        choose(compile, "on" if graph else "off", precision, world(method.group))  # refuses what cannot be had
+        self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
+        self.precision, self.total_steps = precision, total_steps
+        self.scaler = precision.scaler()
+        self.step = 0
+        (group,) = optimizer.param_groups
+        self.parameters = group["params"]
+        # kept apart: a graph that read the group would be bound to its learning rate too, and compiled anew at every step
+        self.momentum, self.weight_decay = group["momentum"], group["weight_decay"]
+        self.online, self.target = method.ema_pairs()
+        device = precision.device
+        method.progress = torch.zeros((), device=device)
+        self.rate = torch.zeros((), device=device)
+        self.guard = Guard(method, device, patience=max_bad_steps)
+        for module in method.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.num_batches_tracked = None  # one more kernel a layer, and unused with a fixed momentum
+        self.compile = compile
+        self.buffers = [torch.zeros_like(p) for p in self.parameters]
+        self._keep_buffers()
+        self.run = self._eager
+        if compile == "step" or graph:
+            self.run = self._compiled(backend) if compile == "step" else self._whole
+        elif compile == "encoder":
+            self._compile_encoders(backend)
+        if graph:
+            self.run = CapturedStep(self.run)
+
+    def __call__(self, batch: Batch) -> Output:
+        """Trains on ``batch``; returns the method's output, all detached on the device, its ``stats`` with ``grad_norm`` and
+        ``skipped`` (1.0 where the step was bad and changed nothing) added."""
+        self.set_schedule()
+        output = self.run(self.prepare(batch))
+        self.guard.count(self.step, output, batch.index)
+        self.step += 1
+        return output._replace(stats=output.stats | {"skipped": self.guard.bad.float()})
+
+    def _eager(self, batch: Batch) -> Output:
+        kept = self.guard.keep()
+        output, gradients = self.gradients(batch)
+        self.judge(output, kept)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if self.precision.scales:
+            # the scaler finds by itself which gradients are not finite: this tells it of a bad loss
+            (first, *_) = (p.grad for p in self.parameters if p.grad is not None)
+            first.masked_fill_(self.guard.bad, float("nan"))
+        else:
+            optim.skip_where(self.optimizer, self.guard.bad)
+        with span("optim_ema"):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.enqueue(output.keys, batch.index)
+        return output
+
+    def gradients(self, batch: Batch) -> tuple[Output, Sequence[Tensor | None]]:
+        """Moves the key network, runs the method and differentiates by the parameters alone (gradients are scaled in fp16)."""
+        if self.target:
+            with span("optim_ema"), torch.no_grad():
+                # the key network first moves (MoCo); a step that was skipped has moved it for this one
+                weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
+                torch._foreach_lerp_(self.target, self.online, [weight] * len(self.target))
+        with self.precision.autocast():
+            output = self.method(batch)
+        scaled = output.total * self.method.loss_scale if self.precision.scales else output.total
+        # not backward(): it would compute the gradient of the images a second time
+        with span("backward"):
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        if self.method.group:
+            output, gradients = self.averaged(output, gradients)
+        norms = torch._foreach_norm([g for g in gradients if g is not None])
+        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        if self.precision.scales:
+            norm = norm / self.method.loss_scale
+        output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
+        return output, gradients
+
+    def judge(self, output: Output, kept: Tensor | None) -> None:
+        """Decides on the device whether this step counts; takes back what the forward pass did to the statistics if not."""
+        self.guard.judge(output.total, output.stats["grad_norm"], self.method.loss_scale if self.precision.scales else None)
+        self.guard.restore(kept)
+
+    def averaged(self, output: Output, gradients: Sequence[Tensor | None]) -> tuple[Output, list[Tensor | None]]:
+        """The output and the gradients averaged over the processes, in one collective with the statistics, so that
+        everything that a checkpoint, a log line or a check for finite numbers reads is the same in each."""
+        scalars = [{"total": output.total.detach()}, output.terms, output.stats]
+        values = [v for part in scalars for v in part.values()]
+        used = [g for g in gradients if g is not None]
+        with span("average"), torch.no_grad():
+            means = iter(average_all([*values, *self.guard.statistics, *used], self.method.group))
+            total, terms, stats = ({name: next(means) for name in part} for part in scalars)
+            for statistic in self.guard.statistics:
+                statistic.copy_(next(means))
+            gradients = [None if g is None else next(means) for g in gradients]
+        return output._replace(total=total["total"], terms=terms, stats=stats), gradients
+
+    def _keep_buffers(self) -> None:
+        """Puts the momentum buffers where the optimiser keeps them. They begin as zeros: the first update of a zero buffer is the
+        gradient itself, as in ``torch.optim.SGD``, and a first step that is skipped leaves them defined."""
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            self.optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    def _whole(self, batch: Batch) -> Output:
+        """Everything from the momentum update to the enqueue, with the learning rate read from the device."""
+        kept = self.guard.keep()
+        output, gradients = self.gradients(batch)
+        self.judge(output, kept)
+        with torch.no_grad():
+            used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
+            parameters, found, buffers = map(list, zip(*used, strict=True))
+            found = torch._foreach_add(found, parameters, alpha=self.weight_decay)
+            # a bad step multiplies the buffers by one, adds zeros to them and goes nowhere
+            found = [torch.where(self.guard.bad, torch.zeros_like(g), g) for g in found]
+            torch._foreach_mul_(buffers, torch.where(self.guard.bad, 1.0, self.momentum))
+            torch._foreach_add_(buffers, found)
+            rate = torch.where(self.guard.bad, 0.0, self.rate)
+            torch._foreach_sub_(parameters, torch._foreach_mul(buffers, rate))
+            self.method.enqueue(output.keys, batch.index)
+        return output
+
+    def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
+        """``_whole`` as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes and
+        the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
+        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, dynamic=False, backend=backend)
+
+        def run(batch: Batch) -> Output:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                return Output(*compiled(*batch))
+
+        return run
+
+    def _compile_encoders(self, backend: Any) -> None:
+        """Compiles the trunks in place, so that the names in the state dict stay. The CAM keeps the graph alive for the loss's
+        pass, so a compiled backward may not donate its buffers to its own results."""
+        functorch = torch._functorch.config
+
+        def compiled(maps: Callable) -> Callable:
+            inner = torch.compile(maps, dynamic=False, backend=backend)
+
+            def run(images: Tensor) -> dict[str, Tensor]:
+                with functorch.patch(donated_buffer=False):
+                    return inner(images)
+
+            return run
+
+        for module in self.method.modules():
+            if isinstance(module, Trunk):
+                module.maps = compiled(module.maps)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Float32 leaves where the method differentiates by an image (a 16-bit gradient of size 1e-5 would lose its digits), and
+        float32 images everywhere when nothing casts them."""
+        changed = {}
+        for name in ("x_q", "x_k", "x_o"):
+            images = getattr(batch, name)
+            if images is None:
+                continue
+            if name in self.method.needs_image_grad:
+                changed[name] = images.detach().float().requires_grad_()
+            elif self.precision.dtype is None:
+                changed[name] = images.float()
+        return batch._replace(**changed)
+
+    def set_schedule(self) -> None:
+        """Puts this step's learning rate, the share of the run that is done and the loss scale where they are read."""
+        rate = self.lr(self.step)
+        self.method.progress.fill_(self.step / self.total_steps)
+        self.rate.fill_(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.precision.scales:
+            self.method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
+            buffer.copy_(self.optimizer.state[parameter]["momentum_buffer"])
+        self._keep_buffers()  # a compiled graph holds these very tensors
+        self.scaler.load_state_dict(state["scaler"])
+        self.guard.load_state_dict(state["guard"])

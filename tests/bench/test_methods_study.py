@@ -1,0 +1,240 @@
+"""python -m bench.methods: a miniature of two cells, its continuation, what a cell is made of, and the table's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # bench is no installed package
+
+import engine  # noqa: E402
+from bench import methods  # noqa: E402
+from bench.methods_cells import STUDIES  # noqa: E402
+from bench.methods_table import markdown, paired, summarise  # noqa: E402
+from engine.evaluation import attention_maps  # noqa: E402
+from engine.synthetic import dataset  # noqa: E402
+from ppssl.method import METHODS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset.generate(
+        tmp_path_factory.mktemp("world") / "birds", train_per_species=2, test_per_species=2, workers=1, progress=False
+    )
+
+
+class Inline:
+    """Stands for a process: runs here, and remembers which cells ran."""
+
+    ran: list[str] = []
+
+    def __init__(self, target, args):
+        self.target, self.args, self.exitcode = target, args, None
+
+    def start(self):
+        Inline.ran.append(f"{self.args[0].name}/{self.args[1].seed}")
+
+    def join(self):
+        self.target(*self.args)
+        self.exitcode = 0
+
+
+@pytest.fixture()
+def arguments(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Inline.ran.clear()
+    return [
+        "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--budget", "48", "--amp", "off", "--jobs", "1",
+        f"data.root={world}", "data.image_size=32", "data.loader=torch", "data.workers=0", "batch_size=16", "queue.size=32",
+        "encoder.arch=resnet18_w8_s16", "encoder.dim=8",
+    ]  # fmt: skip
+
+
+def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    two = ["--only", "moco", "--only", "lcr guided"]
+    assert methods.main([*two, "--seeds", "1", *arguments]) == 0
+    assert Inline.ran == ["moco/10", "lcr guided/10"]
+    assert methods.main([*two, "--seeds", "2", *arguments]) == 0
+    assert Inline.ran[2:] == ["moco/11", "lcr guided/11"]  # the first seed's cells were there
+    table = json.loads((tmp_path / "out" / "main.json").read_text())
+    assert table["images"] == [80] and "--seeds 2" in table["command"] and table["reference"] == "moco"
+    records = {(r["cell"], r["seed"]): r for r in table["records"]}
+    assert len(records) == 4
+    for (cell, seed), record in records.items():
+        assert record["images"] == 80 and record["steps"] == 5  # at least one whole epoch
+        assert record["specification"]["seed"] == seed and record["specification"]["world"]["train_per_species"] == 2
+        assert record["cpu_seconds_per_epoch"] > 0 and record["peak_memory_mib"] > 10
+        assert 0 <= record["rank1"] <= record["rank5"] <= 1 and 0 < record["mAP"] < 1 and 0 <= record["linear_100"] <= 1
+        assert ("mask_on_bird" in record) == (cell == "lcr guided") and "linear_20" not in record  # one image a class
+        assert cell == "lcr guided" or record["plain_rank1"] == record["rank1"]
+        assert str(tmp_path) not in json.dumps(record)
+    text = (tmp_path / "out" / "main.md").read_text()
+    assert "| moco |" in text and "| lcr guided |" in text and "nothing about photographs" in text
+
+    Inline.ran.clear()
+    for record in (tmp_path / "work" / "main").glob("moco-11-*.json"):
+        record.unlink()  # as if interrupted there
+    assert methods.main([*two, "--seeds", "2", *arguments]) == 0
+    assert Inline.ran == ["moco/11"]
+    again = {(r["cell"], r["seed"]): r for r in json.loads((tmp_path / "out" / "main.json").read_text())["records"]}
+    assert again["moco", 11]["mAP"] == records["moco", 11]["mAP"]
+    Inline.ran.clear()
+    assert methods.main(["--only", "moco", "--seeds", "2", *arguments]) == 0
+    assert Inline.ran == [] and len(json.loads((tmp_path / "out" / "main.json").read_text())["records"]) == 4  # nothing is lost
+    assert methods.main([*two, "--seeds", "1", *arguments, "optim.lr=0.01"]) == 0
+    assert Inline.ran == ["moco/10", "lcr guided/10"]  # another setting is another cell
+
+
+def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    asked = ["--only", "moco", "--only", "lcr guided", "--seeds", "1", "--keep", *arguments]
+    assert methods.main(asked) == 0
+    folders = sorted(p for p in (tmp_path / "work" / "main").iterdir() if p.is_dir())
+    assert [p.name.rsplit("-", 2)[0] for p in folders] == ["lcr_guided", "moco"]
+    for folder in folders:
+        assert engine.load(folder).trunk.channels == 64 and attention_maps.read(folder).looks[-1].step == 5
+    with Image.open(tmp_path / "out" / "main.jpg") as sheet:
+        # eight images; the image, the feature map and the CAM of both methods, the mask of one
+        assert sheet.width == 6 * (96 + 8) + 8 and sheet.height > 8 * 96
+
+
+def test_a_cell_is_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
+    assert methods.main(["--only", "untrained", "--seeds", "1", *arguments]) == 0
+    (record,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
+    assert record["rank1"] >= 0 and "steps" not in record and record["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("text", "remedy"), [("epochs=2", "--budget"), ("amp=bf16", "--amp"), ("seeed=1", "seed")])
+def test_a_key_that_the_study_sets_itself_is_refused(text: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        methods.parse([text])
+    assert remedy in capsys.readouterr().err
+
+
+def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) -> None:
+    args = methods.parse(["--budget", "51200"])
+    for study in STUDIES.values():
+        names = [cell.name for cell in study.cells]
+        assert len(set(names)) == len(names) and study.reference in names
+        configs = [methods.configure(cell, args, 3, world) for cell in study.cells]
+        specs = {json.dumps(methods.specification(*pair), sort_keys=True) for pair in zip(study.cells, configs, strict=True)}
+        assert len(specs) == len(configs)  # no two cells are the same run
+        assert all(cfg.method.name in METHODS and cfg.seed == 3 and cfg.amp == "bf16" for cfg in configs)
+    assert {c.overrides["method.name"] for c in STUDIES["main"].cells} == set(METHODS)
+    assert len(STUDIES["weights"].cells) == 12 and len(STUDIES["layers"].cells) == 8
+    assert methods.epochs_of(51200, 1600, 64) == 32 and methods.epochs_of(0.5 * 51200, 1600, 64) == 16
+    assert methods.epochs_of(100, 1600, 64) == 1
+
+
+def test_class_names_are_descriptions_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ppssl.teacher import load_descriptions
+
+    monkeypatch.chdir(ROOT)
+    cells = {cell.name: cell.overrides for cell in STUDIES["prompts"].cells}
+    assert load_descriptions(cells["8 class names"]["ais.prompts"], 8)[0] == "a bird"
+    for count in (2, 4, 6, 8, 10):
+        assert len(load_descriptions("birds", cells[f"{count} descriptions"]["ais.count"])) == count
+
+
+def test_altered_teachers() -> None:
+    rows, labels = torch.nn.functional.normalize(torch.randn(50, 16), dim=1).half(), torch.arange(50) % 5
+    assert methods.altered(rows, "true", 0, labels) is rows
+    shuffled = methods.altered(rows, "shuffled", 1, labels)
+    assert not torch.equal(shuffled, rows) and torch.equal(shuffled.sort(0).values, rows.sort(0).values)
+    assert torch.equal(shuffled, methods.altered(rows, "shuffled", 1, labels))
+    constant = methods.altered(rows, "constant", 0, labels)
+    assert constant.shape == rows.shape and constant.dtype == rows.dtype and (constant == constant[0]).all()
+    assert float(constant[0].float().norm()) == pytest.approx(1.0, abs=1e-3)
+    species = methods.altered(rows, "species", 0, labels)
+    assert species.dtype == rows.dtype and species.float().norm(dim=1).sub(1).abs().max() < 1e-3
+    same = labels[:, None] == labels
+    cosine = species.float() @ species.float().T
+    assert cosine[same].min() > 0.999 > cosine[~same].max()
+    assert torch.equal(species, methods.altered(rows, "species", 0, labels))
+    assert not torch.equal(species, methods.altered(rows, "species", 1, labels))
+
+
+def record(cell: str, seed: int, rank1: float, **more) -> dict:
+    return {"cell": cell, "seed": seed, "rank1": rank1, "mAP": rank1 / 2, "cpu_seconds_per_epoch": 2.0, "commit": "c"} | more
+
+
+def test_paired_differences_are_students_over_common_seeds() -> None:
+    ours, theirs = {1: 0.30, 2: 0.34, 3: 0.31, 9: 0.9}, {1: 0.25, 2: 0.33, 3: 0.29, 8: 0.1}
+    found = paired(ours, theirs)
+    differences = [0.05, 0.01, 0.02]
+    assert found["seeds"] == found["higher"] == 3 and found["difference"] == pytest.approx(sum(differences) / 3)
+    t, p = stats.ttest_1samp(differences, 0)
+    assert found["p"] == pytest.approx(p)
+    error = found["difference"] / t
+    quantile = 4.302652729911275  # of Student's t with two degrees of freedom, 97.5 %
+    assert found["interval"] == pytest.approx([found["difference"] - quantile * error, found["difference"] + quantile * error])
+    assert paired({1: 0.5}, {1: 0.25}) == {"seeds": 1, "higher": 1, "difference": 0.25, "interval": None, "p": None}
+    assert paired({1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5})["p"] is None  # equal runs prove nothing
+    assert paired({1: 0.5}, {2: 0.5})["difference"] is None
+
+
+def test_rows_are_means_spreads_and_failures_in_the_studys_order() -> None:
+    looks = {"plain_rank1": 0.3, "silhouette_rank1": 0.5, "mask_on_bird": 1.5}
+    records = [
+        record("b", 1, 0.2), record("b", 2, 0.4), record("a", 1, 0.1), record("a", 2, 0.2, **looks),
+        {"cell": "c", "seed": 1, "failed": "step 3: not finite", "commit": "c"},
+    ]  # fmt: skip
+    rows = summarise(records, ["a", "b", "c", "never run"], reference="a")
+    assert [row["cell"] for row in rows] == ["a", "b", "c"]
+    a, b, c = rows
+    assert a["measures"]["rank1"] == {"mean": pytest.approx(0.15), "deviation": pytest.approx(math.sqrt(0.005))}
+    assert a["measures"]["plain_rank1"] == {"mean": 0.3, "deviation": None} and a["against"] == {}
+    assert a["measures"]["mask_gain"]["mean"] == pytest.approx(-0.1)
+    assert a["measures"]["silhouette_gain"]["mean"] == pytest.approx(0.2)
+    assert b["against"]["rank1"]["difference"] == pytest.approx(0.15) and b["seeds"] == [1, 2]
+    assert c["seeds"] == [] and c["failed"] == {1: "step 3: not finite"} and c["against"]["rank1"]["difference"] is None
+    reached, looked = (part.splitlines() for part in markdown(rows, "a").split("\n\n"))
+    for lines in (reached, looked):
+        assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert "15.0 ± 7.1" in reached[2] and "+15.0 (2 of 2, p " in reached[3] and "1 failed" in reached[4]
+    assert "linear" not in reached[0] and "CPU s/epoch" in reached[0]
+    assert "| 30.0 | -10.0 | +20.0 | 1.50 | – |" in looked[2] and "CPU" not in looked[0]
+
+
+def test_the_command_that_a_table_states_makes_all_of_it_anywhere() -> None:
+    argv = ["--study", "parts", "--only", "guided whole", "--out", "/a", "--work=/b", "--seeds", "3", "optim.lr=0.1"]
+    stated = "python -m bench.methods --study parts --seeds 3 optim.lr=0.1"
+    assert methods.command_of(argv) == stated
+    assert methods.parse(argv).seeds == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--only", "nothing"], ["--only 'nothing'", "ppssl guided"]),
+        (["--seeds", "0"], ["--seeds 0"]),
+        (["optim.lrr=1"], ["optim.lrr=1", "did you mean optim.lr?"]),
+    ],
+)
+def test_bad_arguments_are_named(given: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        methods.main(given)
+    assert exit.value.code == 2
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in words)
+
+
+def test_a_value_out_of_range_ends_with_code_2(arguments: list[str]) -> None:
+    assert methods.main([*arguments, "optim.lr=-1"]) == 2
+
+
+def test_a_cell_that_diverges_is_recorded_as_such(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    assert methods.main(["--only", "moco", "--seeds", "1", *arguments, "optim.lr=1e30"]) == 0
+    (found,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
+    assert "not finite" in found["failed"] and "rank1" not in found

@@ -1,0 +1,267 @@
+"""The configuration: its frozen list of keys, YAML both ways, one clear error for whatever cannot be used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import Config, MethodConfig, flatten, from_yaml, key_types, nearest, to_yaml, validate
+from engine.errors import ConfigError
+
+# The whole configuration and its defaults, the paper's settings. A key is added here on purpose or not at all.
+FROZEN = {
+    "seed": 0,
+    "epochs": 100,
+    "batch_size": 128,
+    "amp": None,
+    "out": None,
+    "resume": "auto",
+    "method.name": "ppssl",
+    "method.form": "published",
+    "method.minmax": None,
+    "method.maxout_width": 32,
+    "method.contrast_mask": None,
+    "method.mask_reach": None,
+    "encoder.arch": "resnet50",
+    "encoder.weights": "IMAGENET1K_V1",
+    "encoder.head": "mlp2",
+    "encoder.dim": 256,
+    "queue.size": 65536,
+    "queue.dtype": "auto",
+    "queue.sharded": False,
+    "queue.mask_own": False,
+    "ema.decay": 0.999,
+    "contrast.temperature": 0.2,
+    "bn.groups": 1,
+    "bn.sync": False,
+    "ais.weight": 1.2,
+    "ais.temperature": 1.0,
+    "ais.scale": 100.0,
+    "ais.warmup": 0.0,
+    "ais.prompts": "birds",
+    "ais.count": 8,
+    "iadm.weight": None,
+    "iadm.sources": ("image",),
+    "iadm.image": "query",
+    "iadm.sign": None,
+    "iadm.temperature": None,
+    "iadm.softmax": None,
+    "iadm.cam_scale": None,
+    "iadm.cam_loss": None,
+    "iadm.pool": None,
+    "iadm.mask": None,
+    "iadm.image_bn": None,
+    "iadm.reduction": None,
+    "lcr.detach": None,
+    "lcr.updates": None,
+    "ldfs.reconstruction": 0.05,
+    "ldfs.pair": 0.5,
+    "ldfs.share": 0.2,
+    "ldfs.noise": 1.0,
+    "ldfs.warmup": 0.2,
+    "teacher.model": "ViT-B-32-quickgelu",
+    "teacher.weights": "openai",
+    "teacher.view": None,
+    "optim.lr": 0.03,
+    "optim.momentum": 0.9,
+    "optim.weight_decay": 1e-4,
+    "optim.schedule": "cosine",
+    "optim.backend": "auto",
+    "data.name": "cub",
+    "data.root": None,
+    "data.loader": "auto",
+    "data.resident": "auto",
+    "data.aug": "parity",
+    "data.image_size": 224,
+    "data.crop_banner": False,
+    "data.workers": None,
+    "run.compile": "auto",
+    "run.cuda_graph": "auto",
+    "run.log_every": 10,
+    "run.save_every_steps": None,
+    "run.keep": 2,
+    "run.max_bad_steps": 10,
+    "eval.every": 0,
+    "eval.batch_size": 128,
+    "eval.protocols": ("retrieval",),
+}
+
+
+def test_keys_and_defaults_are_frozen():
+    assert flatten(Config()) == FROZEN
+    assert list(key_types()) == list(FROZEN)
+
+
+def test_reading_a_config_needs_no_torch():
+    code = "import sys, engine.config.command_line; sys.exit('torch' in sys.modules or 'jsonargparse' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_yaml_round_trip():
+    assert from_yaml(to_yaml(Config())) == Config()
+    assert from_yaml("") == Config()
+    # Words that YAML 1.1 reads as booleans or numbers, numbers that it reads as words.
+    odd = replace(
+        Config(),
+        out="1e5",
+        resume="none",
+        data=replace(Config().data, root="2024", resident="off"),
+        encoder=replace(Config().encoder, weights="null"),
+        optim=replace(Config().optim, lr=1e-7, weight_decay=0.0),
+        run=replace(Config().run, compile="off", cuda_graph="on"),
+        iadm=replace(Config().iadm, sources=("layer4", "image"), cam_scale="none"),
+    )
+    assert from_yaml(to_yaml(odd)) == odd
+
+
+@pytest.mark.parametrize("text", ["~", "null", "Null", "true", "1e3", "[1]"])
+def test_text_that_looks_like_something_else_stays_text(text: str):
+    config = replace(Config(), out=text)
+    assert from_yaml(to_yaml(config)) == config
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(min_size=1).filter(str.strip), lr=st.floats(0, 1e6), seed=st.integers(0, 2**63 - 1))
+def test_yaml_round_trip_of_any_value(text: str, lr: float, seed: int):
+    config = replace(Config(), seed=seed, out=text, optim=replace(Config().optim, lr=lr))
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_yaml_is_the_core_schema():
+    config = from_yaml("run: {compile: off, cuda_graph: on}\noptim: {lr: 3e-2}\niadm.sources: [layer4]\nais:\n")
+    assert (config.run.compile, config.run.cuda_graph) == ("off", "on")
+    assert config.optim.lr == 0.03
+    assert config.iadm.sources == ("layer4",)
+
+
+def test_types_become_the_declared_ones():
+    config = from_yaml("optim: {lr: 1}\niadm: {weight: 2}")
+    assert isinstance(config.optim.lr, float) and isinstance(config.iadm.weight, float)
+    assert isinstance(config.iadm.sources, tuple)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optim: {lrr: 1}", ["optim.lrr", "did you mean optim.lr?"]),
+        ("epoch: 3", ["epoch", "did you mean epochs?"]),
+        ("lr: 0.1", ["did you mean optim.lr?"]),
+        ("zzzzzz: 1", ["zzzzzz", "--help"]),
+        ("optim: 3", ["optim", "section", "optim.lr"]),
+        ("seed: {a: 1}", ["seed", "whole number"]),
+        ("epochs: many", ["epochs", "'many'", "str", "a whole number"]),
+        ("epochs: 2.5", ["epochs", "2.5", "float", "a whole number"]),
+        ("epochs: true", ["epochs", "True", "a whole number"]),
+        ("epochs: null", ["epochs", "null", "a whole number"]),
+        ("optim: {lr: fast}", ["optim.lr", "'fast'", "a number"]),
+        ("data: {root: 3}", ["data.root", "3", "int", "text or null"]),
+        ("queue: {mask_own: 1}", ["queue.mask_own", "true or false"]),
+        ("amp: fp32", ["amp", "'fp32'", "bf16, fp16 or null"]),
+        ("data: {name: cubs}", ["data.name", "'cubs'", "nabirds"]),
+        ("iadm: {sources: [layer5]}", ["iadm.sources", "layer5", "a list of image, layer1"]),
+        ("iadm: {sources: image}", ["iadm.sources", "'image'", "a list of"]),
+        ("epochs: 1\nepochs: 2", ["epochs", "twice", "line 2"]),
+        ("optim.lr: 1\noptim: {lr: 2}", ["optim.lr", "twice"]),
+        ("- 1", ["mapping", "list"]),
+        ("a: [", ["YAML"]),
+        ("seed: !!python/object/apply:os.getcwd []", ["YAML", "python/object"]),
+        ("? [1, 2]\n: 3", ["YAML"]),
+    ],
+)
+def test_unusable_yaml_names_file_key_value_and_remedy(tmp_path: Path, text: str, words: list[str]):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(ConfigError, match="mine.yaml"):
+        from_yaml(path)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+        from_yaml(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "epochs: 0",
+        "batch_size: -1",
+        "seed: -1",
+        "seed: 9223372036854775808",
+        "out: ''",
+        "method: {maxout_width: 0}",
+        "encoder: {dim: 0}",
+        "queue: {size: 0}",
+        "queue: {size: 127}",
+        "ema: {decay: 1.0}",
+        "ema: {decay: -0.1}",
+        "contrast: {temperature: 0}",
+        "bn: {groups: 3}",
+        "bn: {groups: 2, sync: true}",
+        "ais: {weight: -1}",
+        "ais: {temperature: 0}",
+        "ais: {warmup: 1.5}",
+        "ais: {count: 1}",
+        "iadm: {weight: -0.5}",
+        "iadm: {temperature: 0}",
+        "iadm: {sources: []}",
+        "iadm: {sources: [image, image]}",
+        "ldfs: {share: 1.5}",
+        "ldfs: {noise: -1}",
+        "optim: {lr: -1}",
+        "optim: {lr: .nan}",
+        "optim: {lr: .inf}",
+        "optim: {momentum: 1}",
+        "data: {image_size: 0}",
+        "data: {image_size: 100}",
+        "data: {workers: -1}",
+        "run: {keep: 0}",
+        "run: {log_every: 0}",
+        "run: {save_every_steps: 0}",
+        "eval: {every: -1}",
+        "eval: {protocols: []}",
+        "eval: {protocols: [knn, knn]}",
+    ],
+)
+def test_values_out_of_range_name_their_key(text: str):
+    section, _, rest = text.partition(": {")
+    key = f"{section}.{rest.split(':')[0]}" if rest else text.split(":")[0]
+    with pytest.raises(ConfigError, match=rf"\b{key}: got .*(must|at least)"):
+        from_yaml(text)
+
+
+def test_image_size_is_a_multiple_of_the_map_stride_where_maps_are_compared():
+    from_yaml("data: {image_size: 96}\nencoder: {arch: resnet18_w32_s16}")
+    from_yaml("data: {image_size: 80}\nencoder: {arch: resnet18_w32_s16}")
+    from_yaml("data: {image_size: 100}\nmethod: {name: moco}")
+    with pytest.raises(ConfigError, match="data.image_size: got 80, must be a multiple of 32"):
+        from_yaml("data: {image_size: 80}")
+
+
+def test_null_stands_for_a_later_choice():
+    validate(from_yaml("iadm: {weight: null, temperature: null}\ndata: {workers: null}\nrun: {save_every_steps: null}"))
+
+
+def test_nearest_prefers_the_same_last_part():
+    assert nearest("optimizer.weight_decay") == "did you mean optim.weight_decay?"
+    assert nearest("image_size") == "did you mean data.image_size?"
+
+
+def test_a_method_without_forms_is_called_by_its_name_alone() -> None:
+    titles = {name: MethodConfig(name=name, form="guided").title for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")}
+    assert titles.pop("ppssl") == "ppssl (guided)" and titles.pop("lcr") == "lcr (guided)"
+    assert all(title == name for name, title in titles.items())

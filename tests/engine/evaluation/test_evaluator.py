@@ -1,0 +1,158 @@
+"""Judging beside a run: when it is due, what it writes, and that the run does not notice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from engine import build, run_folder
+from engine.config import Config, TeacherConfig, from_yaml
+from engine.data import catalog
+from engine.data.catalog import Catalog
+from engine.evaluation.evaluator import SHARE, Candidate, Judge, check, headline, judge, keep
+from engine.synthetic import dataset
+from ppssl.encoder import FeatureNet, MaskBranch, Trunk
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    root = dataset.generate(
+        tmp_path_factory.mktemp("world") / "birds", train_per_species=2, test_per_species=2, workers=1, progress=False
+    )
+    return catalog.load("birds", root, progress=False)
+
+
+def config(every: int | str = 0, protocols: str = "retrieval, knn") -> Config:
+    return from_yaml(
+        f"eval: {{every: {every}, batch_size: 40, protocols: [{protocols}]}}\nmethod: {{name: moco}}\n"
+        "data: {name: birds, image_size: 32, workers: 0}\nencoder: {arch: resnet18_w8_s16, weights: none}"
+    )
+
+
+def trainer(epoch: int, epochs: int = 10, masked: bool = False) -> SimpleNamespace:
+    trunk = Trunk("resnet18_w8_s16")
+    network = FeatureNet(trunk, MaskBranch(trunk.channels, 4, minmax="image") if masked else None)
+    return SimpleNamespace(
+        epoch=epoch, epochs=epochs, step=SimpleNamespace(step=5 * epoch), method=SimpleNamespace(network=network),
+        log=SimpleNamespace(opened=0.0),
+    )  # fmt: skip
+
+
+def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
+    judges = Judge(tmp_path, config(), images, CPU)
+    judges(trainer(0))
+    judges(trainer(3, masked=True))
+    first, last = run_folder.read_metrics(tmp_path)
+    assert (first["kind"], first["epoch"], first["step"], first["split"]) == ("eval", 0, 0, "test")
+    assert first["protocol"].startswith("retrieval: leave-one-out inside the test split, cosine; knn: k 80, ")
+    assert first["feature"].startswith("l2(gap(F)), ") and last["feature"].startswith("l2(gap(A * F)), ")
+    records = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(r["model"], r["epoch"], r["protocol"]) for r in records] == [
+        ("initial", 0, "retrieval"), *[("initial", 0, "knn")] * 3, ("run", 3, "retrieval"), *[("run", 3, "knn")] * 3,
+    ]  # fmt: skip
+    assert all(0 <= r["top1"] <= 1 for r in records if r["protocol"] == "knn")
+    assert {n: last[n] for n in ("rank1", "rank5", "mAP", "knn_top1")} == headline(records[4:])
+    assert last["knn_top1"] == records[-1]["top1"] and records[-1]["k"] == 80  # 200, but the bank holds 80
+
+
+def test_the_teacher_is_judged_too(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    cfg = replace(config(), method=replace(config().method, name="ppssl"), teacher=TeacherConfig("birds", "birds"))
+    Judge(tmp_path, cfg, images, CPU).teacher(build.teacher(cfg, CPU))
+    records = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(r["model"], r["epoch"], r["protocol"]) for r in records] == [("teacher", None, p) for p in ("retrieval", *["knn"] * 3)]
+    assert "image feature of" in records[0]["feature"] and not run_folder.read_metrics(tmp_path)  # the log's curves are the run's
+    Judge(tmp_path, config(), images, CPU).teacher(build.teacher(config(), CPU))  # MoCo has none
+
+
+def test_a_run_does_not_notice_that_it_is_judged(images: Catalog, tmp_path: Path):
+    subject = trainer(1)
+    before, modes = torch.get_rng_state(), [m.training for m in subject.method.network.modules()]
+    Judge(tmp_path, config(protocols="retrieval, knn, linear"), images, CPU)(subject)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [m.training for m in subject.method.network.modules()] == modes
+    assert 0 <= run_folder.read_metrics(tmp_path)[0]["linear_top1"] <= 1
+
+
+def test_every_n_epochs_and_never_after_the_last(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    judges = Judge(tmp_path, config(every=3), images, CPU)
+    monkeypatch.setattr(Judge, "__call__", lambda self, t: seen.append(t.epoch))
+    seen: list[int] = []
+    for epoch in range(1, 11):
+        judges.after_epoch(trainer(epoch, epochs=9))
+    assert seen == [3, 6] and judges.times == 2
+    assert "2, " in judges.closing(100.0) and "% of the training time" in judges.closing(100.0)
+
+
+def test_auto_stays_below_its_share(images: Catalog, tmp_path: Path):
+    """Epochs of 10 s and evaluations of 1.5 s by a made-up clock: never above 2 %, and not much rarer than that allows."""
+    judges = Judge(tmp_path, config(every="auto"), images, CPU)
+    judges.cost, trained, judged = 1.5, 0.0, []
+    for epoch in range(1, 101):
+        trained += 10.0
+        if judges.is_due(epoch, trained):
+            judges.spent += judges.cost
+            judged.append(epoch)
+        assert judges.spent <= SHARE * trained
+    assert judged[0] == 8 and len(judged) == 13  # 20 s of 1,000 pay for thirteen
+    judges.cost = 1e6
+    assert not judges.is_due(101, trained + 10)
+
+
+def test_resuming_forgets_what_came_later_and_knows_the_cost(images: Catalog, tmp_path: Path):
+    judges = Judge(tmp_path, config(), images, CPU)
+    for epoch in (0, 2, 4):
+        judges(trainer(epoch))
+    run_folder.rewind_metrics(tmp_path, 10)
+    again = Judge(tmp_path, config(), images, CPU)
+    again.resume(10)
+    assert again.cost == run_folder.read_metrics(tmp_path)[-1]["seconds"] > 0
+    assert {r["epoch"] for r in json.loads((tmp_path / "evaluation.json").read_text())} == {0, 2}
+
+
+def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    flat = Catalog(replace(images.train, labels=None), None, ())
+    judges = Judge(tmp_path, config(every=1), flat, CPU)
+    judges(trainer(0))
+    judges.teacher(object())  # not even looked at
+    judges.after_epoch(trainer(1))
+    assert "nothing to judge the features by" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir()) and judges.closing(1.0) is None
+    with pytest.raises(ValueError, match="has no labels"):
+        check(flat, ["retrieval"])
+
+
+def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
+    def features(some: catalog.ImageList, split: str) -> torch.Tensor:
+        noise = np.random.default_rng(len(some)).normal(0, 0.05, (len(some), len(some.classes)))
+        return torch.from_numpy(np.eye(len(some.classes))[some.labels] + noise).float()
+
+    candidate = Candidate("run", "class and noise", 1, 1, features)
+    records = judge(
+        candidate, images, config(), CPU, protocols=("retrieval", "knn", "linear"), fractions=(100, 50), solvers=("convex", "sgd")
+    )
+    assert headline(records)["rank1"] > 0.95 and headline(records)["linear_top1"] > 0.95
+    probes = [(r["solver"], r["fraction"], r["train_images"]) for r in records if r["protocol"] == "linear"]
+    assert probes == [("convex", 100, 80), ("sgd", 100, 80), ("sgd", 50, 40)]  # one image a class: none to choose on
+    assert all(r["top1"] > 0.95 for r in records if r["protocol"] == "linear")
+    for record in records:
+        assert {"protocol", "setting", "feature", "split", "epoch", "step", "model", "seconds"} <= record.keys()
+
+
+def test_records_take_the_place_of_older_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "evaluation.json"
+    record = {"model": "run", "protocol": "knn", "k": 10, "epoch": 1, "step": 5, "top1": 0.1}
+    assert keep(path, [record, record | {"k": 20}]) == json.loads(path.read_text())
+    kept = keep(path, [record | {"top1": 0.2}, record | {"epoch": 2, "step": 10}])
+    assert [(r["k"], r["epoch"], r["top1"]) for r in kept] == [(20, 1, 0.1), (10, 1, 0.2), (10, 2, 0.1)]
+    assert [r["epoch"] for r in keep(path, [], until=5)] == [1, 1]
+    path.write_text("[{")
+    assert keep(path, [record]) == [record] and "cannot be read" in " ".join(capsys.readouterr().err.split())

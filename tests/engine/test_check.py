@@ -1,0 +1,102 @@
+"""The data check: its table, its findings, its contact sheet and its exit codes."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from miniatures import make, picture
+from PIL import Image
+
+from engine.data import inspection
+from engine.data.catalog import load
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    return make("cub", tmp_path / "cub", (40, 30))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+
+
+def arguments(root: Path, *more: str) -> list[str]:
+    return ["--cfg", "cub", f"data.root={root}", "--out", str(root.parent / "sheet.png"), *more]
+
+
+@pytest.mark.filterwarnings("ignore:.*official split")
+def test_equal_files_are_found_across_and_within_splits(cub):
+    catalog = load("cub", cub, progress=False)
+    assert inspection.duplicates(catalog, progress=False) == [] == inspection.findings(catalog, [])
+    train, test = catalog.train, catalog.test
+    shutil.copy(train.path(0), test.path(5))
+    shutil.copy(train.path(0), train.path(1))
+    shutil.copy(test.path(0), test.path(1))
+    copies = inspection.duplicates(load("cub", cub, progress=False), progress=False)
+    assert [[(c.split, c.name, c.label) for c in group] for group in copies] == [
+        [("train", train.names[0], 0), ("train", train.names[1], 0), ("test", test.names[5], 2)],
+        [("test", test.names[0], 0), ("test", test.names[1], 0)],
+    ]
+    text = "\n".join(inspection.findings(catalog, copies))
+    assert "in train and in test, so that retrieval and probes look too good: 1" in text
+    assert "more than once in one split: 1" in text and "more than one class: 1" in text
+    assert f"{train.names[0]} = {train.names[1]} = {test.names[5]}" in text
+
+
+def test_the_command_prints_a_table_and_writes_a_sheet(cub, capsys):
+    (cub / "images/001.Black_footed_Albatross/Black_footed_Albatross_0000.jpg").write_bytes(b"")
+    picture(cub / "images/003.Sooty_Albatross/Sooty_Albatross_0003.jpg", (50, 20)).rename(cub / "x.png")
+    Image.open(cub / "x.png").convert("CMYK").save(cub / "images/003.Sooty_Albatross/Sooty_Albatross_0003.jpg")
+    assert inspection.main(arguments(cub)) == 0
+    printed = capsys.readouterr().err
+    rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in printed.splitlines() if "│" in line}
+    assert rows["images"] == ["5", "6"] and rows["classes"] == ["3 of 3", "3 of 3"]
+    assert rows["images a class"] == ["1 to 2, median 2", "2"] and rows["classes of one image"] == ["1", "0"]
+    assert rows["height"] == ["30", "20 to 30, median 30"] and rows["width"] == ["40", "40 to 50, median 40"]
+    assert rows["decoded by PIL alone"] == ["0", "1"]
+    assert "official split of CUB-200-2011 has 5994 training images" in printed
+    assert "Black_footed_Albatross_0000.jpg: empty file" in printed
+    sheet = Image.open(cub.parent / "sheet.png")
+    assert sheet.format == "PNG" and sheet.width == 8 * 120 + 8
+
+
+@pytest.mark.filterwarnings("ignore:.*official split")
+def test_the_sheet_shows_training_images_left_and_test_images_right(cub):
+    catalog = load("cub", cub, progress=False)
+    for images, colour in ((catalog.train, (200, 0, 0)), (catalog.test, (0, 0, 200))):
+        for i in range(len(images)):
+            Image.new("RGB", (40, 30), colour).save(images.path(i), "PNG")
+    pixels = np.asarray(inspection.contact_sheet(load("cub", cub, progress=False)))
+    red, blue = ((pixels == colour).all(2).any(0) for colour in ((200, 0, 0), (0, 0, 200)))
+    assert np.flatnonzero(red)[[0, -1]].tolist() == [8, 8 + 120 + 111]
+    assert np.flatnonzero(blue)[[0, -1]].tolist() == [8 + 480, 8 + 480 + 120 + 111]
+
+
+def test_photos_without_labels(tmp_path, capsys):
+    for i in range(3):
+        picture(tmp_path / f"photos/[red] {i}.png", seed=i)
+    args = ["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]
+    assert inspection.main(args) == 0
+    assert "no labels" in capsys.readouterr().err and (tmp_path / "sheet.png").is_file()
+
+
+def test_exit_codes(cub, tmp_path, capsys, monkeypatch):
+    assert inspection.main(arguments(tmp_path)) == 1
+    assert "unpack CUB_200_2011.tgz" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert inspection.main([*arguments(cub), "--out", str(tmp_path / "file/sheet.png")]) == 1
+    assert "file/sheet.png cannot be written" in capsys.readouterr().err
+    for wrong in (["data.rot=1"], ["--image-size"], ["data.image_size=0"]):
+        with pytest.raises(SystemExit, match="2"):
+            inspection.main([*arguments(cub), *wrong])
+    with pytest.raises(SystemExit, match="0"):
+        inspection.main(["--help"])
+    assert "--out SHEET.png" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["check"])
+    with pytest.raises(SystemExit, match="2"):
+        inspection.main()

@@ -1,0 +1,134 @@
+"""The project as a library: a run's features in three lines, and the trainer with a method that it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_runs import SIZE, exported_run
+from PIL import Image
+
+import engine
+from engine import Trainer, run_folder
+from engine.config import Config, DataConfig
+from engine.data.catalog import load as load_catalog
+from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.loaders.torch_loader import clean_batches
+from engine.data.views import clean_resize
+from engine.training import checkpoint
+from ppssl import Batch, Method, Output
+from ppssl.encoder import FeatureNet, Trunk, projection_head
+
+
+class Spread(Method):
+    """Two views agree, different images part: all of a method in fifteen lines (Wang and Isola 2020, with a shared network)."""
+
+    def __init__(self, trunk: Trunk):
+        super().__init__()
+        self.kept = FeatureNet(trunk)
+        self.head = projection_head("mlp2", trunk.channels, 16)
+
+    @property
+    def network(self) -> FeatureNet:
+        return self.kept
+
+    def forward(self, batch: Batch) -> Output:
+        q, k = (torch.nn.functional.normalize(self.head(self.kept(x)), dim=1) for x in (batch.x_q, batch.x_k))
+        align = (q - k).square().sum(1).mean()
+        apart = torch.pdist(q).square().mul(-2).exp().mean().log()
+        return Output(align + apart, {"align": align.detach(), "apart": apart.detach()}, k.detach(), {})
+
+
+class Noise:
+    """Any object with these three is a loader."""
+
+    steps_per_epoch = 8
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for step in range(start, stop):
+            x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step % 8))
+            yield Batch(x, x.flip(3), torch.arange(8))
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_trainer_runs_anybody_s_method(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method = Spread(Trunk("resnet18_w8_s16"))
+    trainer = Trainer(method, Noise(), epochs=3, lr=0.1, device="cpu", out=tmp_path / "mine", log_every=8)
+    summary = trainer.fit()
+    assert summary.steps == 24
+    losses = [r["loss"] for r in run_folder.read_metrics(tmp_path / "mine") if r["kind"] == "train"]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert (tmp_path / "mine" / "weights.safetensors").is_file()
+
+    again = Trainer(Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, lr=0.1, device="cpu", out=tmp_path / "mine")
+    again.resume(checkpoint.list_checkpoints(tmp_path / "mine" / "checkpoints")[-1])
+    assert again.fit().steps == 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported_run(tmp_path_factory.mktemp("runs") / "run", arch="resnet18_w8_s16", form="guided")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for i, (height, width) in enumerate(((90, 120), (200, 80))):
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_features_in_three_lines(run: Path, photos: Path) -> None:
+    network = engine.load(run)
+    images = torch.stack([network.transform(path) for path in sorted(photos.glob("*.png"))])
+    features = network.features(images)
+
+    assert features.shape == (2, 64) and features.dtype == torch.float32 and not features.requires_grad
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(features, network(images).detach())
+
+
+def test_the_transform_is_what_evaluation_sees(run: Path, photos: Path) -> None:
+    network = engine.load(run)
+    cfg = replace(Config(), data=DataConfig(name="folder", root=str(photos), image_size=SIZE, workers=0))
+    images = load_catalog("folder", photos, workers=1, progress=False).train
+    ((judged, _),) = clean_batches(images, resize=clean_resize(SIZE), crop=SIZE, workers=cfg.data.workers)
+    for i, expected in enumerate(judged):
+        assert torch.equal(network.transform(images.path(i)), expected)
+        with Image.open(images.path(i)) as image:
+            assert torch.equal(network.transform(image), expected)
+
+
+def test_the_transform_turns_and_converts(run: Path) -> None:
+    transform = engine.load(run).transform
+    grey = Image.fromarray(np.arange(96 * 80, dtype=np.uint32).astype(np.uint8).reshape(96, 80), "L")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    turned = grey.copy()
+    turned.info["exif"] = exif.tobytes()
+    assert torch.equal(transform(turned), transform(grey.transpose(Image.Transpose.ROTATE_270)))
+    white = transform(Image.new("RGB", (100, 100), "white"))
+    expected = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(white, expected[:, None, None].expand(3, SIZE, SIZE))
+
+
+def test_features_of_something_else_are_refused(run: Path, photos: Path) -> None:
+    network = engine.load(run)
+    for wrong in ([Image.new("RGB", (9, 9))], torch.zeros(3, SIZE, SIZE), torch.zeros(1, SIZE, SIZE, 3)):
+        with pytest.raises(ValueError, match=r"network\.transform"):
+            network.features(wrong)
+    with pytest.raises(ValueError, match="eval"):
+        network.train().features(torch.zeros(1, 3, SIZE, SIZE))
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        engine.load(photos)
+    (photos / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match="PIL"):
+        network.transform(photos / "text.png")

@@ -1,0 +1,276 @@
+"""``python -m engine.train`` from JPEG files to numbers: runs, resumes to the bit, stops on signals, refuses what is wrong."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import run_folder
+from engine.config import from_yaml
+from engine.evaluation import attention_maps
+from engine.report import render
+from engine.synthetic import dataset
+from engine.train import main
+from engine.training import checkpoint
+from engine.training.trainer import Trainer
+from ppssl.moco import MoCo
+
+TINY = """\
+epochs: 2
+batch_size: 8
+method: {name: moco}
+encoder: {arch: resnet18_w8_s16, weights: none, dim: 8}
+queue: {size: 20}
+ema: {decay: 0.9}
+data: {name: cub, root: ROOT, image_size: 32, workers: 1, loader: torch}
+run: {log_every: 2, save_every_steps: 3}
+eval: {batch_size: 40}
+"""
+STEPS = 10  # 40 images, 2 epochs, batches of 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset.generate(
+        tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False
+    )
+
+
+@pytest.fixture()
+def recipe(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("ROOT", str(world)))
+    return path
+
+
+def states(out: Path) -> tuple[dict, dict]:
+    newest = checkpoint.load(checkpoint.list_checkpoints(out / "checkpoints")[-1])
+    return newest["method"], newest["optimizer"]["state"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    (method_a, optimizer_a), (method_b, optimizer_b) = states(a), states(b)
+    assert method_a.keys() == method_b.keys()
+    assert [n for n in method_a if not torch.equal(method_a[n], method_b[n])] == []
+    for i, state in optimizer_a.items():
+        assert torch.equal(state["momentum_buffer"], optimizer_b[i]["momentum_buffer"])
+    # a line is the mean since the line before it: those that began after the interruption are equal
+    losses = [[r["loss"] for r in run_folder.read_metrics(out) if r["kind"] == "train" and r["step"] >= 6] for out in (a, b)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe), "--amp"]) == 0
+    out = Path("runs/tiny")  # the recipe's name
+    assert from_yaml(out / "config.yaml").queue.size == 20
+    records = run_folder.read_metrics(out)
+    kinds = [r["kind"] for r in records]
+    assert kinds[0] == "start" and kinds[-1] == "summary" and kinds.count("eval") == 2 and kinds.count("train") == STEPS // 2
+    judged = [r for r in records if r["kind"] == "eval"]
+    assert [r["epoch"] for r in judged] == [0, 2] and all(0 <= r[m] <= 1 for r in judged for m in ("rank1", "rank5", "mAP"))
+    kept = json.loads((out / "evaluation.json").read_text())
+    assert [(r["model"], r["epoch"], r["rank1"]) for r in kept] == [
+        ("initial", 0, judged[0]["rank1"]), ("run", 2, judged[1]["rank1"])
+    ]  # fmt: skip
+    trained = [r for r in records if r["kind"] == "train"]
+    assert all(
+        r[name] >= 0 for r in trained for name in ("loss", "contrast", "contrast_top1", "grad_norm", "images_per_s", "data_wait")
+    )
+    assert len(checkpoint.list_checkpoints(out / "checkpoints")) == 2  # run.keep
+    assert (out / "weights.safetensors").is_file() and (out / "bad_files.txt").is_file() and any((out / "tensorboard").iterdir())
+    assert [look.epoch for look in attention_maps.read(out).looks] == [0, 1, 2] and "</html>" in (out / "report.html").read_text()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--cfg", str(recipe), "--out", "whole"]) == 0
+    save, seen = Trainer.save, []
+
+    def save_then_ctrl_c(self: Trainer) -> None:
+        save(self)
+        if not seen:
+            seen.append(self.step.step)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "save", save_then_ctrl_c)
+    assert main(["--cfg", str(recipe), "--out", "parts"]) == 130
+    assert seen == [3] and len(checkpoint.list_checkpoints(Path("parts/checkpoints"))) >= 1
+    assert main(["--cfg", str(recipe), "--out", "parts"]) == 0
+    assert_same_run(Path("whole"), Path("parts"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_sets_the_exit_code(number: int, code: int, recipe: Path) -> None:
+    def send_when_training() -> None:
+        while not (Path("stopped") / "checkpoints").is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    assert main(["--cfg", str(recipe), "--out", "stopped", "epochs=2000"]) == code
+    sender.join()
+    newest = checkpoint.list_checkpoints(Path("stopped/checkpoints"))[-1]
+    assert checkpoint.load(newest)["step"] == int(newest.stem.split("_")[1]) > 0
+
+
+def test_a_finished_run_is_shown_again_not_trained_again(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(recipe)]) == 0
+    capfd.readouterr()
+    before = run_folder.read_metrics(Path("runs/tiny"))
+    Path("runs/tiny/report.html").unlink()
+    assert main(["--cfg", str(recipe)]) == 0
+    shown = capfd.readouterr().err
+    assert f"at step {STEPS} of {STEPS}" in shown and "runs/tiny was finished before" in shown
+    assert run_folder.read_metrics(Path("runs/tiny")) == before and Path("runs/tiny/report.html").is_file()
+
+
+def test_a_run_that_ended_before_it_was_judged_is_judged(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe)]) == 0
+    path = Path("runs/tiny/metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    first_of_the_end = next(i for i, line in enumerate(lines) if '"eval"' in line and f'"step": {STEPS},' in line)
+    path.write_text("".join(lines[:first_of_the_end]))
+    assert main(["--cfg", str(recipe)]) == 0
+    kinds = [r["kind"] for r in run_folder.read_metrics(Path("runs/tiny"))]
+    assert kinds.count("eval") == 2 and kinds.count("summary") == 1
+
+
+def test_resume_none_moves_an_earlier_run_aside(recipe: Path) -> None:
+    for _ in range(2):
+        assert main(["--cfg", str(recipe), "--resume", "none", "epochs=1"]) == 0
+    assert Path("runs/tiny/weights.safetensors").is_file() and Path("runs/tiny.1/weights.safetensors").is_file()
+
+
+def test_dry_run_runs_one_step_and_writes_nothing(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    before = sorted(Path().rglob("*"))
+    assert main(["--cfg", str(recipe), "--dry-run"]) == 0
+    assert sorted(Path().rglob("*")) == before
+    assert f"{STEPS} steps" in capfd.readouterr().err
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Makes the loss of the n-th step (from 0) not finite where ``bad(n)``."""
+    forward, calls = MoCo.forward, []
+
+    def poisoned(self: MoCo, batch):
+        calls.append(1)
+        output = forward(self, batch)
+        return output._replace(total=output.total * float("nan")) if bad(len(calls) - 1) else output
+
+    monkeypatch.setattr(MoCo, "forward", poisoned)
+
+
+def test_one_loss_that_is_not_finite_is_skipped_and_counted(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, lambda step: step == 4)
+    assert main(["--cfg", str(recipe), "--out", "one"]) == 0
+    assert [r["skipped"] for r in run_folder.read_metrics(Path("one")) if r["kind"] == "train"] == [0, 0, 1, 0, 0]
+    assert all(math.isfinite(r["loss"]) for r in run_folder.read_metrics(Path("one")) if r["kind"] == "train")  # of the other steps
+
+
+def test_a_streak_of_losses_that_are_not_finite_stops_the_run_and_names_everything(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    poison(monkeypatch, lambda step: step >= 4)
+    assert main(["--cfg", str(recipe), "--out", "bad", "run.max_bad_steps=3"]) == 1
+    error = capfd.readouterr().err.replace("\n", " ")
+    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000006.pt" in error
+    assert "engine.replay bad/replay/step_000000004.pt" in error
+    kept = checkpoint.list_checkpoints(Path("bad/checkpoints"))
+    assert [p.name for p in kept] == ["step_000000003.pt", "step_000000006.pt"]
+    assert all(torch.isfinite(t).all() for t in checkpoint.load(kept[0])["method"].values() if t.is_floating_point())
+
+
+def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str, code: int = 1) -> None:
+    """The command ends with ``code`` and one error line that holds ``words``, without a traceback."""
+    assert main(argv) == code
+    error = " ".join(capfd.readouterr().err.split())
+    assert "error:" in error and "Traceback" not in error
+    for word in words:
+        assert word in error, f"{word!r} is not in {error!r}"
+
+
+def test_a_checkpoint_of_another_config_or_method_is_refused(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    words = "contrast.temperature", "0.2", "0.1", "--resume none"
+    fails(["--cfg", str(recipe), "epochs=1", "contrast.temperature=0.1"], capfd, *words, code=2)
+    fails(["--cfg", str(recipe), "epochs=1", "method.name=ppssl"], capfd, "method.name", "moco", "ppssl", code=2)
+    assert main(["--cfg", str(recipe), "epochs=1", "run.log_every=1", "data.workers=0"]) == 0  # how it is executed may change
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    Path("half.pt").write_bytes(b"PK\x03\x04half a file")
+    fails(["--cfg", str(recipe), "--resume", "half.pt"], capfd, "half.pt")
+    torch.save({"state_dict": {}}, "foreign.pt")
+    fails(["--cfg", str(recipe), "--resume", "foreign.pt"], capfd, "foreign.pt", "encoder.weights")
+    fails(["--cfg", str(recipe), "--resume", "absent.pt"], capfd, "absent.pt")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch_size=64 queue.size=64", ("64", "40", "batch_size")),
+        ("data.root=/not/there", ("/not/there",)),
+        ("encoder.arch=resnet19", ("encoder.arch", "resnet19")),
+        ("encoder.weights=absent.safetensors", ("encoder.weights", "absent.safetensors")),
+        ("encoder.weights=IMAGENET1K_V9", ("encoder.weights", "resnet18_w8_s16")),
+        ("data.name=cars", ("cars",)),
+        ("run.cuda_graph=on", ("run.cuda_graph", "GPU")),
+        ("optim.backend=apex", ("optim.backend", "apex")),
+    ],
+)
+def test_bad_input_gives_one_clear_error(override: str, words: tuple[str, ...], recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    fails(["--cfg", str(recipe), *override.split(), "--out", "never"], capfd, *words)
+    assert not (Path("never") / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.name=byol9", ("method.name", "byol9", "moco", "ppssl")),
+        ("data.root=null", ("data.root",)),
+    ],
+)
+def test_config_errors_have_a_code_of_their_own(
+    override: str, words: tuple[str, ...], recipe: Path, capfd: pytest.CaptureFixture
+) -> None:
+    fails(["--cfg", str(recipe), override, "--out", "never"], capfd, *words, code=2)
+
+
+def test_without_pairs_of_a_class_nothing_is_judged(
+    recipe: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted((world / "images").rglob("*.jpg"))[:16]):
+        (flat / f"{i}.jpg").symlink_to(path)
+    assert main(["--cfg", str(recipe), "data.name=folder", f"data.root={flat}", "--out", "flat-run", "epochs=1"]) == 0
+    assert "nothing to judge" in capfd.readouterr().err
+    assert "eval" not in [r["kind"] for r in run_folder.read_metrics(Path("flat-run"))]
+
+
+def test_records_are_json_lines(recipe: Path) -> None:
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines():
+        assert "step" in json.loads(line)
+
+
+def test_a_page_that_fails_costs_the_run_nothing(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(render, "write", fail)
+    assert main(["--cfg", str(recipe), "epochs=1"]) == 0
+    told = capsys.readouterr().err
+    assert "no report (RuntimeError: no ink)" in told and "python -m engine.report runs/tiny" in told
+    assert run_folder.read_metrics(Path("runs/tiny"))[-1]["kind"] == "summary"

@@ -1,0 +1,218 @@
+"""``run.compile``: the whole step is one graph in which no pass is wasted, and every mode computes what eager computes.
+
+No GPU is needed: a counting backend sees the graph that Inductor would get.
+"""
+
+import collections
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from small_methods import DIM, QUEUE, batch, build_by_name, build_moco, build_ppssl, step_of
+from torch._dynamo.backends.common import aot_autograd
+
+from engine.training import precision
+from engine.training.step import Step, choose
+from ppssl import PPSSL
+from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
+from ppssl.method import Method
+from ppssl.ppssl import FORMS
+from ppssl.teacher import Teacher
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def count_convolutions(method: Method, amp: str | None = None) -> collections.Counter:
+    """Convolution passes of one step by kind: forward, or the (data, weight) gradients that a backward computes."""
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, inference_compiler=counting)
+    step_of(method, compile="step", backend=backend, amp=amp)(batch(2))
+    assert len(graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
+    counts = collections.Counter()
+    for node in graphs[0].graph.nodes:
+        if node.target is torch.ops.aten.convolution.default:
+            counts["forward"] += 1
+        elif node.target is torch.ops.aten.convolution_backward.default:
+            counts[tuple(node.args[-1][:2])] += 1
+    return counts
+
+
+DATA, BOTH, WEIGHT = (True, False), (True, True), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        # query and key forward; CAM: data gradients down to the image; loss: both, but no data gradient of the first layer
+        (lambda: build_ppssl("resnet50_w4", "published"), {"forward": 106, DATA: 53, BOTH: 52, WEIGHT: 1}),
+        (lambda: build_ppssl("resnet50_w4", "guided"), {"forward": 106, DATA: 53, BOTH: 52, WEIGHT: 1}),
+        (lambda: build_moco("resnet50_w4"), {"forward": 106, BOTH: 52, WEIGHT: 1}),
+        # CAM at layer4: its gradient passes the head alone
+        (lambda: build_ppssl("resnet18_w8", "guided", sources=("layer4",)), {"forward": 40, BOTH: 19, WEIGHT: 1}),
+        # the original as a third image: its CAM pass and its loss pass (through the mask that is fitted)
+        (lambda: build_ppssl("resnet18_w8", "guided", cam_image="orig"), {"forward": 60, DATA: 20, BOTH: 38, WEIGHT: 2}),
+        # LCR's gradient passes the head alone
+        (lambda: build_by_name("lcr", Trunk("resnet18_w8")), {"forward": 40, BOTH: 19, WEIGHT: 1}),
+        # trunk (20) and decoder (4 x 3 + 1, and one transposed convolution): twice each and forward; the drawn key, and the
+        # altered image, need no gradient, and nothing goes back from the encoder into the image that it was given
+        (lambda: build_by_name("ldfs", Trunk("resnet18_w8")), {"forward": 80 + 28, BOTH: 2 * 19 + 14, WEIGHT: 2}),
+    ],
+    ids=["ppssl published", "ppssl guided", "moco", "cam at layer4", "cam of the original", "lcr", "ldfs"],
+)
+def test_the_step_is_one_graph_without_a_wasted_pass(build, expected: dict) -> None:
+    assert count_convolutions(build()) == expected
+
+
+def test_bf16_changes_no_pass() -> None:
+    if not precision.cpu_has_bf16():
+        pytest.skip("this CPU has no native bf16, so amp is float32 here")
+    assert count_convolutions(build_ppssl("resnet18_w8", "published"), amp="bf16") == {"forward": 40, DATA: 20, BOTH: 19, WEIGHT: 1}
+
+
+def test_the_teacher_that_looks_at_the_view_is_part_of_the_graph() -> None:
+    visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5))
+    teacher = Teacher(visual, torch.randn(8, 5), logit_scale=10.0, image_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    counts = count_convolutions(build_ppssl("resnet18_w8", "published", embed=teacher.embed))
+    assert counts == {"forward": 40, DATA: 20, BOTH: 19, WEIGHT: 1}
+
+
+class ShallowTrunk(Trunk):
+    """A trunk that traces quickly: one convolution with batch-norm."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.arch, self.channels, self.stride = "shallow", 8, 8
+        self.conv, self.bn = torch.nn.Conv2d(3, 8, 8, stride=8), torch.nn.BatchNorm2d(8)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer4": F.relu(self.bn(self.conv(images)))}
+
+
+def run(method: Method, steps: int, **options) -> tuple[list[float], dict[str, torch.Tensor], Step]:
+    step = step_of(copy.deepcopy(method), **options)
+    torch.manual_seed(1)  # of the noise that a method may draw
+    totals = [float(step(batch(side=32, seed=s)).total) for s in range(steps)]
+    return totals, step.method.state_dict(), step
+
+
+@pytest.mark.parametrize("mode", ["encoder", "step"])
+@pytest.mark.parametrize("name", ["moco", "published", "guided", "lcr", "ldfs", "simclr", "byol"])
+def test_every_mode_computes_the_eager_step(mode: str, name: str) -> None:
+    if name in ("moco", "published", "guided"):
+        arch = "resnet18_w8_s16"
+        method = build_moco(arch) if name == "moco" else build_ppssl(arch, name)
+    else:
+        torch.manual_seed(0)
+        method = build_by_name(name, ShallowTrunk(), side=32)
+    totals, state, _ = run(method, 3)
+    compiled_totals, compiled_state, step = run(method, 3, compile=mode, backend="aot_eager")
+    assert compiled_totals == pytest.approx(totals, rel=1e-5)
+    assert compiled_state.keys() == state.keys()  # no compile prefix in the names
+    for key, value in state.items():
+        if value.is_floating_point():
+            error = (compiled_state[key] - value).abs().max()
+            assert error <= 2e-4 * value.abs().max() + 1e-7, f"{key}: {float(error):.2e}"
+    assert "queue.pointer" not in state or int(compiled_state["queue.pointer"]) == 12
+    assert step.state_dict()["step"] == 3
+
+
+class OneConvolution(torch.nn.Module):
+    """The smallest trunk, for the compiler that takes seconds a layer."""
+
+    channels, stride = 8, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 8, stride=8)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer4": F.relu(self.conv(images))}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.maps(images)["layer4"]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_computes_the_eager_step() -> None:
+    torch.manual_seed(0)
+    network = FeatureNet(OneConvolution(), MaskBranch(8, 4, minmax="image"))
+    head = projection_head("mlp2", 8, DIM)
+    method = PPSSL(network, head, torch.randn(8, 5), form=FORMS["guided"], dim=DIM, queue_size=QUEUE)
+    totals, _, _ = run(method, 2)
+    compiled_totals, _, _ = run(method, 2, compile="step")
+    assert compiled_totals == pytest.approx(totals, rel=1e-4)
+
+
+def test_a_run_may_change_its_mode_at_a_checkpoint() -> None:
+    """Eager's momentum is what the compiled step continues, and the reverse."""
+    method = build_moco("resnet18_w8_s16")
+    totals, _, _ = run(method, 4)
+    for first, second in (("off", "step"), ("step", "off")):
+        a = step_of(copy.deepcopy(method), compile=first, backend="aot_eager")
+        mixed = [float(a(batch(side=32, seed=s)).total) for s in range(2)]
+        other = copy.deepcopy(method)
+        b = step_of(other, compile=second, backend="aot_eager")
+        other.load_state_dict(copy.deepcopy(a.method.state_dict()))
+        b.load_state_dict(copy.deepcopy(a.state_dict()))
+        mixed += [float(b(batch(side=32, seed=s)).total) for s in range(2, 4)]
+        assert mixed == pytest.approx(totals, rel=1e-5)
+
+
+def test_unknown_modes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"run\.compile: 'fast'"):
+        step_of(build_moco("resnet18_w8"), compile="fast")
+
+
+def test_auto_picks_by_device_and_says_why() -> None:
+    cpu = precision.Precision(torch.device("cpu"), torch.bfloat16, False, "")
+    gpu = precision.Precision(torch.device("cuda"), torch.bfloat16, False, "")
+    scaled = precision.Precision(torch.device("cuda"), torch.float16, True, "")
+    assert choose("auto", "auto", cpu)[:2] == ("off", False) and "CPU" in choose("auto", "auto", cpu).note
+    assert choose("auto", "auto", gpu)[:2] == ("step", False)
+    assert choose("auto", "auto", scaled)[:2] == ("encoder", False)
+    assert choose("off", "on", gpu)[:2] == ("off", True)
+    for compile, graph, where in (("step", "off", scaled), ("off", "on", cpu), ("encoder", "on", gpu), ("auto", "on", scaled)):
+        with pytest.raises(ValueError, match=r"run\.(compile|cuda_graph)"):
+            choose(compile, graph, where)
+
+
+def test_the_update_that_a_graph_replays_is_the_optimisers() -> None:
+    """A CUDA graph reads the learning rate from the device; run as it is, that update equals the optimiser's own."""
+    method = build_moco("resnet18_w8_s16")
+    totals, state, _ = run(method, 3)
+    step = step_of(copy.deepcopy(method))
+    step.buffers = [torch.zeros_like(p) for p in step.parameters]
+    step.run = step._whole
+    assert [float(step(batch(side=32, seed=s)).total) for s in range(3)] == pytest.approx(totals, rel=1e-6)
+    assert torch.allclose(
+        step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5
+    )
+
+
+def test_one_graph_serves_every_learning_rate() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    step = step_of(build_moco("resnet18_w8"), compile="step", backend=backend)
+    rates = set()
+    for _ in range(4):
+        step(batch(2))
+        rates.add(float(step.rate))
+    assert len(rates) == 4 and len(graphs) == 1

@@ -1,0 +1,346 @@
+"""Two processes on a CPU equal one on the same global batch: losses, gradients, queue, running statistics; and a run of two
+processes stops on a signal to any of them, goes on with any number of them, and survives the death of one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine import run_folder
+from engine.build import spread
+from engine.config import Config, from_yaml
+from engine.errors import ConfigError
+from engine.synthetic import dataset
+from engine.train import main
+from engine.training import checkpoint, optim, precision
+from engine.training.distributed import described, first_host, gpu_of, restarted
+from engine.training.step import Step, choose
+from engine.training.trainer import Trainer
+from ppssl.byol import BYOL
+from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
+from ppssl.lcr import FORMS as LCR_FORMS
+from ppssl.lcr import LCR
+from ppssl.method import Batch, Method
+from ppssl.moco import MoCo
+from ppssl.ppssl import FORMS, PPSSL
+from ppssl.simclr import SimCLR
+
+CPU, WORLD = torch.device("cpu"), 2
+ROOT = str(Path(__file__).parents[3])
+B, SIDE, K, D, STEPS = 8, 32, 21, 6, 4  # the queue wraps around inside the run
+# (method, batch-norm over all, head, queue in parts)
+CASES = [
+    ("moco", True, "mlp3_bn", False),
+    ("moco", False, "mlp3_bn", True),
+    ("published", True, "mlp2", True),
+    ("published", False, "mlp2", False),
+    ("guided", True, "mlp2", False),
+    ("guided", False, "mlp2", False),
+    ("lcr published", True, "mlp2", False),
+    ("lcr guided", False, "mlp3_bn", True),
+    ("simclr", True, "mlp3_bn", False),
+    ("byol", True, "mlp3_bn", False),
+]
+
+
+def build(name: str, sync: bool, head: str) -> Method:
+    torch.manual_seed(0)
+    trunk = Trunk("resnet18_w8_s16")
+    options = dict(dim=D, queue_size=K, bn_groups=1 if sync else WORLD, queue_dtype=torch.float64)
+    head = projection_head(head, trunk.channels, D)
+    if name == "moco":
+        method: Method = MoCo(FeatureNet(trunk), head, **options)
+    elif name == "simclr":
+        method = SimCLR(FeatureNet(trunk), head)
+    elif name == "byol":
+        method = BYOL(FeatureNet(trunk), head, dim=D)
+    elif name.startswith("lcr"):
+        form = LCR_FORMS[name.split()[1]]
+        branch = MaskBranch(trunk.channels, 5, minmax=form.minmax, groups=options["bn_groups"])
+        method = LCR(FeatureNet(trunk, branch), head, form=form, **options)
+    else:
+        form = FORMS[name]
+        branch = MaskBranch(trunk.channels, 5, minmax=form.minmax, groups=options["bn_groups"])
+        method = PPSSL(
+            FeatureNet(trunk, branch), head, torch.randn(3, 7), form=form, embed=lambda x: x.detach().mean((2, 3)) @ look, **options
+        )
+    look = torch.randn(3, 7, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in method.parameters():  # away from the zeros that blocks begin with
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return method.double().train()
+
+
+def batch(step: int, rank: int, processes: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    x_q, x_k = (torch.randn(B, 3, SIDE, SIDE, generator=generator, dtype=torch.float64) for _ in range(2))
+    teacher = F.normalize(torch.randn(B, 7, generator=generator, dtype=torch.float64), dim=1)
+    x_q, x_k, teacher, index = (t.chunk(processes)[rank] for t in (x_q, x_k, teacher, torch.arange(B)))
+    return Batch(x_q, x_k, index, None, teacher)
+
+
+def train(method: Method, rank: int, processes: int) -> dict[str, Tensor]:
+    frozen = {id(p) for p in method.ema_pairs()[1]}
+    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
+    step = Step(
+        method, optim.sgd(trained, lr=0.05, momentum=0.9, weight_decay=1e-4), lr=lambda _: 0.05, decay=0.9,
+        precision=precision.resolve(None, CPU), total_steps=STEPS,
+    )  # fmt: skip
+    seen = {}
+    for number in range(STEPS):
+        output = step(batch(number, rank, processes))
+        values = {"total": output.total} | output.terms | output.stats
+        seen |= {f"step {number}: {name}": value.detach().clone() for name, value in values.items()}
+    for i, state in step.optimizer.state_dict()["state"].items():
+        seen[f"momentum {i}"] = state["momentum_buffer"]
+    return seen | method.state_dict()
+
+
+def work(rank: int, folder: str, recipe: str, ports: list[int]) -> None:
+    """Everything that takes two processes, in one pair of them."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    compare_with_one(rank)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(WORLD), "WORLD_SIZE": str(WORLD)}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+    def run(*arguments: str) -> int:
+        os.environ["MASTER_PORT"] = str(ports.pop())  # one each: the first process may not have closed the one before
+        return main(["--cfg", recipe, *arguments])
+
+    codes = [run("--out", "whole")]
+    stop_once_in(rank == 1, signal.SIGTERM)
+    codes += [run("--out", "parts"), run("--out", "parts")]
+    stop_once_in(rank == 0, signal.SIGINT)
+    codes += [run("--out", "sharded", "queue.sharded=true")]
+    torch.save(codes, f"codes{rank}.pt")
+
+
+def stop_once_in(here: bool, number: int) -> None:
+    """The next checkpoint is followed by a signal, to one process only."""
+    save = Trainer.save
+
+    def save_then_signal(self: Trainer) -> None:
+        Trainer.save = save
+        save(self)
+        if here:
+            signal.raise_signal(number)
+
+    Trainer.save = save_then_signal
+
+
+def compare_with_one(rank: int) -> None:
+    cut, torch.Tensor.float = torch.Tensor.float, lambda t: t if t.dtype == torch.float64 else t.to(torch.float32)
+    dist.init_process_group("gloo", init_method=f"file://{Path('store').absolute()}", rank=rank, world_size=WORLD)
+    for number, (name, sync, head, sharded) in enumerate(CASES):
+        method = build(name, sync, head)
+        method.distribute(dist.group.WORLD.group_name, sync_bn=sync, shard_queue=sharded)
+        several = train(method, rank, WORLD)
+        if rank == 0:
+            torch.save((several, train(build(name, sync, head), 0, 1)), f"case{number}.pt")
+    dist.destroy_process_group()
+    torch.Tensor.float = cut
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dataset.generate(
+        tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have done their work."""
+    folder = tmp_path_factory.mktemp("pair")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY.replace("ROOT", str(world)))
+    before = os.environ.get("PPSSL_CACHE")
+    os.environ["PPSSL_CACHE"] = str(folder / "cache")
+    try:
+        mp.spawn(work, (str(folder), str(recipe), free_ports(4)), nprocs=WORLD)
+    finally:
+        os.environ.pop("PPSSL_CACHE") if before is None else os.environ.update(PPSSL_CACHE=before)
+    return folder
+
+
+TINY = """\
+epochs: 2
+batch_size: 8
+method: {name: moco}
+encoder: {arch: resnet18_w8_s16, weights: none, dim: 8}
+queue: {size: 21}
+ema: {decay: 0.9}
+data: {name: cub, root: ROOT, image_size: 32, workers: 0, loader: torch}
+run: {log_every: 2, save_every_steps: 3}
+eval: {batch_size: 30}
+"""
+TOTAL = 10  # 40 images, 2 epochs, batches of 8
+
+
+def free_ports(count: int) -> list[int]:
+    listeners = [socket.socket() for _ in range(count)]
+    for listener in listeners:
+        listener.bind(("127.0.0.1", 0))
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_two_processes_equal_one(pair: Path, number: int) -> None:
+    several, one = torch.load(pair / f"case{number}.pt")
+    assert several.keys() == one.keys() and any("momentum" in name for name in one)
+    assert ("queue.rows" in one) == (CASES[number][0] not in ("simclr", "byol"))
+    for name, expected in one.items():
+        bound = 1e-6 * expected.abs().max().clamp(min=1e-9) if expected.is_floating_point() else 0
+        assert several[name].shape == expected.shape and (several[name] - expected).abs().max() <= bound, name
+
+
+def final(folder: Path) -> dict[str, Tensor]:
+    state = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+    momenta = {f"momentum {i}": s["momentum_buffer"] for i, s in state["optimizer"]["state"].items()}
+    return state["method"] | momenta | {"step": torch.tensor(state["step"])}
+
+
+def test_a_run_of_two_processes_is_written_by_the_first(pair: Path) -> None:
+    assert from_yaml(pair / "whole/config.yaml").bn.groups == WORLD  # what was computed is written down
+    records = run_folder.read_metrics(pair / "whole")
+    kinds = [r["kind"] for r in records]
+    assert kinds.count("start") == kinds.count("summary") == 1 and kinds.count("eval") == 2 and kinds.count("train") == TOTAL // 2
+    assert int(final(pair / "whole")["step"]) == TOTAL and len(list((pair / "whole/tensorboard").iterdir())) == 1
+
+
+def test_a_signal_to_any_process_stops_all_at_one_step_and_the_run_goes_on_to_the_bit(pair: Path) -> None:
+    codes = [torch.load(pair / f"codes{rank}.pt") for rank in range(WORLD)]
+    assert codes == [[0, 75, 0, 130]] * WORLD
+    whole, parts = final(pair / "whole"), final(pair / "parts")
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_one_process_continues_what_two_with_a_queue_in_parts_began(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = final(pair / "sharded")
+    assert 3 <= int(begun["step"]) < TOTAL and begun["queue.rows"].shape == (21, 8)
+    monkeypatch.chdir(pair)
+    monkeypatch.setenv("PPSSL_CACHE", str(pair / "cache"))
+    assert main(["--cfg", "tiny.yaml", "--out", "sharded"]) == 2  # bn.groups differs: that would be another computation
+    assert main(["--cfg", "tiny.yaml", "--out", "sharded", "bn.groups=2"]) == 0
+    whole, continued = final(pair / "whole"), final(pair / "sharded")
+    for name, expected in whole.items():
+        assert torch.allclose(continued[name], expected, rtol=1e-4, atol=1e-5), name
+    judged = [[r["mAP"] for r in run_folder.read_metrics(pair / run) if r["kind"] == "eval"] for run in ("whole", "sharded")]
+    assert judged[0] == pytest.approx(judged[1], abs=0.01)
+
+
+def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(pair: Path) -> None:
+    script = pair / "killed.py"
+    script.write_text(textwrap.dedent("""\
+        import os, signal, sys
+        import torch
+        from engine.train import main
+        from engine.training.trainer import Trainer
+
+        torch.set_num_threads(1)
+        save = Trainer.save
+
+        def save_then_die(self):
+            save(self)
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and self.step.step >= 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer.save = save_then_die
+        sys.exit(main(sys.argv[1:]))
+    """))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", "--max-restarts=1",
+         f"--master-port={free_ports(1)[0]}", "--monitor-interval=0.1", str(script), "--cfg", "tiny.yaml", "--out", "killed",
+         "--resume", "none"],
+        cwd=pair, env=os.environ | {"PPSSL_CACHE": str(pair / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"continuing killed/checkpoints/step_00000000[36].pt", done.stderr), done.stderr
+    whole, killed = final(pair / "whole"), final(pair / "killed")
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
+SLURM = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "123",
+}  # fmt: skip
+
+
+def test_the_launchers_variables() -> None:
+    world, *address = described(TORCHRUN)
+    assert (world.rank, world.size, world.local_rank, world.local_size, *address) == (3, 4, 1, 2, "a", "9") and not world.first
+    world, *address = described(SLURM)
+    assert (world.rank, world.size, world.local_rank, world.local_size, *address) == (5, 8, 1, 4, "gpu07", "20123")
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SLURM | {"SLURM_NTASKS": "1"}):
+        assert described(alone) is None
+    assert not restarted({}) and not restarted({"SLURM_RESTART_COUNT": "0"}) and restarted({"TORCHELASTIC_RESTART_COUNT": "2"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "4"}, "RANK: is not set"),
+        (TORCHRUN | {"RANK": "4"}, "RANK: 4 is not below"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE: is 'two'"),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, "MASTER_ADDR: not set"),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(variables: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        described(variables)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu03", "gpu03"), ("gpu[03-07,12],big1", "gpu03"), ("a1,a2", "a1"), ("n[1,3]-ib", "n1-ib"), ("", "")],
+)
+def test_the_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_a_process_needs_a_gpu_of_its_own() -> None:
+    assert gpu_of(1, 2, TORCHRUN) == 1 and gpu_of(3, 1, SLURM) == 0
+    with pytest.raises(ConfigError, match="LOCAL_RANK: 2, but this machine shows 2 GPUs"):
+        gpu_of(2, 2, TORCHRUN)
+
+
+def config(**values: int | bool) -> Config:
+    text = "".join(f"{name.replace('__', ': {')}: {value}{'}' * ('__' in name)}\n" for name, value in values.items())
+    return from_yaml(text)
+
+
+def test_what_cannot_be_spread_is_refused() -> None:
+    assert spread(config(batch_size=8), 4, 2).bn.groups == 4
+    assert spread(config(batch_size=8, bn__sync="true"), 4, 2).bn.groups == 1
+    assert spread(config(batch_size=8, bn__groups=4), 2, 2).bn.groups == 4
+    with pytest.raises(ConfigError, match="batch_size: 9 .* use 8 or 10"):
+        spread(config(batch_size=9), 2, 2)
+    with pytest.raises(ConfigError, match="bn.groups: 2 parts .* 4 processes"):
+        spread(config(batch_size=8, bn__groups=2), 4, 2)
+    with pytest.raises(ValueError, match=r"run\.cuda_graph"):
+        choose("off", "on", precision.Precision(torch.device("cuda"), None, False, ""), processes=2)
+
+    class Lonely(Method):
+        pass
+
+    with pytest.raises(NotImplementedError, match="one process only"):
+        Lonely().distribute("several", sync_bn=False, shard_queue=False)

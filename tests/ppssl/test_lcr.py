@@ -1,0 +1,192 @@
+"""LCR: the form ``guided`` against a plain re-computation, what each switch changes, and what ``published`` really does."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
+from ppssl.lcr import FORMS, LCR, Form, form_from_config
+from ppssl.method import METHODS, Batch
+
+DIM, QUEUE, BATCH = 8, 20, 6
+GUIDED, PUBLISHED = FORMS["guided"], FORMS["published"]
+
+
+class SmallTrunk(Trunk):
+    """Two convolutions, [B, 3, 32, 32] -> [B, 24, 4, 4]."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.channels, self.stride = 24, 8
+        self.first, self.second = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 24, 2, stride=2)
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"layer4": F.relu(self.second(F.relu(self.first(images))))}
+
+
+def build(form: Form = GUIDED) -> LCR:
+    torch.manual_seed(1)
+    network = FeatureNet(SmallTrunk(), MaskBranch(24, 32, minmax=form.minmax))
+    return LCR(network, projection_head("mlp2", 24, DIM), form=form, dim=DIM, queue_size=QUEUE, temperature=0.2).train()
+
+
+def batch() -> Batch:
+    x = torch.randn(2, BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    return Batch(x[0], x[1], torch.arange(BATCH))
+
+
+def gradients(method: LCR, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {n: p for n, p in method.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(total, list(named.values()), allow_unused=True), strict=True))
+
+
+def plain_guided(method: LCR, given: Batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The form ``guided`` written out in float64 without the project's ops: its terms and its gradients."""
+    m = copy.deepcopy(method).double()
+    feature = m.encoder_q.trunk(given.x_q.double())
+    q = F.normalize(m.encoder_q.head(feature.mean((2, 3))), dim=1)
+    with torch.no_grad():
+        k = F.normalize(m.encoder_k.head(m.encoder_k.trunk(given.x_k.double()).mean((2, 3))), dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ m.queue.rows.T], 1) / 0.2
+    each = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long), reduction="none")
+
+    u = F.conv2d(feature, m.mask.conv.weight)
+    mean, var = u.mean((0, 2, 3), keepdim=True), u.var((0, 2, 3), unbiased=False, keepdim=True)
+    gamma, beta = (t.view(1, -1, 1, 1) for t in (m.mask.bn.weight, m.mask.bn.bias))
+    phi = F.relu((u - mean) / (var + 1e-5).sqrt() * gamma + beta).max(1).values
+    phi = phi - phi.amin((1, 2), keepdim=True)
+    mask = phi / (1e-7 + phi.amax((1, 2), keepdim=True))
+
+    (gradient,) = torch.autograd.grad(each.sum(), feature, retain_graph=True)
+    cam = F.relu(-(feature * gradient).sum(1)).detach()
+    cam = cam / cam.amax((1, 2), keepdim=True).clamp_min(1e-300)  # a cam that is zero everywhere stays so: a uniform target
+    target = F.softmax(cam.flatten(1) / 0.4, 1)
+    rationale = (target * (target.log() - F.log_softmax(mask.flatten(1) / 0.4, 1))).sum(1).mean()
+    total = each.mean() + 1.28 * rationale
+    terms = {"contrast": each.mean(), "rationale": rationale, "total": total}
+    return terms, gradients(m, total)
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 2e-5) -> bool:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return bool((actual - expected).abs().max() <= relative * expected.abs().max())
+
+
+def test_guided_equals_its_plain_recomputation() -> None:
+    method, given = build(), batch()
+    terms, expected = plain_guided(method, given)
+    output = method(given)
+    assert near(output.total, terms.pop("total"))
+    assert output.terms.keys() == terms.keys() and all(near(output.terms[n], t) for n, t in terms.items())
+    for name, gradient in gradients(method, output.total).items():
+        assert near(gradient, expected[name], 1e-4), name
+
+
+# every switch of the form, alone: the value to turn it to from ``guided``, and whether the rationale's value moves
+SWITCHES = [
+    ("minmax", "batch", True),
+    ("weight", 2.0, False),
+    ("sign", "plus", True),
+    ("temperature", 1.0, True),
+    ("softmax", "rows", True),
+    ("cam_scale", "none", True),
+    ("reduction", "sum", True),
+    ("detach", False, False),
+]
+
+
+@pytest.mark.parametrize(("switch", "value", "moves"), SWITCHES, ids=[s[0] for s in SWITCHES])
+def test_each_switch_moves_its_own_term_only(switch: str, value: object, moves: bool) -> None:
+    methods = build(), build(dataclasses.replace(GUIDED, **{switch: value}))
+    before, after = (m(batch()) for m in methods)
+    assert torch.equal(before.terms["contrast"], after.terms["contrast"]) and torch.equal(before.keys, after.keys)
+    assert torch.equal(before.terms["rationale"], after.terms["rationale"]) != moves
+    name = "encoder_q.trunk.second.weight"
+    a, b = (gradients(m, o.total)[name] for m, o in zip(methods, (before, after), strict=True))
+    assert float((a - b).abs().max()) > 1e-4 * float(a.abs().max())
+
+
+def test_the_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> None:
+    cams = []
+    for loss in ("sum", "mean"):
+        method, given = build(dataclasses.replace(GUIDED, cam_scale="none", cam_loss=loss)), batch()
+        feature = method.encoder_q.trunk(given.x_q)
+        q = method.encoder_q.project(feature.mean((2, 3)))
+        losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
+        cams.append(method.cam(losses, feature))
+    assert torch.allclose(cams[0], BATCH * cams[1], rtol=1e-5, atol=1e-9)
+
+
+def test_published_batch_norm_moves_three_times_once_for_the_keys_map() -> None:
+    method, given = build(PUBLISHED), batch()
+    start = method.mask.bn.running_mean.clone()
+    with torch.no_grad():
+        means = [
+            F.conv2d(encoder.trunk(x), method.mask.conv.weight).mean((0, 2, 3))
+            for encoder, x in ((method.encoder_q, given.x_q), (method.encoder_k, given.x_k))
+        ]
+    expected = start
+    for mean in (means[0], means[1], means[0]):
+        expected = 0.9 * expected + 0.1 * mean
+    method(given)
+    assert torch.allclose(method.mask.bn.running_mean, expected, atol=1e-6)
+    guided = build()
+    guided(given)
+    assert torch.allclose(guided.mask.bn.running_mean, 0.9 * start + 0.1 * means[0], atol=1e-6)
+
+
+def rationale_gradients(form: Form) -> dict[str, torch.Tensor]:
+    method = build(form)
+    output = method(batch())
+    bare = build(dataclasses.replace(form, weight=0.0))
+    plain = bare(batch())
+    assert set(plain.terms) == {"contrast"} and torch.equal(plain.total, plain.terms["contrast"])
+    without = gradients(bare, plain.total)
+    return {n: g - without[n] for n, g in gradients(method, output.total).items() if n.startswith("encoder_q.trunk")}
+
+
+def test_both_forms_send_the_rationale_into_the_trunk() -> None:
+    for form in (PUBLISHED, GUIDED):
+        assert float(rationale_gradients(form)["encoder_q.trunk.second.weight"].abs().max()) > 1e-6
+
+
+def test_published_target_is_uniform_so_that_any_cam_gives_the_same_loss() -> None:
+    method = build(PUBLISHED)
+    true = method(batch()).terms["rationale"]
+    method = build(PUBLISHED)
+    method.cam = lambda losses, feature: torch.zeros(feature.shape[0], *feature.shape[2:])
+    assert float((method(batch()).terms["rationale"] - true).abs() / true) < 0.01
+    guided, nothing = build(), build()
+    nothing.cam = method.cam
+    assert float((guided(batch()).terms["rationale"] / nothing(batch()).terms["rationale"] - 1).abs()) > 0.1
+
+
+def test_published_feature_depends_on_its_batch_mates_and_guided_does_not() -> None:
+    images = batch().x_q
+    with torch.no_grad():
+        for form, depends in ((PUBLISHED, True), (GUIDED, False)):
+            network = build(form).network.eval()
+            network.mask.bn.bias.fill_(1.0)  # no cell is at the ReLU's zero, where every batch has the same minimum
+            together, alone = network(images), torch.cat([network(one[None]) for one in images])
+            assert (float((together - alone).abs().max()) > 1e-4) == depends
+
+
+def test_config_switches_override_the_form() -> None:
+    from engine.config import Config, IadmConfig, LcrConfig, MethodConfig, from_yaml
+
+    assert form_from_config(Config()) == PUBLISHED
+    cfg = Config(method=MethodConfig(form="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False))
+    assert form_from_config(cfg) == dataclasses.replace(GUIDED, minmax="batch", sign="plus", detach=False)
+    cfg = from_yaml("method: {name: lcr}\nlcr: {updates: one}\niadm: {weight: 3}")
+    assert form_from_config(cfg) == dataclasses.replace(PUBLISHED, updates="one", weight=3.0)
+    network = METHODS["lcr"].build_network(cfg, SmallTrunk())
+    assert network.mask.minmax == "batch" and network.mask.conv.out_channels == 32
+
+
+def test_a_network_without_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask branch"):
+        LCR(FeatureNet(SmallTrunk()), projection_head("mlp2", 24, DIM), dim=DIM)
