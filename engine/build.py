@@ -12,17 +12,12 @@ import torch
 
 from engine.config import Config, to_yaml
 from engine.console import say
-from engine.data import catalog, sampler
-from engine.data.loaders.choose import build_loader
-from engine.data.machine import cores
-from engine.data.transform import Transform
+from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
-from engine.pretrained import third_party
-from engine.pretrained.run import load_run
+from engine.pretrained import load_run, third_party
 from engine.synthetic import dataset
-from engine.training.distributed import ALONE, World
-from engine.training.trainer import Trainer
+from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.teacher import Teacher, load_descriptions
@@ -112,7 +107,7 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
-        from engine.synthetic.teacher import teacher_files
+        from engine.synthetic import teacher_files
 
         model, files = map(str, teacher_files())
     return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +160,7 @@ def names() -> list[Finding]:
 
 
 def apex() -> list[Finding]:
-    from engine.training.optim import apex_missing
+    from engine.training import apex_missing
 
     missing = apex_missing()
     if missing is None:
@@ -173,7 +172,7 @@ def apex() -> list[Finding]:
 
 def machine() -> list[Finding]:
     """Cores and memory that this process may use, and shared memory for loader workers."""
-    from engine.data.machine import cores
+    from engine.data import cores
 
     gib = memory_bytes() / 2**30
     state = "note" if gib < 8 else "ok"
@@ -267,8 +266,8 @@ def compilers() -> list[Finding]:
     """What run.compile and run.cuda_graph can do here."""
     import torch
 
+    from engine.training import choose
     from engine.training import precision as precisions
-    from engine.training.step import choose
 
     on_gpu = torch.cuda.is_available()
     chosen = choose("auto", "auto", precisions.resolve("bf16", torch.device("cuda" if on_gpu else "cpu")))
@@ -298,7 +297,7 @@ def jpeg() -> list[Finding]:
         return [Finding("JPEG decoder", "note", "PIL in the torchvision loader", "pip install nvidia-dali-cuda130")]
     if not torch.cuda.is_available():
         return [Finding("JPEG decoder", "ok", "DALI on the CPU")]
-    from engine.data.loaders.dali_loader import HARDWARE_DECODER_SHARE
+    from engine.data import HARDWARE_DECODER_SHARE
 
     used = nvidia_smi("utilization.jpeg")
     share = f"{100 * HARDWARE_DECODER_SHARE:.0f} %"
@@ -313,15 +312,16 @@ def speed() -> list[Finding]:
     """Two seconds of measuring, and what they promise for ResNet-50 at 224 pixels."""
     import torch
 
-    from engine.data.machine import cores
+    from engine.data import cores
     from engine.training import precision as precisions
+    from engine.training import speed
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = precisions.resolve("bf16", device).dtype or torch.float32
-    rate = convolution_tflop_s(device, dtype)
+    rate = speed.convolution_tflop_s(device, dtype)
     if on_gpu:
-        bandwidth = copy_tb_s(device)
+        bandwidth = speed.copy_tb_s(device)
         step, limit = expected_gpu(rate, bandwidth)
         text = f"convolutions {rate:.0f} TFLOP/s, copies {bandwidth:.2f} TB/s"
     else:
@@ -349,54 +349,6 @@ def expected_gpu(tflop_s: float, tb_s: float) -> tuple[float, str]:
     by_products = IMAGE_GFLOP / tflop_s / 1e3
     limit = "memory traffic" if by_memory >= by_products else "convolutions"
     return OF_FLOOR / max(by_memory, by_products), limit
-
-
-def convolution_tflop_s(device, dtype, seconds: float = 1.0) -> float:
-    """Rate of a 3x3 convolution of ResNet-50's third stage, forward and backward, channels_last, on ``device``."""
-    import torch
-
-    batch = 64 if device.type == "cuda" else 8
-    x = torch.randn(batch, 256, 14, 14, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    x.requires_grad_(), weight.requires_grad_()
-
-    def once() -> None:
-        y = torch.nn.functional.conv2d(x, weight, padding=1)
-        torch.autograd.grad(y, (x, weight), torch.ones_like(y))
-
-    flop = 3 * 2 * batch * 14 * 14 * 256 * 256 * 9
-    return flop / _fastest(once, device, seconds) / 1e12
-
-
-def copy_tb_s(device, seconds: float = 0.5) -> float:
-    """Bytes read and written by a large copy on ``device``."""
-    import torch
-
-    source = torch.empty(2**28, dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, seconds) / 1e12
-
-
-def _fastest(call: Callable[[], object], device, seconds: float) -> float:
-    """Seconds of the fastest of the calls that fit into ``seconds``, after one that does not count."""
-    import torch
-
-    def once() -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    repeats = 1
-    once()
-    repeats = max(1, round(0.01 / max(once(), 1e-6)))  # launches and one wait, spread over many calls
-    until = time.perf_counter() + seconds
-    best = once()
-    while time.perf_counter() < until:
-        best = min(best, once())
-    return best
 
 
 if __name__ == "__main__":

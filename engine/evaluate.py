@@ -16,11 +16,9 @@ from engine.command import command
 from engine.config import command_line
 from engine.console import console, say
 from engine.errors import ConfigError
-from engine.evaluation.evaluator import Candidate, check, feature_name, judge, keep, of_teacher
-from engine.evaluation.features import of_run
-from engine.evaluation.retrieval import retrieval as retrieval  # under this name for whoever has features of their own
-from engine.pretrained import third_party, weights_file
-from engine.pretrained.run import Run, load_run
+from engine.evaluation import Candidate, check, feature_name, judge, keep, of_run, of_teacher
+from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
+from engine.pretrained import Run, load_run, third_party, weights_file
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 

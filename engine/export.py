@@ -25,8 +25,7 @@ from engine.command import command
 from engine.console import say
 from engine.errors import ConfigError
 from engine.files import write_atomically
-from engine.pretrained import model_card
-from engine.pretrained.run import Run, load_run
+from engine.pretrained import Run, load_run, model_card
 from ppssl.encoder import FeatureNet, global_average_pool, scale_to_unit
 
 TOLERANCE = 1e-4

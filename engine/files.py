@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import safe_open
+
 
 def write_atomically(path: Path, write: Callable[[str], None]) -> None:
     """Calls ``write(temporary name)``, flushes that file to the disk and renames it to ``path``: readers see the old file or the
@@ -41,3 +43,9 @@ def cache_folder() -> Path:
     if own := os.environ.get("PPSSL_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppssl-engine"
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}

@@ -21,8 +21,7 @@ from engine.config import from_yaml
 from engine.console import say
 from engine.data import teacher_cache
 from engine.errors import ConfigError
-from engine.training import checkpoint
-from engine.training.trainer import Trainer
+from engine.training import Trainer, checkpoint
 from ppssl.method import Batch
 
 

@@ -17,13 +17,10 @@ from engine.config import Config, flatten, from_yaml, to_yaml
 from engine.console import say
 from engine.data import catalog, sampler, teacher_cache
 from engine.errors import ConfigError
-from engine.evaluation import attention_maps
-from engine.evaluation.evaluator import Judge
+from engine.evaluation import Judge, attention_maps
 from engine.files import write_atomically
 from engine.synthetic import dataset
-from engine.training import checkpoint, distributed
-from engine.training.distributed import ALONE, World
-from engine.training.trainer import Summary, Trainer
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed
 from ppssl.teacher import Teacher
 
 # What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
@@ -215,7 +212,7 @@ def report(out: Path, record: dict[str, float]) -> None:
 
 def make_page(out: Path, device: torch.device) -> None:
     """The run's report. Everything is saved by now: what goes wrong here is said and costs the run nothing."""
-    from engine.report import render as pages  # matplotlib, scikit-learn: a dry run does not need them
+    from engine import report as pages  # matplotlib, scikit-learn: a dry run does not need them
 
     try:
         pages.write([out], out / "report.html", device, quick=True)

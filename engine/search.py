@@ -16,13 +16,10 @@ from rich.text import Text
 from engine import build, files
 from engine.command import command
 from engine.console import console, say
-from engine.data import contact_sheet
-from engine.data.catalog import ImageList, read_image
-from engine.data.transform import Transform
+from engine.data import ImageList, Transform, contact_sheet, read_image
 from engine.errors import ConfigError
-from engine.evaluation.features import of_run
-from engine.evaluation.neighbours import most_similar
-from engine.pretrained.run import load_run
+from engine.evaluation import most_similar, of_run
+from engine.pretrained import load_run
 from engine.training import precision
 
 _SIDE = 160

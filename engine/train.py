@@ -11,9 +11,7 @@ from engine import build, run
 from engine.command import FAILURES, exit_code
 from engine.config import parse, to_yaml
 from engine.console import console, say
-from engine.training import distributed
-from engine.training.distributed import ALONE, World
-from engine.training.trainer import Stopped, signals_stop_at_once
+from engine.training import ALONE, Stopped, World, distributed, signals_stop_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:

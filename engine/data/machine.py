@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+HARDWARE_DECODER_SHARE = 0.65
+"""Share of a batch that the GPU's JPEG engine takes, where it has one; CUDA cores take the rest."""
+
 
 def cores() -> int:
     """Cores this process may run on."""

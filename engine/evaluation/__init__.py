@@ -1,1 +1,31 @@
-"""."""
+"""Features and how they are evaluated: retrieval, kNN, linear probes, neighbours, attention maps."""
+
+from engine.evaluation import attention_maps, features, linear, neighbours
+from engine.evaluation.attention_maps import Attention
+from engine.evaluation.evaluator import Candidate, Judge, check, feature_name, judge, keep, of_teacher
+from engine.evaluation.features import extract, of_run
+from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours, most_similar
+from engine.evaluation.retrieval import Retrieval, retrieval
+
+__all__ = [
+    "Attention",
+    "Candidate",
+    "ClassScore",
+    "Confusion",
+    "Judge",
+    "Neighbours",
+    "Retrieval",
+    "attention_maps",
+    "check",
+    "extract",
+    "feature_name",
+    "features",
+    "judge",
+    "keep",
+    "linear",
+    "most_similar",
+    "neighbours",
+    "of_run",
+    "of_teacher",
+    "retrieval",
+]

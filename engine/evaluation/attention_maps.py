@@ -13,13 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import Config
-from engine.data.catalog import Catalog
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import Normalise, clean_view
-from engine.data.views import clean_resize
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, Catalog, Normalise, clean_resize, clean_view
+from engine.files import read_metadata
 from engine.pretrained import weights_file
-from engine.training.step import uncompiled
-from engine.training.trainer import Trainer
+from engine.training import Trainer, uncompiled
 from ppssl.method import Method
 
 COUNT = 8
@@ -128,11 +125,11 @@ def read(out: Path) -> Attention | None:
     if not images.is_file() or not _files(out):
         return None
     pictures = weights_file.load_weights(images)["pictures"].numpy()
-    about = weights_file.read_metadata(images)
+    about = read_metadata(images)
     looks = []
     for path in _files(out):
         maps = {name: tensor.numpy() for name, tensor in weights_file.load_weights(path).items()}
-        when = weights_file.read_metadata(path)
+        when = read_metadata(path)
         looks.append(Look(int(when["step"]), int(when["epoch"]), maps))
     return Attention(pictures, tuple(json.loads(about["names"])), about["split"], looks)
 

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from engine import files, run_folder
 from engine.config import Config
 from engine.console import say
-from engine.data import teacher_cache
-from engine.data.catalog import Catalog, ImageList
+from engine.data import Catalog, ImageList, teacher_cache
 from engine.evaluation import knn, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_atomically
-from engine.training.distributed import ALONE, World
-from engine.training.trainer import Trainer
+from engine.training import ALONE, Trainer, World
 from ppssl.teacher import Teacher
 
 DRAW_SEED = 0

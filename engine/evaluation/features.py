@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from engine.console import bar, say
-from engine.data.catalog import ImageList
-from engine.data.loaders.torch_loader import clean_batches
-from engine.data.views import clean_resize
-from engine.pretrained import weights_file
-from engine.pretrained.run import Run
-from engine.training import precision
-from engine.training.distributed import gather_rows
+from engine.data import ImageList, clean_batches, clean_resize
+from engine.files import read_metadata
+from engine.pretrained import Run, weights_file
+from engine.training import gather_rows, precision
 from ppssl.ops import place, world
 
 _VERSION = 1
@@ -108,7 +105,7 @@ def kept(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
     """The tensor in ``path`` if it was kept under ``key``, else ``compute()``, which then replaces the file."""
     if path.is_file():
         try:
-            tensors, metadata = weights_file.load_weights(path), weights_file.read_metadata(path)
+            tensors, metadata = weights_file.load_weights(path), read_metadata(path)
             if metadata.get("key") == key:
                 if metadata.get("content") == content_hash(tensors):
                     return tensors["features"]

@@ -11,8 +11,7 @@ import torch
 
 from engine import run_folder
 from engine.config import flatten
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.views import clean_resize
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, clean_resize
 from engine.files import write_atomically
 from engine.pretrained.run import Run
 

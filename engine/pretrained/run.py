@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from engine.config import Config, from_yaml
+from engine.files import read_metadata
 from engine.pretrained import weights_file
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
@@ -35,12 +36,12 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     cfg = from_yaml(folder / "config.yaml")
     path = folder / "weights.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no third_party.safetensors yet: the run has not reached its first checkpoint")
+        raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
     network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
     try:
         network.load_weights(weights_file.load_weights(path))
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {textwrap.shorten(str(error), 300)}") from error
-    metadata = weights_file.read_metadata(path)
+    metadata = read_metadata(path)
     network = network.to(device, memory_format=torch.channels_last).eval()
     return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))

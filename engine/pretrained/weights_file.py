@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -28,7 +27,3 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file ({error})") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}

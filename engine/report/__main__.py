@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser("python -m engine.report", description="the page about one run, or about several side by side")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder; the images shown are the first one's")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="HTML file (default: render.html in the first run folder)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="HTML file (default: report.html in the first run folder)")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     render.write(list(dict.fromkeys(args.runs)), args.out or args.runs[0] / "report.html", device)

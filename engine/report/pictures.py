@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.data.catalog import ImageList
-from engine.data.loaders.torch_loader import clean_view
-from engine.data.views import clean_resize
+from engine.data import ImageList, clean_resize, clean_view
 
 _SIDE = 144
 _QUALITY = 78

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from engine import build, files, run_folder
 from engine.config import Config, from_yaml
-from engine.data.catalog import ImageList
-from engine.evaluation import attention_maps
+from engine.data import ImageList
+from engine.evaluation import Attention, attention_maps
 from engine.evaluation import features as kept_features
-from engine.evaluation.attention_maps import Attention
-from engine.pretrained.run import load_run
+from engine.pretrained import load_run
 from engine.synthetic import dataset
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.evaluation import neighbours
-from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours
+from engine.evaluation import ClassScore, Confusion, Neighbours, neighbours
 from engine.report import charts, embedding, pictures
 from engine.report.charts import Chart
 from engine.report.numbers import SCORES

@@ -1,1 +1,24 @@
-"""."""
+"""The training loop and one training step: gradients, optimizer, compile, checkpoints, processes."""
+
+from engine.training import checkpoint, distributed, precision, speed
+from engine.training.distributed import ALONE, World, gather_rows
+from engine.training.optim import apex_missing
+from engine.training.step import choose, uncompiled
+from engine.training.trainer import Stopped, Summary, Trainer, signals_stop_at_once
+
+__all__ = [
+    "ALONE",
+    "Stopped",
+    "Summary",
+    "Trainer",
+    "World",
+    "apex_missing",
+    "checkpoint",
+    "choose",
+    "distributed",
+    "gather_rows",
+    "precision",
+    "signals_stop_at_once",
+    "speed",
+    "uncompiled",
+]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.files import write_atomically
-from engine.pretrained.weights_file import save_weights
+from engine.pretrained import save_weights
 
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{9})\.pt")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.console import console, say
-from engine.data.loaders.interface import Loader
+from engine.data import Loader
 from engine.errors import BrokenFile
 from engine.run_folder import rewind_metrics
 from engine.training import checkpoint, optim, precision

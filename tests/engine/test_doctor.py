@@ -12,6 +12,7 @@ import torch
 
 import engine.training.optim
 from engine import doctor
+from engine.training import speed
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "convolution_tflop_s", lambda device, dtype: 0.5)
+    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 0.5)
 
 
 @pytest.fixture
@@ -110,8 +111,8 @@ def test_a_gpu(pretended_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: ["NVIDIA H200", "580.65"])
     (finding,) = doctor.gpu()
     assert finding.state == "ok" and "NVIDIA H200, 140 GiB, sm_90" in finding.text and "driver 580.65" in finding.text
-    monkeypatch.setattr(doctor, "convolution_tflop_s", lambda device, dtype: 500.0)
-    monkeypatch.setattr(doctor, "copy_tb_s", lambda device: 4.3)
+    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 500.0)
+    monkeypatch.setattr(speed, "copy_tb_s", lambda device: 4.3)
     fast, bottleneck = doctor.speed()
     assert "4.3" in fast.text and "images/s" in fast.text
     assert bottleneck.state == "note" and "data.loader=dali" in bottleneck.remedy

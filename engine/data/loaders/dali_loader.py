@@ -18,14 +18,12 @@ from engine.console import say
 from engine.data.catalog import ImageList
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.machine import cores
+from engine.data.machine import HARDWARE_DECODER_SHARE, cores
 from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
 from ppssl.ops import recolour
 
-HARDWARE_DECODER_SHARE = 0.65
-"""Share of a batch that the GPU's JPEG engine takes, where it has one; CUDA cores take the rest."""
 MEMORY_SHARE = 0.2
 """Of the free memory of a GPU: what decoded batches in flight may take."""
 _PREFETCH = 2

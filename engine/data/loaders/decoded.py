@@ -25,8 +25,7 @@ from engine.console import bar, say
 from engine.data.catalog import ImageList
 from engine.data.machine import cores
 from engine.data.views import resized
-from engine.files import write_atomically
-from engine.pretrained.weights_file import read_metadata
+from engine.files import read_metadata, write_atomically
 
 FORMAT = 1
 """Of the file; another number, and it is made anew."""

@@ -193,9 +193,9 @@ def test_every_backend_executes_every_operation_as_torchvision_does(backend, tmp
     def values_of(index: np.ndarray) -> views.ViewValues:
         return views.ViewValues(*(column[index] for column in fixed))
 
-    for module in ("dali", "torch_loader", "resident"):
-        if module != "dali" or backend.startswith("dali"):
-            monkeypatch.setattr(f"engine.data.{module}.view_values", lambda seed, epoch, index, *rest: values_of(index))
+    for module in ("dali_loader", "torch_loader", "resident_loader"):
+        if module != "dali_loader" or backend.startswith("dali"):
+            monkeypatch.setattr(f"engine.data.loaders.{module}.view_values", lambda seed, epoch, index, *rest: values_of(index))
     device = kernel_device if backend == "resident, triton" else torch.device("cpu")
     if backend == "resident, triton" and device.type == "cpu":
         monkeypatch.setattr(resident_loader, "augment", lambda *args, **options: augment(*args, **options, impl="triton"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine import check
 from engine.config import Config, DataConfig, command_line
 from engine.data import views_sheet
 from engine.data.catalog import load
@@ -40,7 +41,7 @@ def test_the_sheet_shows_every_backend_and_how_far_it_is_from_torchvision(root, 
         drawn.update(tiles=tiles, columns=columns, title=title)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(views_sheet.sheet, "draw", keep)
+    monkeypatch.setattr(views_sheet.contact_sheet, "draw", keep)
     images = load("folder", root, progress=False).train
     views_sheet.draw(images, Config(data=DataConfig(name="folder", image_size=32, workers=1)), CPU)
     count = len(views_sheet.backends(CPU))
@@ -68,9 +69,9 @@ def test_values_in_words():
 def test_from_the_command_line(root, tmp_path, capfd):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"batch_size: 2\nqueue: {{size: 8}}\ndata: {{name: folder, root: {root}, image_size: 32, workers: 1}}\n")
-    assert views_sheet.main(["--cfg", str(recipe), "--out", str(tmp_path / "sheet.png")]) == 0
+    assert check.main(["--cfg", str(recipe), "--views", str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.width > 500 and np.asarray(picture).std() > 10
-    assert views_sheet.main(["--cfg", str(recipe), "--out", str(tmp_path / "none.png"), "data.root=/nowhere"]) == 1
+    assert check.main(["--cfg", str(recipe), "--views", str(tmp_path / "none.png"), "data.root=/nowhere"]) == 1
     assert "/nowhere" in capfd.readouterr().err and not (tmp_path / "none.png").exists()
     assert command_line.parse(["--cfg", str(recipe)]).config.out is None

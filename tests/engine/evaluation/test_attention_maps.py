@@ -16,7 +16,7 @@ from small_methods import build_moco, build_ppssl, step_of
 from engine.config import Config, DataConfig, EvalConfig
 from engine.data import catalog
 from engine.evaluation import attention_maps
-from engine.pretrained import weights_file
+from engine.files import read_metadata
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.lcr import FORMS as LCR_FORMS
 from ppssl.lcr import LCR
@@ -140,7 +140,7 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     assert kept.pictures[0].min() == kept.pictures[0].max() == 10
     assert {n: m.shape for n, m in kept.looks[0].maps.items()} == dict.fromkeys(("mask", "cam", "feature"), (8, 2, 2))
     assert sum(p.stat().st_size for p in (tmp_path / "run" / "maps").iterdir()) < 700_000
-    names = weights_file.read_metadata(tmp_path / "run/maps/images.safetensors")["names"]
+    names = read_metadata(tmp_path / "run/maps/images.safetensors")["names"]
     assert json.loads(names) == list(kept.names)
 
 

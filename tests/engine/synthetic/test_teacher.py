@@ -12,8 +12,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from engine.synthetic import dataset
-from engine.synthetic import teacher as synthetic_teacher
+from engine.synthetic import dataset, train_teacher
+from engine.synthetic import teacher as files_of_teacher
 from engine.synthetic.drawing import ACCENTS, HUES, PARTS
 from engine.synthetic.scenes import CATEGORIES, LIGHTS, OCCLUDERS, PLACES, Nuisance, draw_category, random_nuisance
 from ppssl.teacher import Teacher, load_descriptions
@@ -40,7 +40,7 @@ def draw_all(function, rows: list[tuple[int, int]]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    config, weights = synthetic_teacher.teacher_files()
+    config, weights = files_of_teacher.teacher_files()
     return Teacher.from_open_clip(str(config), str(weights), load_descriptions("birds", 8))
 
 
@@ -55,17 +55,17 @@ def logits(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_files_are_small_and_are_the_tested_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, weights = synthetic_teacher.teacher_files()
+    config, weights = files_of_teacher.teacher_files()
     assert config.stem == weights.stem and weights.stat().st_size <= 8 * 2**20
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == teacher.BIRDS_TEACHER_SHA256
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == files_of_teacher.BIRDS_TEACHER_SHA256
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"something else")
-    monkeypatch.setattr(synthetic_teacher, "WEIGHTS", other)
+    monkeypatch.setattr(files_of_teacher, "WEIGHTS", other)
     with pytest.raises(ValueError, match="sha256"):
-        synthetic_teacher.teacher_files()
+        files_of_teacher.teacher_files()
     other.unlink()
     with pytest.raises(FileNotFoundError, match="reinstall"):
-        synthetic_teacher.teacher_files()
+        files_of_teacher.teacher_files()
 
 
 def test_captions_name_category_and_surroundings_only() -> None:
@@ -75,7 +75,7 @@ def test_captions_name_category_and_surroundings_only() -> None:
         for place in PLACES
         for light in LIGHTS
         for occluder in OCCLUDERS
-        for caption in teacher.captions("bird", Nuisance(place, light, occluder), descriptions)
+        for caption in train_teacher.captions("bird", Nuisance(place, light, occluder), descriptions)
     ]
     words = set(re.findall(r"[a-z]+", " ".join(told).lower()))
     names = {part for species in dataset.SPECIES for part in species.lower().split("_")}
@@ -88,9 +88,9 @@ def test_captions_name_category_and_surroundings_only() -> None:
 def test_teacher_images_come_from_other_seeds() -> None:
     demo = {job.seed for job, _ in dataset._jobs(Path("."), 0, (2, 2))}
     assert {len(seed) for seed in demo} == {4}  # STREAM, seed, index: three numbers, another stream of the generator
-    first = teacher.sample(0, 1, 64)
-    assert first.images.shape == (2, 64, 64, 3) and np.array_equal(first.images, teacher.sample(0, 1, 64).images)
-    assert not np.array_equal(first.images, teacher.sample(0, 2, 64).images)
+    first = train_teacher.sample(0, 1, 64)
+    assert first.images.shape == (2, 64, 64, 3) and np.array_equal(first.images, train_teacher.sample(0, 1, 64).images)
+    assert not np.array_equal(first.images, train_teacher.sample(0, 2, 64).images)
 
 
 def test_categories_are_told_apart(teacher: Teacher) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import files
+from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.training import checkpoint
 
@@ -159,7 +160,7 @@ def test_weights_file_round_trip_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights_file.save_weights(path, {"a": torch.arange(6.0).view(2, 3).T}, {"step": "3"})
     assert torch.equal(weights_file.load_weights(path)["a"], torch.arange(6.0).view(2, 3).T)
-    assert weights_file.read_metadata(path) == {"step": "3"}
+    assert read_metadata(path) == {"step": "3"}
     path.write_bytes(b"no")
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
         weights_file.load_weights(path)
