@@ -39,7 +39,7 @@ from engine.training.step import Step
 from ppssl import LCR, LDFS, PPSSL, Batch, MoCo, Teacher
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
-from ppssl.ppssl import FORMS
+from ppssl.settings import variant
 
 LEARNING_RATE = 1e-3
 """Small: one batch is trained on again and again."""
@@ -123,8 +123,8 @@ def build_method(size: Size, rung: Rung) -> Method:
     if rung.method == "lcr":
         return LCR(network, head, **contrast)
     teacher = build_teacher(size)
-    form = FORMS["published"].override(teacher_view=rung.teacher)
-    return PPSSL(network, head, teacher.text_features, form=form, embed=teacher.to(DEVICE).embed, **contrast)
+    settings = variant("ppssl", "published", {"teacher.view": rung.teacher})
+    return PPSSL(network, head, teacher.text_features, settings=settings, embed=teacher.to(DEVICE).embed, **contrast)
 
 
 def build_teacher(size: Size) -> Teacher:
@@ -152,11 +152,9 @@ def build_step(size: Size, rung: Rung) -> Callable[[], float | torch.Tensor]:
         optimizer = default_sgd(model, LEARNING_RATE)
         return lambda: train_step(model, optimizer, x_q, x_k, how.autocast)["total"]
     method = method.to(memory_format=layout)
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
     step = Step(
         method,
-        optim.sgd(trained, lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4),
+        optim.sgd(method.trained_parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4),
         lr=lambda _: LEARNING_RATE,
         decay=0.999,
         precision=how,

@@ -3,7 +3,7 @@
 ``1 + K`` logits are materialised from a copy of the queue, the key network moves parameter by parameter, the teacher
 sees the view in every step, the image branch makes its whole [B, 32, H, W] map, ``total.backward()`` differentiates by
 everything that is kept (the image a second time), the optimiser is torch's default, the losses are read every step.
-tests/test_published_style.py proves that it computes the same losses as PPSSL in form ``published``.
+tests/test_published_style.py proves that it computes the same losses as PPSSL in variant ``published``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PublishedStyle(nn.Module):
         self.register_buffer("queue", method.queue.rows.float().T.contiguous())  # [D, K]
         self.register_buffer("pointer", method.queue.pointer.clone())
         self.decay, self.temperature = decay, method.temperature
-        self.alpha, self.beta = method.ais_weight, method.form.iadm_weight
+        self.alpha, self.beta = method.settings.ais.weight, method.settings.iadm.weight
 
     @torch.no_grad()
     def move_key_network(self) -> None:

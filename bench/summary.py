@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     paths = options.results or (newest() if RESULTS.exists() else [])
     if not paths:
-        parser.error("no result files: run bench/run_gpu.sh on a GPU, or name files")
+        parser.error("no result files: run bench/gpu/run_gpu.sh on a GPU, or name files")
     if options.command == "table":
         print(table(paths))
     else:

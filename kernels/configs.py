@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels, looked up in a committed table; nothing is tuned while a model trains.
 
 ``configs.json`` is keyed by architecture, kernel, operand type, width bucket and batch bucket. A bucket is the largest
-size it serves, so a lookup takes the smallest bucket that is not below the size. ``bench/sweep.py`` writes the table.
+size it serves, so a lookup takes the smallest bucket that is not below the size. ``bench/gpu/sweep.py`` writes the table.
 """
 
 from __future__ import annotations

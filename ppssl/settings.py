@@ -47,8 +47,7 @@ class MethodConfig:
     contrast_mask: bool | None = None
     """Contrast gap(F) of query and key (published), or the masked gap(A * F), to which A is a constant (guided)."""
     mask_reach: Literal["trunk", "branch"] | None = None
-    """What a gradient through the mask reaches: the trunk too (both forms), or the mask's own 1x1 projection alone."""
-
+    """What a gradient through the mask reaches: the trunk too (both variants), or the mask's own 1x1 projection alone."""
 
 
 @dataclass(frozen=True)

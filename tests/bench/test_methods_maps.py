@@ -1,8 +1,7 @@
-"""bench.methods_maps: how much of a map lies on the bird, and features pooled by the true silhouette."""
+"""bench.methods.maps: how much of a map lies on the bird, and features pooled by the true silhouette."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +11,14 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-from bench import methods_maps  # noqa: E402
-from bench.methods_maps import SilhouettePool, coverage, look, share_on_bird  # noqa: E402
-from engine import build  # noqa: E402
-from engine.config import Config, DataConfig, EncoderConfig, EvalConfig, MethodConfig, QueueConfig  # noqa: E402
-from engine.data import catalog  # noqa: E402
-from engine.synthetic import dataset  # noqa: E402
-from ppssl.encoder import Trunk, global_average_pool  # noqa: E402
+from bench.methods import maps
+from bench.methods.maps import SilhouettePool, coverage, look, share_on_bird
+from engine import build
+from engine.config import Config, DataConfig, EncoderConfig, EvalConfig, MethodConfig, QueueConfig
+from engine.data import catalog
+from engine.synthetic import dataset
+from ppssl.encoder import Trunk, global_average_pool
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def test_coverage_is_that_of_the_clean_views_and_kept(images, tmp_path: Path, mo
     def refuse(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(methods_maps.birds, "silhouettes", refuse)
+    monkeypatch.setattr(maps.dataset, "silhouettes", refuse)
     assert torch.equal(coverage(images, 32, tmp_path), covered)
 
 

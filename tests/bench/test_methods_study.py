@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,15 @@ from PIL import Image
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench is no installed package
 
-import engine  # noqa: E402
-from bench import methods  # noqa: E402
-from bench.methods_cells import STUDIES  # noqa: E402
-from bench.methods_table import markdown, paired, summarise  # noqa: E402
-from engine.evaluation import attention_maps  # noqa: E402
-from engine.synthetic import dataset  # noqa: E402
-from ppssl.method import METHODS  # noqa: E402
+import engine
+from bench.methods import __main__ as command
+from bench.methods import study as studies
+from bench.methods.cells import STUDIES
+from bench.methods.table import markdown, paired, summarise
+from engine.evaluation import attention_maps
+from engine.synthetic import dataset
+from ppssl.method import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +59,11 @@ def arguments(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
     two = ["--only", "moco", "--only", "lcr guided"]
-    assert methods.main([*two, "--seeds", "1", *arguments]) == 0
+    assert command.main([*two, "--seeds", "1", *arguments]) == 0
     assert Inline.ran == ["moco/10", "lcr guided/10"]
-    assert methods.main([*two, "--seeds", "2", *arguments]) == 0
+    assert command.main([*two, "--seeds", "2", *arguments]) == 0
     assert Inline.ran[2:] == ["moco/11", "lcr guided/11"]  # the first seed's cells were there
     table = json.loads((tmp_path / "out" / "main.json").read_text())
     assert table["images"] == [80] and "--seeds 2" in table["command"] and table["reference"] == "moco"
@@ -84,21 +83,21 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
     Inline.ran.clear()
     for record in (tmp_path / "work" / "main").glob("moco-11-*.json"):
         record.unlink()  # as if interrupted there
-    assert methods.main([*two, "--seeds", "2", *arguments]) == 0
+    assert command.main([*two, "--seeds", "2", *arguments]) == 0
     assert Inline.ran == ["moco/11"]
     again = {(r["cell"], r["seed"]): r for r in json.loads((tmp_path / "out" / "main.json").read_text())["records"]}
     assert again["moco", 11]["mAP"] == records["moco", 11]["mAP"]
     Inline.ran.clear()
-    assert methods.main(["--only", "moco", "--seeds", "2", *arguments]) == 0
+    assert command.main(["--only", "moco", "--seeds", "2", *arguments]) == 0
     assert Inline.ran == [] and len(json.loads((tmp_path / "out" / "main.json").read_text())["records"]) == 4  # nothing is lost
-    assert methods.main([*two, "--seeds", "1", *arguments, "optim.lr=0.01"]) == 0
+    assert command.main([*two, "--seeds", "1", *arguments, "optim.lr=0.01"]) == 0
     assert Inline.ran == ["moco/10", "lcr guided/10"]  # another setting is another cell
 
 
 def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
     asked = ["--only", "moco", "--only", "lcr guided", "--seeds", "1", "--keep", *arguments]
-    assert methods.main(asked) == 0
+    assert command.main(asked) == 0
     folders = sorted(p for p in (tmp_path / "work" / "main").iterdir() if p.is_dir())
     assert [p.name.rsplit("-", 2)[0] for p in folders] == ["lcr_guided", "moco"]
     for folder in folders:
@@ -109,7 +108,7 @@ def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path
 
 
 def test_a_cell_is_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
-    assert methods.main(["--only", "untrained", "--seeds", "1", *arguments]) == 0
+    assert command.main(["--only", "untrained", "--seeds", "1", *arguments]) == 0
     (record,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
     assert record["rank1"] >= 0 and "steps" not in record and record["torch"] == torch.__version__
 
@@ -117,23 +116,23 @@ def test_a_cell_is_a_process_of_its_own(arguments: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(("text", "remedy"), [("epochs=2", "--budget"), ("amp=bf16", "--amp"), ("seeed=1", "seed")])
 def test_a_key_that_the_study_sets_itself_is_refused(text: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        methods.parse([text])
+        command.parse([text])
     assert remedy in capsys.readouterr().err
 
 
 def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) -> None:
-    args = methods.parse(["--budget", "51200"])
+    args = command.parse(["--budget", "51200"])
     for study in STUDIES.values():
         names = [cell.name for cell in study.cells]
         assert len(set(names)) == len(names) and study.reference in names
-        configs = [methods.configure(cell, args, 3, world) for cell in study.cells]
-        specs = {json.dumps(methods.specification(*pair), sort_keys=True) for pair in zip(study.cells, configs, strict=True)}
+        configs = [studies.configure(cell, args, 3, world) for cell in study.cells]
+        specs = {json.dumps(studies.specification(*pair), sort_keys=True) for pair in zip(study.cells, configs, strict=True)}
         assert len(specs) == len(configs)  # no two cells are the same run
         assert all(cfg.method.name in METHODS and cfg.seed == 3 and cfg.amp == "bf16" for cfg in configs)
     assert {c.overrides["method.name"] for c in STUDIES["main"].cells} == set(METHODS)
     assert len(STUDIES["weights"].cells) == 12 and len(STUDIES["layers"].cells) == 8
-    assert methods.epochs_of(51200, 1600, 64) == 32 and methods.epochs_of(0.5 * 51200, 1600, 64) == 16
-    assert methods.epochs_of(100, 1600, 64) == 1
+    assert studies.epochs_of(51200, 1600, 64) == 32 and studies.epochs_of(0.5 * 51200, 1600, 64) == 16
+    assert studies.epochs_of(100, 1600, 64) == 1
 
 
 def test_class_names_are_descriptions_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,20 +147,20 @@ def test_class_names_are_descriptions_that_load(monkeypatch: pytest.MonkeyPatch)
 
 def test_altered_teachers() -> None:
     rows, labels = torch.nn.functional.normalize(torch.randn(50, 16), dim=1).half(), torch.arange(50) % 5
-    assert methods.altered(rows, "true", 0, labels) is rows
-    shuffled = methods.altered(rows, "shuffled", 1, labels)
+    assert studies.altered(rows, "true", 0, labels) is rows
+    shuffled = studies.altered(rows, "shuffled", 1, labels)
     assert not torch.equal(shuffled, rows) and torch.equal(shuffled.sort(0).values, rows.sort(0).values)
-    assert torch.equal(shuffled, methods.altered(rows, "shuffled", 1, labels))
-    constant = methods.altered(rows, "constant", 0, labels)
+    assert torch.equal(shuffled, studies.altered(rows, "shuffled", 1, labels))
+    constant = studies.altered(rows, "constant", 0, labels)
     assert constant.shape == rows.shape and constant.dtype == rows.dtype and (constant == constant[0]).all()
     assert float(constant[0].float().norm()) == pytest.approx(1.0, abs=1e-3)
-    species = methods.altered(rows, "species", 0, labels)
+    species = studies.altered(rows, "species", 0, labels)
     assert species.dtype == rows.dtype and species.float().norm(dim=1).sub(1).abs().max() < 1e-3
     same = labels[:, None] == labels
     cosine = species.float() @ species.float().T
     assert cosine[same].min() > 0.999 > cosine[~same].max()
-    assert torch.equal(species, methods.altered(rows, "species", 0, labels))
-    assert not torch.equal(species, methods.altered(rows, "species", 1, labels))
+    assert torch.equal(species, studies.altered(rows, "species", 0, labels))
+    assert not torch.equal(species, studies.altered(rows, "species", 1, labels))
 
 
 def record(cell: str, seed: int, rank1: float, **more) -> dict:
@@ -209,8 +208,8 @@ def test_rows_are_means_spreads_and_failures_in_the_studys_order() -> None:
 def test_the_command_that_a_table_states_makes_all_of_it_anywhere() -> None:
     argv = ["--study", "parts", "--only", "guided whole", "--out", "/a", "--work=/b", "--seeds", "3", "optim.lr=0.1"]
     stated = "python -m bench.methods --study parts --seeds 3 optim.lr=0.1"
-    assert methods.command_of(argv) == stated
-    assert methods.parse(argv).seeds == 3
+    assert command.command_of(argv) == stated
+    assert command.parse(argv).seeds == 3
 
 
 @pytest.mark.parametrize(
@@ -223,18 +222,18 @@ def test_the_command_that_a_table_states_makes_all_of_it_anywhere() -> None:
 )
 def test_bad_arguments_are_named(given: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        methods.main(given)
+        command.main(given)
     assert exit.value.code == 2
     shown = capsys.readouterr().err
     assert all(word in shown for word in words)
 
 
 def test_a_value_out_of_range_ends_with_code_2(arguments: list[str]) -> None:
-    assert methods.main([*arguments, "optim.lr=-1"]) == 2
+    assert command.main([*arguments, "optim.lr=-1"]) == 2
 
 
 def test_a_cell_that_diverges_is_recorded_as_such(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
-    assert methods.main(["--only", "moco", "--seeds", "1", *arguments, "optim.lr=1e30"]) == 0
+    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    assert command.main(["--only", "moco", "--seeds", "1", *arguments, "optim.lr=1e30"]) == 0
     (found,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
     assert "not finite" in found["failed"] and "rank1" not in found

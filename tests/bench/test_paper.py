@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,12 @@ import miniatures
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is not installed
-
-from bench import paper, paper_figures
-from bench.paper import Cell, Claim, Exhibit, Outcome, Plan, Row, cells, compare, exhibits, main, obstacle, spread
+from bench.paper import __main__ as command
+from bench.paper import cells as cells_of
+from bench.paper import figures
+from bench.paper.__main__ import main
+from bench.paper.exhibits import Cell, Claim, Exhibit, Outcome, Plan, Row, cells, exhibits, obstacle
+from bench.paper.tables import compare, spread
 from engine import run
 from engine.config import flatten
 from engine.synthetic import dataset
@@ -107,13 +108,13 @@ def test_a_table_is_run_once_and_read_afterwards(
 ) -> None:
     untouched = (Row("initial weights", untouched="initial"), Row("teacher", untouched="teacher"))
     table = exhibit(*untouched, MOCO, Row("absent", {"method.name": "byol9"}))
-    monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": table})
+    monkeypatch.setattr(command, "exhibits", lambda: {"table 9": table})
     argv = ["--table", "9", "--data-root", str(data_root), "--seeds", "2", *TINY]
     assert main(argv) == 0
     first = {c["row"]: c["seeds"] for c in json.loads(Path("runs/paper/table9.json").read_text())["cells"]}
     monkeypatch.setattr(run, "train", lambda *_a, **_k: pytest.fail("trained again"))
     more = replace(table, measures=("rank1", "mAP", "linear 100 %", "linear 20 %"))
-    monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": more})
+    monkeypatch.setattr(command, "exhibits", lambda: {"table 9": more})
     capfd.readouterr()
     assert main(argv) == 0  # another exhibit with these runs: judged by more, not trained
     said = " ".join(capfd.readouterr().err.split())
@@ -130,14 +131,14 @@ def test_a_table_is_run_once_and_read_afterwards(
     assert outcomes["MoCo"]["seeds"][0] != outcomes["MoCo"]["seeds"][1]
     assert len(list(Path("runs/paper").rglob("weights.safetensors"))) == 4
 
-    monkeypatch.setattr(paper, "judge", lambda *_a, **_k: pytest.fail("judged again"))
+    monkeypatch.setattr(cells_of, "judge", lambda *_a, **_k: pytest.fail("judged again"))
     assert main(argv) == 0
     assert json.loads(Path("runs/paper/table9.json").read_text()) == kept
 
 
 def test_a_stopped_command_continues(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = exhibit(MOCO)
-    monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": table})
+    monkeypatch.setattr(command, "exhibits", lambda: {"table 9": table})
     argv = ["--table", "9", "--data-root", str(data_root), "--seeds", "2", *TINY]
     trained, train_it = [], run.train
 
@@ -156,7 +157,7 @@ def test_a_failed_cell_leaves_the_others_alone(
     data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     table = exhibit(Row("broken", {"encoder.arch": "resnet19"}), MOCO)
-    monkeypatch.setattr(paper, "exhibits", lambda: {"table 9": table})
+    monkeypatch.setattr(command, "exhibits", lambda: {"table 9": table})
     tiny = [word for word in TINY if not word.startswith("encoder.arch")]
     monkeypatch.setattr(run, "train", lambda config, *_: (_ for _ in ()).throw(ValueError(f"arch {config.encoder.arch}")))
     assert main(["--table", "9", "--data-root", str(data_root), "--seeds", "1", *tiny]) == 1
@@ -204,7 +205,7 @@ def test_dry_runs_on_miniatures_of_all_seven_sets(
     everywhere = replace(table, data=tuple(miniatures.MAKERS), rows=(Row("PP-SSL"),), claims=())
     small = "batch_size=2 queue.size=4 encoder.arch=resnet18_w4_s16 data.image_size=16 method.maxout_width=4".split()
     for chosen, runs in ((everywhere, 7), (replace(table, data=("cub",), rows=table.rows[:-1], claims=()), 2)):
-        monkeypatch.setattr(paper, "exhibits", lambda chosen=chosen: {"table 1": chosen})
+        monkeypatch.setattr(command, "exhibits", lambda chosen=chosen: {"table 1": chosen})
         assert main(["--table", "1", "--data-root", str(tmp_path / "sets"), "--dry-run", *TINY, *small]) == 0
         said = " ".join(capfd.readouterr().err.split())
         assert said.count("one step on 2 images") == runs and "failed" not in said and "no data" not in said
@@ -214,11 +215,11 @@ def test_dry_runs_on_miniatures_of_all_seven_sets(
 def test_the_pictures(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--figure", "3", "--data-root", str(data_root), "--seeds", "1", *TINY]) == 0
     with Image.open("runs/paper/figure3_cub.png") as picture:
-        assert picture.width > 3 * 160 and picture.height > paper_figures.IMAGES * 160
+        assert picture.width > 3 * 160 and picture.height > figures.IMAGES * 160
 
     counts = exhibits()["figure 5"]
     found = {(row.name, "cub"): Outcome([{"rank1": 0.4}, {"rank1": 0.5}], None) for row in counts.rows[:4]}
-    paper_figures.curve(counts, "cub", found, Path("curve.png"))
+    figures.curve(counts, "cub", found, Path("curve.png"))
     with Image.open("curve.png") as picture:
         assert picture.width > 600
 

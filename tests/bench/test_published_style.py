@@ -14,7 +14,7 @@ from engine.training import optim, precision
 from engine.training.step import Step
 from ppssl import PPSSL, Batch
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
-from ppssl.ppssl import FORMS
+from ppssl.settings import variant
 
 _path = Path(__file__).parents[2] / "bench" / "published_style.py"
 _spec = importlib.util.spec_from_file_location("published_style", _path)
@@ -57,7 +57,7 @@ def test_several_steps_follow_the_engines() -> None:
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax="batch"))
     method = PPSSL(
         network, projection_head("mlp2", trunk.channels, 16), torch.randn(8, 24),
-        form=FORMS["published"], embed=PooledTeacher(), dim=16, queue_size=64,
+        settings=variant("ppssl", "published"), embed=PooledTeacher(), dim=16, queue_size=64,
     ).train()  # fmt: skip
     baseline = published_style.PublishedStyle(method).train()
     optimizer = published_style.default_sgd(baseline)

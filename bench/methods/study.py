@@ -1,14 +1,4 @@
-"""The methods on one engine: every cell trained at the same budget of images on the demo world, several seeds, one table.
-
-    python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both forms, 5 seeds
-    python -m bench.methods --study parts                at half the budget: parts, layers, weights, prompts, teacher
-    python -m bench.methods --only "ppssl guided" --seeds 3 --budget 51200 optim.lr=0.03
-
-The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
-seeds of the runs. A cell is one process, as many at a time as there are cores (--jobs), and leaves one JSON file; a cell whose
-file is there is not run again, so the same command continues after any interruption. Seconds are those of the CPU, not of the
-clock. KEY=VALUE after the options changes every cell. The table, of all cells that have records, is rewritten after each cell.
-"""
+"""How a study is carried out: its cells in processes of their own, their records, and the tables of all records."""
 
 from __future__ import annotations
 
@@ -19,32 +9,26 @@ import json
 import multiprocessing
 import platform
 import resource
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
-from bench.methods_cells import STUDIES, Cell, Study
-from bench.methods_maps import coverage, look, picture
-from bench.methods_table import markdown, summarise
+from bench.methods.cells import STUDIES, Cell, Study
+from bench.methods.maps import coverage, look, picture
+from bench.methods.table import markdown, summarise
 from engine import build
 from engine.build import assemble
-from engine.command import command
-from engine.config import Config, YamlLoader, flatten, key_types, nearest, read, resolve, to_yaml
+from engine.config import Config, flatten, read, resolve, to_yaml
 from engine.console import say
 from engine.data import sampler, teacher_cache
 from engine.data.catalog import Catalog, ImageList
-from engine.data.machine import cores
 from engine.evaluation import attention_maps, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
@@ -54,9 +38,15 @@ from ppssl.encoder import FeatureNet
 from ppssl.method import Method
 from ppssl.teacher import Teacher
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+
+
+RECIPE = Path(__file__).with_name("synthetic.yaml")
+"""What every cell starts from. It is pinned here, so that committed studies keep their meaning when the demo changes."""
 PERCENTS = (100, 50, 20)
 """Of the training labels that the linear probes see."""
+
+
 NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
 number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
 pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
@@ -67,8 +57,8 @@ epochs.
 
 
 def configure(cell: Cell, args: argparse.Namespace, seed: int, root: Path) -> Config:
-    """The demo recipe with the cell's keys, then the command line's."""
-    values = read((files("engine") / "config" / "recipes" / "demo.yaml").read_bytes(), "demo.yaml") | cell.overrides | args.overrides
+    """The pinned recipe with the cell's keys, then the command line's."""
+    values = read(RECIPE.read_bytes(), str(RECIPE)) | cell.overrides | args.overrides
     values |= {"seed": seed, "data.root": str(root), "amp": None if args.amp == "off" else args.amp}
     values |= {"run.log_every": 10**6, "run.save_every_steps": 10**9}
     if args.jobs > 1:
@@ -149,7 +139,7 @@ def altered(rows: Tensor, how: str, seed: int, labels: Tensor) -> Tensor:
 
 def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
     """Retrieval and linear probes of the method's network, retrieval without its mask, and, on a drawn world, where it looks
-    (``bench.methods_maps``). Raises ``FloatingPointError``."""
+    (``bench.methods.maps``). Raises ``FloatingPointError``."""
     network = method.network
     train, test = (extract(network, part, cfg, device) for part in (images.train, images.test))
     if not all(torch.isfinite(features).all() for features in (train, test)):
@@ -217,11 +207,23 @@ def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args:
     rows = summarise(records, [cell.name for cell in study.cells], study.reference)
     images = sorted({r["images"] for r in records if "images" in r})  # whole epochs, the nearest to the budget
     whole = {"study": study_name, "command": command, "images": images, "reference": study.reference}
-    write(args.out / f"{study_name}.json", json.dumps(whole | {"rows": rows, "records": records}, indent=1) + "\n")
+    write(args.out / f"{study_name}.json", one_record_per_line(whole | {"rows": rows, "records": records}))
     commits = ", ".join(sorted({r["commit"] for r in records}))
     seen = " or ".join(f"{count:,}" for count in images) or "no"
     head = f"# {study.title}\n\n`{command}`\n\n{seen} images a run; commit {commits}.\n\n"
     write(args.out / f"{study_name}.md", head + markdown(rows, study.reference) + "\n" + NOTE)
+
+
+def one_record_per_line(table: dict[str, Any]) -> str:
+    """JSON in which a list has a line for each of its entries, so that a change of one record is a change of one line."""
+    lines = []
+    for key, value in table.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            value = json.dumps(value)
+        lines.append(f" {json.dumps(key)}: {value}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def run_study(name: str, args: argparse.Namespace, command: str) -> None:
@@ -300,64 +302,3 @@ def records_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
 def shown(record: Path) -> str:
     found = json.loads(record.read_text())
     return found.get("failed") or f"rank-1 {100 * found['rank1']:.1f} %, mAP {100 * found['mAP']:.1f} %"
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m bench.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("--study", choices=list(STUDIES), default="main")
-    parser.add_argument("--budget", type=int, default=25600, metavar="IMAGES", help="a run sees (studies: half of it)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    default = 1 if torch.cuda.is_available() else cores()
-    parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells at a time, which share the cores")
-    parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
-    parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
-    parser.add_argument("--only", action="append", metavar="CELL", help="train this cell (several times: these)")
-    parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "methods", help="folder of the cells' records")
-    parser.add_argument("--keep", action="store_true", help="keep every cell's run folder, and draw where they look")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for every cell")
-    args = parser.parse_args(argv)
-    for option in ("budget", "seeds", "jobs"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} {getattr(args, option)} must be at least 1")
-    names = [cell.name for cell in STUDIES[args.study].cells]
-    for name in args.only or []:
-        if name not in names:
-            parser.error(f"--only {name!r} is no cell of study {args.study}; its cells: {', '.join(names)}")
-    overrides = {}
-    for text in args.overrides:
-        key, equals, value = text.partition("=")
-        if not equals or key not in key_types():
-            parser.error(f"{text!r} is not KEY=VALUE with a config key; {nearest(key)}")
-        if key in ("epochs", "seed", "amp"):
-            remedy = {"epochs": "--budget", "seed": "--first-seed and --seeds", "amp": "--amp"}[key]
-            parser.error(f"{text!r} would be replaced for every cell; use {remedy}")
-        overrides[key] = yaml.load(value, Loader=YamlLoader)
-    args.overrides = overrides
-    return args
-
-
-def command_of(argv: Sequence[str]) -> str:
-    """The command line that makes the whole table: without this machine's folders and jobs, and without the choice of cells."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--out", "--work", "--jobs"):
-        own.add_argument(option)
-    own.add_argument("--only", action="append")
-    return shlex.join(["python", "-m", "bench.methods", *own.parse_known_args(argv)[1]])
-
-
-@command(RuntimeError)
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
-    args = parse(argv)
-    try:
-        run_study(args.study, args, command_of(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        say("interrupted; the same command continues with the cells that are missing")
-        raise
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,21 @@
-"""The pictures of bench/paper.py's figures: attention masks of several runs side by side, and a measure against a setting."""
+"""The pictures of the paper's figures: attention masks of several runs side by side, and a measure against a setting."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bench.paper.exhibits import Cell, Exhibit, Outcome
 from engine import build, files
 from engine.console import say
-from engine.data import contact_sheet
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, contact_sheet
 from engine.files import write_atomically
 from ppssl.encoder import FeatureNet
-
-if TYPE_CHECKING:
-    from bench.paper import Cell, Exhibit, Outcome
 
 IMAGES = 8
 """Test images in a picture of masks, each of another class."""
@@ -41,7 +38,7 @@ def draw(exhibit: Exhibit, ran: list[Cell], found: dict[tuple[str, str], Outcome
 
 def masks(exhibit: Exhibit, here: list[Cell], path: Path) -> None:
     """One row an image: as it is, then under the mask of every run; all images of a run in one batch, as the mask is scaled over it
-    in form ``published``."""
+    in variant ``published``."""
     images = build.data(here[0].config, cache_dir=files.cache_folder()).test
     _, first = np.unique(images.labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(IMAGES, len(first))).round().astype(int)]
@@ -68,8 +65,8 @@ def mask_of(network: FeatureNet, batch: torch.Tensor) -> torch.Tensor:
 
 
 def visible(batch: torch.Tensor) -> np.ndarray:
-    """Normalised [B, 3, S, S] -> uint8 [B, S, S, 3]."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (build.IMAGENET_MEAN, build.IMAGENET_STD))
+    """Normalized [B, 3, S, S] -> uint8 [B, S, S, 3]."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((batch * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 

@@ -32,16 +32,16 @@ class Study(NamedTuple):
     """Of the budget of images."""
 
 
-def ppssl(name: str, form: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
+def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
     """PP-SSL with keys by section, as ``ais={"weight": 0}``."""
     own = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "ppssl", "method.form": form} | own, teacher=teacher)
+    return Cell(name, {"method.name": "ppssl", "method.variant": variant} | own, teacher=teacher)
 
 
-def plain(name: str, form: str | None = None, **overrides: Any) -> Cell:
-    """Another method, in ``form`` where it has two."""
-    label = f"{name} {form}" if form else name
-    return Cell(label, {"method.name": name, "method.form": form or "published"} | overrides)
+def plain(name: str, variant: str | None = None, **overrides: Any) -> Cell:
+    """Another method, in ``variant`` where it has two."""
+    label = f"{name} {variant}" if variant else name
+    return Cell(label, {"method.name": name, "method.variant": variant or "published"} | overrides)
 
 
 OFF = {"weight": 0.0}
@@ -51,7 +51,7 @@ ALPHAS, BETAS = (0.0, 0.1, 0.4), (0.0, 0.4, 1.28, 4.0)
 
 
 def choice(name: str, *, masked: bool, reach: str = "branch", beta: float = 1.28, alpha: float = 0.0) -> Cell:
-    """A candidate for the form ``guided``: every switch in question is set, whatever the form says by now."""
+    """A candidate for the variant ``guided``: every switch in question is set, whatever the variant says by now."""
     switches = {"contrast_mask": masked, "mask_reach": reach}
     return ppssl(name, method=switches, iadm={"weight": beta} if beta != 1.28 else {}, ais={"weight": alpha})
 
@@ -62,7 +62,7 @@ STUDIES = {
         "moco",
         [
             Cell("untrained", {"method.name": "moco"}, kind="untrained"),
-            Cell("teacher, no training", {"method.name": "ppssl", "method.form": "guided"}, kind="teacher"),
+            Cell("teacher, no training", {"method.name": "ppssl", "method.variant": "guided"}, kind="teacher"),
             plain("moco"),
             plain("lcr", "published"),
             plain("lcr", "guided"),
@@ -77,7 +77,7 @@ STUDIES = {
     ),
     # its evidence chose guided's defaults: to be run with --world 2 --first-seed 0, apart from what the others are judged on
     "choice": Study(
-        "Candidates for the form guided",
+        "Candidates for the variant guided",
         "moco",
         [
             plain("moco"),
@@ -98,8 +98,8 @@ STUDIES = {
         "moco",
         [plain("moco")]
         + [
-            ppssl(f"{form} {name}", form, **parts)
-            for form in ("published", "guided")
+            ppssl(f"{variant} {name}", variant, **parts)
+            for variant in ("published", "guided")
             for name, parts in {
                 "whole": {},
                 "without AIS": {"ais": OFF},

@@ -1,6 +1,6 @@
 """Tries launch configurations on this GPU and writes the fastest into kernels/configs.json.
 
-    python bench/sweep.py [--kernel infonce] [--minutes 8]
+    python bench/gpu/sweep.py [--kernel infonce] [--minutes 8]
 
 One entry of the table is one regime: kernel, operand type, width bucket and batch bucket. Each candidate is put into
 the table in memory, its result compared with what the committed configuration computes, the public op timed with a cold
@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import kernels  # noqa: E402
 from kernels import configs  # noqa: E402
 
-PROGRESS = Path(__file__).resolve().parent.parent / "build" / "sweep_done.json"
+PROGRESS = Path(__file__).resolve().parents[2] / "build" / "sweep_done.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
 SIZE = 65536
 

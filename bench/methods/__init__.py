@@ -1,0 +1,1 @@
+"""Every method at one budget on the synthetic dataset: ``python -m bench.methods``."""

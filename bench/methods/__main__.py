@@ -1,0 +1,90 @@
+"""The methods on one engine: every cell trained at the same budget of images on the demo world, several seeds, one table.
+
+    python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both forms, 5 seeds
+    python -m bench.methods --study parts                at half the budget: parts, layers, weights, prompts, teacher
+    python -m bench.methods --only "ppssl guided" --seeds 3 --budget 51200 optim.lr=0.03
+
+The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
+seeds of the runs. A cell is one process, as many at a time as there are cores (--jobs), and leaves one JSON file; a cell whose
+file is there is not run again, so the same command continues after any interruption. Seconds are those of the CPU, not of the
+clock. KEY=VALUE after the options changes every cell. The table, of all cells that have records, is rewritten after each cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from bench.methods.cells import STUDIES
+from bench.methods.study import ROOT, run_study
+from engine.command import command
+from engine.config import YamlLoader, keys, nearest
+from engine.console import say
+from engine.data.machine import cores
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench.methods", description=__doc__.splitlines()[0])
+    parser.add_argument("--study", choices=list(STUDIES), default="main")
+    parser.add_argument("--budget", type=int, default=25600, metavar="IMAGES", help="a run sees (studies: half of it)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    default = 1 if torch.cuda.is_available() else cores()
+    parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells at a time, which share the cores")
+    parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
+    parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
+    parser.add_argument("--only", action="append", metavar="CELL", help="train this cell (several times: these)")
+    parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "methods", help="folder of the cells' records")
+    parser.add_argument("--keep", action="store_true", help="keep every cell's run folder, and draw where they look")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys for every cell")
+    args = parser.parse_args(argv)
+    for option in ("budget", "seeds", "jobs"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} {getattr(args, option)} must be at least 1")
+    names = [cell.name for cell in STUDIES[args.study].cells]
+    for name in args.only or []:
+        if name not in names:
+            parser.error(f"--only {name!r} is no cell of study {args.study}; its cells: {', '.join(names)}")
+    overrides = {}
+    for text in args.overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key not in keys():
+            parser.error(f"{text!r} is not KEY=VALUE with a config key; {nearest(key)}")
+        if key in ("epochs", "seed", "amp"):
+            remedy = {"epochs": "--budget", "seed": "--first-seed and --seeds", "amp": "--amp"}[key]
+            parser.error(f"{text!r} would be replaced for every cell; use {remedy}")
+        overrides[key] = yaml.load(value, Loader=YamlLoader)
+    args.overrides = overrides
+    return args
+
+
+def command_of(argv: Sequence[str]) -> str:
+    """The command line that makes the whole table: without this machine's folders and jobs, and without the choice of cells."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--out", "--work", "--jobs"):
+        own.add_argument(option)
+    own.add_argument("--only", action="append")
+    return shlex.join(["python", "-m", "bench.methods", *own.parse_known_args(argv)[1]])
+
+
+@command(RuntimeError)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failure, 2 usage or config, 130 interrupted."""
+    args = parse(argv)
+    try:
+        run_study(args.study, args, command_of(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues with the cells that are missing")
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
