@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Config, to_yaml
+from engine.config import Config
 from engine.console import say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
@@ -132,13 +132,16 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     return METHODS[cfg.method.name].build_network(cfg, trunk)
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
+def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
     """The trained network of a run folder, in eval mode.
 
     ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalised images to unit rows [B, C]; its ``transform`` makes one such
     image [3, S, S] from a PIL image or a file, as evaluation does.
+
+    network: takes the weights of a method of your own; None builds that of a registered one.
+    Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
-    run = load_run(folder, device)
+    run = load_run(folder, device, network)
     run.network.transform = Transform(run.config.data.image_size)
     return run.network
 
@@ -158,6 +161,7 @@ def assemble(
     out: Path | None,
     cache: Path | None,
     embed: Callable[[Teacher], torch.Tensor],
+    profile: int = 0,
     world: World = ALONE,
 ) -> Trainer:
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
@@ -170,23 +174,15 @@ def assemble(
         trained,
         loader,
         epochs=cfg.epochs,
-        lr=cfg.optim.lr,
-        momentum=cfg.optim.momentum,
-        weight_decay=cfg.optim.weight_decay,
-        schedule=cfg.optim.schedule,
-        optimizer=cfg.optim.backend,
+        optim=cfg.optim,
+        run=cfg.run,
         ema_decay=cfg.ema.decay,
         amp=cfg.amp,
-        compile=cfg.run.compile,
-        cuda_graph=cfg.run.cuda_graph,
         device=device,
         teacher=rows,
         out=out,
-        log_every=cfg.run.log_every,
-        save_every_steps=cfg.run.save_every_steps,
-        keep=cfg.run.keep,
-        max_bad_steps=cfg.run.max_bad_steps,
-        info={"config": to_yaml(cfg)},
+        config=cfg,
+        profile=profile if world.first else 0,
         world=world,
     )
     say(f"method: {cfg.method.title}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from engine import build, files
 from engine.command import command
-from engine.config import command_line
+from engine.config import parse
 from engine.console import console, say
 from engine.errors import ConfigError
 from engine.evaluation import Candidate, check, feature_name, judge, keep, of_run, of_teacher
@@ -83,11 +83,11 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
         if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
             raise ValueError(f"{foreign[0]}: a run is judged as it was trained; only data.* and eval.* and amp can be set")
         run = load_run(source, device)
-        config = command_line.parse(["--cfg", str(source / "config.yaml"), *overrides]).config
+        config = parse(["--cfg", str(source / "config.yaml"), *overrides]).config
         return run._replace(config=config), "run", source
     if cfg is None:
         raise ValueError(f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml")
-    config = command_line.parse(["--cfg", cfg, *overrides]).config
+    config = parse(["--cfg", cfg, *overrides]).config
     network = _network_of_file(source, config).to(device, memory_format=torch.channels_last).eval()
     return Run(config, network, 0, 0), "weights", files.cache_folder() / "features" / source.stem
 

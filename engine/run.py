@@ -5,45 +5,47 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine import build, files, run_folder
+from engine import build
 from engine.build import assemble, load_teacher
-from engine.config import Config, flatten, from_yaml, to_yaml
+from engine.config import Config, flatten, to_yaml
 from engine.console import say
 from engine.data import catalog, sampler, teacher_cache
-from engine.errors import ConfigError
 from engine.evaluation import Judge, attention_maps
-from engine.files import write_atomically
+from engine.files import cache_folder, remove_temporary_files, write_atomically
+from engine.run_folder import RunFolder, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
-from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
 
-# What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
-# computed.
-_FREE_TO_CHANGE = ("out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers")
-_FREE_SECTIONS = ("run.", "eval.")
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
 
 
 def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: World = ALONE) -> Summary:
-    """Trains ``cfg`` in the run folder ``out``, judging the network before and after where the data has labels; ``profile`` steady
-    steps are profiled. Every process of ``world`` calls it; the first one writes."""
-    device = world.device
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache_folder() / "inductor"))  # a second start is warm
+    """Trains ``cfg`` in the run folder ``out`` and evaluates the network before and after where the data has labels; writes the
+    report. Every process of ``world`` calls it; the first one writes, and holds the folder's lock until the report is written.
+
+    started: ``time.perf_counter()`` when the command began. profile: steady steps to profile.
+    Raises ``RunFolderInUse`` where another process trains in ``out``, ``ConfigError`` and ``ValueError`` for settings and data that
+    cannot be used, and what ``Trainer.fit`` raises.
+    """
+    with RunFolder(out).locked() if world.first else nullcontext():
+        return _train(cfg, out, started, profile, world)
+
+
+def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -> Summary:
+    device, folder, cache = world.device, RunFolder(out), cache_folder()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # a second start is warm
     cfg = build.resolve(cfg, device, world.size, world.local_size)
-    if distributed.restarted() and checkpoint.list_checkpoints(out / "checkpoints"):
+    if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
-    source, state = find_checkpoint(cfg, out) if world.first else (None, None)
-    source = world.share(source)
-    if source is not None and state is None:
-        state = checkpoint.load(source)
-    cache = files.cache_folder()
+    source, state = _checkpoint(cfg, folder, world)
     with world.first_then_others():
         images = build.data(cfg, cache_dir=cache)
 
@@ -53,14 +55,13 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
 
     teacher = load_teacher(cfg, world)
     trainer = assemble(
-        cfg, images, device, teacher=teacher, out=out if world.first else None, cache=cache, embed=embed, world=world
+        cfg, images, device, teacher=teacher, out=out if world.first else None, cache=cache, embed=embed, profile=profile, world=world
     )
     if world.first:
-        for folder in (out, out / "checkpoints", out / "replay"):
-            files.remove_temporary_files(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
-        catalog.write_bad_files(images, out / "bad_files.txt")
+        for written in (folder.path, folder.checkpoints, folder.replay):
+            remove_temporary_files(written)
+        write_atomically(folder.config, lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
+        catalog.write_bad_files(images, folder.bad_files)
     judge = Judge(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
     if source is not None:
@@ -68,11 +69,10 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
         judge.resume(trainer.step.step)
     else:
         if world.first:
-            run_folder.append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
+            append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
         judge(trainer)
         judge.teacher(teacher)
         watch(trainer)
-    trainer.profile = profile if world.first else 0
     if cfg.eval.every:
         trainer.hooks.append(judge.after_epoch)
     trainer.hooks.append(watch.after_epoch)
@@ -83,24 +83,38 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
         trainer.loader.close()
     if world.share(world.first and is_finished(out, trainer.step.step)):
         say(f"{out} was finished before: nothing is trained or judged again, the report is made anew")
+    else:
+        judge(trainer)
+        watch(trainer)
         if world.first:
-            make_page(out, device)
-        return summary
-    judge(trainer)
-    watch(trainer)
+            record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
+            append_metrics(out, {"kind": "summary", "step": trainer.step.step} | record)
+            closing_lines(out, record)
+            if share := judge.closing(summary.seconds - judge.spent):
+                say(share)
     if world.first:
-        record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
-        run_folder.append_metrics(out, {"kind": "summary", "step": trainer.step.step} | record)
-        report(out, record)
-        if share := judge.closing(summary.seconds - judge.spent):
-            say(share)
-        make_page(out, device)
+        write_report(folder, device)
     return summary
+
+
+def _checkpoint(cfg: Config, folder: RunFolder, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that every process continues, and its state; (None, None) to start afresh, in which case a run that is already
+    in ``folder`` is moved aside, not overwritten."""
+    found = None
+    if world.first:
+        found = find_checkpoint(cfg.resume, folder.path, flatten(cfg))
+        if found is None:
+            folder.move_aside()
+    source, state = found or (None, None)
+    source = world.share(source)
+    if source is not None and state is None:
+        state = checkpoint.load(source)
+    return source, state
 
 
 def is_finished(out: Path, step: int) -> bool:
     """Whether the run in ``out`` came to its end, the judging after training included, at ``step``."""
-    return any(record["kind"] == "summary" and record["step"] == step for record in run_folder.read_metrics(out))
+    return any(record["kind"] == "summary" and record["step"] == step for record in read_metrics(out))
 
 
 def dry_run(cfg: Config, world: World = ALONE) -> None:
@@ -136,41 +150,6 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
     say(f"a run would take {steps} steps: {cfg.epochs} epochs of {epoch}; nothing was written")
 
 
-def find_checkpoint(cfg: Config, out: Path) -> tuple[Path | None, dict | None]:
-    """The checkpoint that ``resume`` names, read and compared with ``cfg``; (None, None) to start afresh, in which case a run that
-    is already in ``out`` is moved aside, not overwritten."""
-    found = None
-    if cfg.resume == "auto":
-        found = checkpoint.newest(out / "checkpoints", say)
-    elif cfg.resume != "none":
-        source = Path(cfg.resume)
-        if not source.exists():
-            raise FileNotFoundError(f"resume: {source} is not there; give a checkpoint, a run folder, auto or none")
-        found = checkpoint.newest(source / "checkpoints", say) if source.is_dir() else (source, checkpoint.load(source))
-        if found is None:
-            raise FileNotFoundError(f"resume: {source} holds no checkpoint")
-    if found is None:
-        if out.is_dir() and any(out.iterdir()):
-            number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.{n}").exists())
-            out.rename(out.with_name(f"{out.name}.{number}"))
-            say(f"{out} held an earlier run; it is now {out}.{number}")
-        return None, None
-    source, state = found
-    try:
-        then = flatten(from_yaml(str(state.get("info", {}).get("config", ""))))
-    except ConfigError as error:
-        raise ValueError(f"resume: {source} was made with a config that this version cannot read: {error}") from error
-    now = flatten(cfg)
-    for key, value in now.items():
-        free = key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
-        if not free and then[key] != value:
-            raise ConfigError(
-                f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; give {key}={then[key]} to "
-                f"continue it, or --out DIR (or --resume none) to start afresh"
-            )
-    return source, state
-
-
 def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     """What the run ran on and when, for its record."""
     import platform
@@ -179,7 +158,7 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
 
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": run_folder.commit(),
+        "commit": commit(),
         "steps_per_epoch": trainer.loader.steps_per_epoch,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -191,9 +170,9 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def report(out: Path, record: dict[str, float]) -> None:
+def closing_lines(out: Path, record: dict[str, float]) -> None:
     """The closing lines: before and after, and where the time went."""
-    judged = [r for r in run_folder.read_metrics(out) if r["kind"] == "eval"]
+    judged = [r for r in read_metrics(out) if r["kind"] == "eval"]
     if judged:
         first, last = judged[0], judged[-1]
         say(f"{last['protocol']}, epoch {first['epoch']} -> epoch {last['epoch']}:")
@@ -210,11 +189,11 @@ def report(out: Path, record: dict[str, float]) -> None:
     say(f"run folder: {out}")
 
 
-def make_page(out: Path, device: torch.device) -> None:
+def write_report(folder: RunFolder, device: torch.device) -> None:
     """The run's report. Everything is saved by now: what goes wrong here is said and costs the run nothing."""
-    from engine import report as pages  # matplotlib, scikit-learn: a dry run does not need them
+    from engine import report  # matplotlib, scikit-learn: a dry run does not need them
 
     try:
-        pages.write([out], out / "report.html", device, quick=True)
+        report.write([folder.path], folder.report, device, quick=True)
     except (Exception, KeyboardInterrupt) as error:
-        say(f"no report ({type(error).__name__}: {error}); the run is complete, python -m engine.report {out} tries again")
+        say(f"no report ({type(error).__name__}: {error}); the run is complete, python -m engine.report {folder.path} tries again")

@@ -1,24 +1,199 @@
-"""The layout of a run folder and the records in it. Needs no torch."""
+"""A run folder: where everything of a run lies, the records in it, and the lock that gives it one writer. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.console import say
 from engine.files import write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of the run folder ``path``; nothing is created by asking."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration with every value decided."""
+        return self.path / "config.yaml"
+
+    @property
+    def weights(self) -> Path:
+        """The inference network at the newest checkpoint."""
+        return self.path / "weights.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step_*.pt``: everything that training continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record per line: start, train, eval, summary."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def evaluation(self) -> Path:
+        """Every measure with its protocol, as a JSON list."""
+        return self.path / "evaluation.json"
+
+    @property
+    def maps(self) -> Path:
+        """Folder of attention maps over the epochs."""
+        return self.path / "maps"
+
+    @property
+    def report(self) -> Path:
+        """The HTML page."""
+        return self.path / "report.html"
+
+    @property
+    def replay(self) -> Path:
+        """Folder of bundles for ``python -m engine.replay``."""
+        return self.path / "replay"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of the profiler's trace and table."""
+        return self.path / "profile"
+
+    @property
+    def bad_files(self) -> Path:
+        """Files that left the image lists, with the reason."""
+        return self.path / "bad_files.txt"
+
+    def is_empty(self) -> bool:
+        """True where nothing lies there but the lock."""
+        return not self.path.is_dir() or all(entry.name == _LOCK for entry in self.path.iterdir())
+
+    def move_aside(self) -> None:
+        """Renames a folder that is not empty to the first free ``NAME.<number>``; whoever holds the lock holds it on the new one."""
+        if self.is_empty():
+            return
+        number = next(n for n in range(1, 10**6) if not self.path.with_name(f"{self.path.name}.{n}").exists())
+        moved = self.path.with_name(f"{self.path.name}.{number}")
+        self.path.rename(moved)
+        (moved / _LOCK).unlink(missing_ok=True)
+        if held := _held.get(_key(self.path)):
+            held.acquire(self.path)
+        say(f"{self.path} held an earlier run; it is now {moved}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, this process is the only one that writes into the folder, which is created.
+
+        The lock is the operating system's (a POSIX record lock): it ends with this process however that ends, is not inherited by
+        child processes, and holds on file systems that several machines share. Entering again in the same thread is free.
+
+        Raises ``RunFolderInUse`` naming the process that holds it.
+        """
+        key = _key(self.path)
+        if (held := _held.get(key)) is not None:
+            if held.thread != threading.get_ident():
+                raise RunFolderInUse(f"{self.path}: another thread of this process trains here; give another run folder")
+            yield
+            return
+        held = _held[key] = _Lock()
+        try:
+            held.acquire(self.path)
+            yield
+        finally:
+            held.release()
+            del _held[key]
+
+
+class RunFolderInUse(OSError):
+    """Another process writes into the run folder."""
+
+
+_LOCK = ".lock"
+
+
+class _Lock:
+    """A POSIX record lock on ``.lock``, in which stands who holds it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.file: int | None = None
+        self.path, self.made = Path(), False
+
+    def acquire(self, folder: Path) -> None:
+        """Takes the lock of ``folder``, which is created, and lets go of the one before. Raises ``RunFolderInUse``."""
+        self.release()
+        self.path, self.made = folder / _LOCK, not folder.is_dir()
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
+                os.close(file)
+                raise RunFolderInUse(
+                    f"{folder}: another process ({holder}) trains here; wait for it, end it, or give another run folder (--out DIR)"
+                ) from None
+            except OSError as error:
+                os.close(file)
+                say(f"{folder}: this file system gives no locks ({error}); start only one process that trains here")
+                return
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(file), self.path.stat()):
+                    break
+            os.close(file)  # the folder was renamed or removed between opening and locking
+        self.file = file
+        os.ftruncate(file, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(file, f"pid {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+
+    def release(self) -> None:
+        """Lets go, and removes a folder that it made and nothing was written into."""
+        if self.file is None:
+            return
+        if self.made and RunFolder(self.path.parent).is_empty():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+                self.path.parent.rmdir()
+        else:
+            os.ftruncate(self.file, 0)
+        os.close(self.file)
+        self.file = None
+
+
+_held: dict[tuple[int, str], _Lock] = {}
+
+
+def _key(path: Path) -> tuple[int, str]:
+    """The folder in this process: a forked child holds nothing."""
+    return os.getpid(), str(path.absolute())
 
 
 def append_metrics(out: Path, record: dict[str, Any]) -> None:
     """Appends one JSON line to ``out``/metrics.jsonl."""
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with RunFolder(out).metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The records of ``out``/metrics.jsonl; a line cut off by a kill, or otherwise damaged, is left out."""
-    path = out / "metrics.jsonl"
+    path = RunFolder(out).metrics
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -34,7 +209,7 @@ def rewind_metrics(out: Path, step: int) -> None:
     """Drops the records after ``step``, so that a resumed run's log reads as one run."""
     records = [r for r in read_metrics(out) if r.get("step", 0) <= step]
     text = "".join(json.dumps(r) + "\n" for r in records)
-    write_atomically(out / "metrics.jsonl", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_atomically(RunFolder(out).metrics, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def commit() -> str | None:

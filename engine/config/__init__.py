@@ -1,7 +1,7 @@
 """The configuration: its schema, its text as YAML, and the command line. Importing it loads no torch."""
 
 from engine.config.command_line import RECIPES, Arguments, find_recipe, parse, recipe_names
-from engine.config.recipe import YamlDumper, YamlLoader, from_yaml, nearest, read, resolve, to_yaml
+from engine.config.recipe import YamlDumper, YamlLoader, dump, from_yaml, nearest, read, resolve, to_yaml
 from engine.config.schema import (
     AisConfig,
     BatchNormConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "TeacherConfig",
     "YamlDumper",
     "YamlLoader",
+    "dump",
     "expected_type",
     "find_recipe",
     "flatten",

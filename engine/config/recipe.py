@@ -62,6 +62,15 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(plain, Dumper=YamlDumper, sort_keys=False, default_flow_style=None, width=120)
 
 
+def dump(values: dict[str, Any]) -> str:
+    """{dotted key: value} of some keys as YAML text in sections."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = list(value) if isinstance(value, tuple) else value
+    return yaml.dump(tree, Dumper=YamlDumper, sort_keys=False, default_flow_style=None, width=120)
+
+
 def from_yaml(source: str | Path) -> Config:
     """Reads YAML text (``str``) or a YAML file (``Path``); keys that are not given keep their defaults.
 

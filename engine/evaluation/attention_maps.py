@@ -16,6 +16,7 @@ from engine.config import Config
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, Catalog, Normalise, clean_resize, clean_view
 from engine.files import read_metadata
 from engine.pretrained import weights_file
+from engine.run_folder import RunFolder
 from engine.training import Trainer, uncompiled
 from ppssl.method import Method
 
@@ -73,7 +74,7 @@ class Watch:
             if int(path.stem[5:]) > step:  # of a run that was resumed from before it
                 path.unlink()
         about = {"step": str(step), "epoch": str(trainer.epoch)}
-        weights_file.save_weights(self.out / "maps" / f"step_{step:09d}.safetensors", maps, about)
+        weights_file.save_weights(RunFolder(self.out).maps / f"step_{step:09d}.safetensors", maps, about)
 
     def after_epoch(self, trainer: Trainer) -> None:
         if trainer.epoch < trainer.epochs and self.is_due(trainer.epoch, trainer.epochs):
@@ -91,7 +92,7 @@ class Watch:
         if self.out is not None:
             pictures = torch.stack([_view(image, SIDE) for image in read])
             about = {"names": json.dumps([self.images.names[i] for i in self.chosen]), "split": self.split}
-            weights_file.save_weights(self.out / "maps" / "images.safetensors", {"pictures": pictures}, about)
+            weights_file.save_weights(RunFolder(self.out).maps / "images.safetensors", {"pictures": pictures}, about)
         pixels = torch.stack([_view(image, self.cfg.data.image_size) for image in read])
         return Normalise(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
 
@@ -121,7 +122,7 @@ def attention(method: Method, images: Tensor) -> dict[str, Tensor]:
 
 def read(out: Path) -> Attention | None:
     """The maps in a run folder; None where there are none. Raises ``ValueError`` naming a file that is damaged."""
-    images = out / "maps" / "images.safetensors"
+    images = RunFolder(out).maps / "images.safetensors"
     if not images.is_file() or not _files(out):
         return None
     pictures = weights_file.load_weights(images)["pictures"].numpy()
@@ -135,7 +136,7 @@ def read(out: Path) -> Attention | None:
 
 
 def _files(out: Path) -> list[Path]:
-    return sorted((out / "maps").glob("step_*.safetensors"))
+    return sorted(RunFolder(out).maps.glob("step_*.safetensors"))
 
 
 def _view(image: Image.Image, side: int) -> Tensor:

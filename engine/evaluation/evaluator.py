@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import files, run_folder
+from engine import files
 from engine.config import Config
 from engine.console import say
 from engine.data import Catalog, ImageList, teacher_cache
@@ -20,6 +20,7 @@ from engine.evaluation import knn, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_atomically
+from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import ALONE, Trainer, World
 from ppssl.teacher import Teacher
 
@@ -243,8 +244,8 @@ class Judge:
         about = {"kind": "eval", "step": step, "epoch": epoch, "protocol": protocol}
         about |= {name: records[0][name] for name in _ABOUT if name in records[0]}
         self.cost = time.perf_counter() - started
-        run_folder.append_metrics(self.out, about | shown | {"seconds": self.cost})
-        keep(self.out / "evaluation.json", records)
+        append_metrics(self.out, about | shown | {"seconds": self.cost})
+        keep(RunFolder(self.out).evaluation, records)
         say(f"epoch {epoch}: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items()))
 
     def teacher(self, teacher: Teacher | None) -> None:
@@ -253,17 +254,17 @@ class Judge:
             return
         candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
         records = judge(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
-        keep(self.out / "evaluation.json", records)
+        keep(RunFolder(self.out).evaluation, records)
         say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))
 
     def resume(self, step: int) -> None:
         """Forgets what was measured after ``step`` and learns from the log what an evaluation costs."""
         if not self.world.first:
             return
-        past = [r for r in run_folder.read_metrics(self.out) if r["kind"] == "eval"]
+        past = [r for r in read_metrics(self.out) if r["kind"] == "eval"]
         self.cost = past[-1]["seconds"] if past else 0.0
-        if (self.out / "evaluation.json").is_file():
-            keep(self.out / "evaluation.json", [], until=step)
+        if (RunFolder(self.out).evaluation).is_file():
+            keep(RunFolder(self.out).evaluation, [], until=step)
 
     def after_epoch(self, trainer: Trainer) -> None:
         """A hook of the trainer; the last epoch is judged after training."""

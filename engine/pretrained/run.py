@@ -11,6 +11,7 @@ import torch
 from engine.config import Config, from_yaml
 from engine.files import read_metadata
 from engine.pretrained import weights_file
+from engine.run_folder import RunFolder
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 
@@ -24,24 +25,32 @@ class Run(NamedTuple):
     epoch: int
 
 
-def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
+def load_run(folder: str | Path, device: torch.device | str = "cpu", network: FeatureNet | None = None) -> Run:
     """The config and the trained network of a run folder, in eval mode.
 
+    network: takes the weights; None builds it, which needs a registered method and a trunk that is known by name.
     Raises ``FileNotFoundError`` when ``folder`` is not a run folder or has no weights yet, ``ValueError`` when its files do not
     belong together.
     """
     folder = Path(folder)
-    if not (folder / "config.yaml").is_file():
+    files = RunFolder(folder)
+    if not files.config.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_yaml(folder / "config.yaml")
-    path = folder / "weights.safetensors"
+    cfg = from_yaml(files.config)
+    path = files.weights
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
-    network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
+    if network is None:
+        if cfg.method.name not in METHODS:
+            raise ValueError(
+                f"{files.config}: method.name: {cfg.method.name!r} is not registered here; import the module that registers it, or "
+                f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
+            )
+        network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
     try:
         network.load_weights(weights_file.load_weights(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {folder / 'config.yaml'}: {textwrap.shorten(str(error), 300)}") from error
+        raise ValueError(f"{path} does not fit {files.config}: {textwrap.shorten(str(error), 300)}") from error
     metadata = read_metadata(path)
     network = network.to(device, memory_format=torch.channels_last).eval()
     return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine import build, files, run_folder
+from engine import build, files
 from engine.config import Config, from_yaml
 from engine.data import ImageList
 from engine.evaluation import Attention, attention_maps
 from engine.evaluation import features as kept_features
 from engine.pretrained import load_run
+from engine.run_folder import RunFolder, read_metrics
 from engine.synthetic import dataset
 
 
@@ -43,19 +44,19 @@ class Run(NamedTuple):
 def read(folder: Path, device: torch.device, *, with_features: bool = True) -> Run:
     """Reads ``folder`` and, with its images at hand, takes their features. Raises ``FileNotFoundError`` when it is not a run
     folder, ``ValueError`` when its config is damaged."""
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
     cfg = from_yaml(path)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, images, split, device)
     name, judged = folder.resolve().name, _evaluation(folder)
-    return Run(folder, name, cfg, run_folder.read_metrics(folder), judged, _attention(folder), images, split, features)
+    return Run(folder, name, cfg, read_metrics(folder), judged, _attention(folder), images, split, features)
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
     """The list in evaluation.json; empty where it is missing or not one."""
-    path = folder / "evaluation.json"
+    path = RunFolder(folder).evaluation
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     except ValueError:

@@ -3,6 +3,7 @@
 from engine.training import checkpoint, distributed, precision, speed
 from engine.training.distributed import ALONE, World, gather_rows
 from engine.training.optim import apex_missing
+from engine.training.resume import find_checkpoint
 from engine.training.step import choose, uncompiled
 from engine.training.trainer import Stopped, Summary, Trainer, signals_stop_at_once
 
@@ -16,6 +17,7 @@ __all__ = [
     "checkpoint",
     "choose",
     "distributed",
+    "find_checkpoint",
     "gather_rows",
     "precision",
     "signals_stop_at_once",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.files import write_atomically
 from engine.pretrained import save_weights
+from engine.run_folder import RunFolder
 
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{9})\.pt")
@@ -191,8 +192,8 @@ class Saver:
         try:
             if copied is not None:
                 copied.synchronize()
-            self.saved = save(self.out / "checkpoints", state, keep=self.keep)
-            save_weights(self.out / "weights.safetensors", copies["weights"], metadata)
+            self.saved = save(RunFolder(self.out).checkpoints, state, keep=self.keep)
+            save_weights(RunFolder(self.out).weights, copies["weights"], metadata)
         except OSError as error:
             remedy = ""
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 
 from engine.console import console, say
-from engine.run_folder import append_metrics
+from engine.run_folder import RunFolder, append_metrics
 from ppssl.method import Output
 from ppssl.span import span
 
@@ -38,7 +38,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; a dry run does not need it
 
             out.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+            self.writer = SummaryWriter(str(RunFolder(out).tensorboard), purge_step=start_step)
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

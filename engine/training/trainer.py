@@ -8,23 +8,28 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.config import Config, OptimConfig, RunConfig, dump, flatten, to_yaml
 from engine.console import console, say
 from engine.data import Loader
 from engine.errors import BrokenFile
-from engine.run_folder import rewind_metrics
-from engine.training import checkpoint, optim, precision
+from engine.files import write_atomically
+from engine.run_folder import RunFolder, rewind_metrics
+from engine.training import checkpoint, precision
 from engine.training.distributed import ALONE, World
 from engine.training.log import RunLog
+from engine.training.optim import learning_rate, sgd
 from engine.training.profiling import Profile
+from engine.training.resume import find_checkpoint
 from engine.training.step import Step, choose
-from ppssl.method import Batch, Method, Output
+from ppssl.method import METHODS, Batch, Method, Output
 from ppssl.ops import gather
 
 
@@ -55,12 +60,14 @@ class Trainer:
 
         Trainer(method, loader, epochs=100, amp="bf16", out="runs/mine").fit()
 
-    method: a ``ppssl.Method``; loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
-    ``ppssl.Batch``; teacher: [N, E] embeddings by image index for methods with ``needs_teacher_embeddings``; hooks: called with
-    the trainer after every epoch; out: run folder, None keeps nothing; profile: steady steps to
-    profile into out/profile; info: plain data stored in every checkpoint; world: the processes that share each batch (the method
-    is distributed, the loader gives this one's share), of which the first has ``out``.
-    ``fit`` continues where ``resume`` has put it.
+    method: a ``ppssl.Method``. loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
+    ``ppssl.Batch``. optim, run: the sections ``optim`` and ``run`` of a config. teacher: [N, E] embeddings by image index for methods
+    with ``needs_teacher_embeddings``. hooks: called with the trainer after every epoch. profile: steady steps to profile.
+    out: run folder, None keeps nothing. One process at a time trains there. A run that is already in it is continued where it is
+    this one (``resume="auto"``) and moved aside with ``resume="none"``; a run with other settings is refused. ``engine.load(out)``
+    gives the trained network.
+    config: of a run that is built from one; its caller has made ``out`` ready. world: the processes that share each batch (the
+    method is distributed, the loader gives this one's part of it), of which the first has ``out``.
     """
 
     def __init__(
@@ -69,27 +76,20 @@ class Trainer:
         loader: Loader,
         *,
         epochs: int,
-        lr: float = 0.03,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        schedule: str = "cosine",
-        optimizer: str = "auto",
+        optim: OptimConfig | None = None,
+        run: RunConfig | None = None,
         ema_decay: float = 0.999,
         amp: str | None = None,
-        compile: str = "auto",
-        cuda_graph: str = "auto",
         device: torch.device | str | None = None,
-        teacher: Tensor | None = None,
         out: str | Path | None = None,
-        log_every: int = 10,
-        save_every_steps: int | None = None,
-        keep: int = 2,
-        max_bad_steps: int = 10,
-        profile: int = 0,
-        info: dict[str, Any] | None = None,
+        teacher: Tensor | None = None,
         hooks: Sequence[Callable[[Trainer], None]] = (),
+        resume: str = "auto",
+        config: Config | None = None,
+        profile: int = 0,
         world: World = ALONE,
     ):
+        optim, run = optim or OptimConfig(), run or RunConfig()
         if method.needs_teacher_embeddings and teacher is None:
             raise ValueError("this method needs teacher embeddings; pass teacher=[N, E]")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -97,26 +97,29 @@ class Trainer:
         self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
-        self.execution = choose(compile, cuda_graph, self.precision, world.size)
+        self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
         frozen = {id(p) for p in method.ema_pairs()[1]}
         trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
         self.step = Step(
             method,
-            optim.sgd(trained, lr=lr, momentum=momentum, weight_decay=weight_decay, backend=optimizer),
-            lr=lambda step: optim.learning_rate(step, self.total_steps, peak=lr, schedule=schedule),
+            sgd(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, backend=optim.backend),
+            lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule),
             decay=ema_decay,
             precision=self.precision,
             total_steps=self.total_steps,
             compile=self.execution.compile,
             graph=self.execution.graph,
-            max_bad_steps=max_bad_steps,
+            max_bad_steps=run.max_bad_steps,
         )
         self.out = None if out is None else Path(out)
-        self.log_every, self.info = log_every, info or {}
+        self.resume_from, self.config = resume, config
+        self.settings = flatten(config) if config else known_settings(method, self, optim, run, ema_decay, amp)
+        self.log_every = run.log_every
         self.profile = profile
-        self.save_every = save_every_steps or loader.steps_per_epoch
-        self.saver = checkpoint.Saver(self.out or Path(), keep=keep)
+        self.save_every = run.save_every_steps or loader.steps_per_epoch
+        self.saver = checkpoint.Saver(self.out or Path(), keep=run.keep)
         self.saved_step = self.hooked_epoch = -1
+        self.folder_is_ready = self.out is None or config is not None  # whoever has a config has made the folder ready
         self.log: RunLog | None = None
 
     @property
@@ -127,11 +130,37 @@ class Trainer:
     def fit(self) -> Summary:
         """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` after ``max_bad_steps`` steps in a row whose
         loss or gradient was not finite, ``BrokenFile`` after a save when an image can no longer be read, ``OSError`` when nothing
-        can be saved; each names the last good checkpoint."""
+        can be saved; each names the last good checkpoint; ``RunFolderInUse`` where another process trains in ``out``."""
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        with RunFolder(self.out).locked() if self.out is not None else nullcontext():
+            self.prepare_folder()
+            return self._fit()
+
+    def prepare_folder(self) -> None:
+        """Makes ``out`` the folder of this run: continues the run that is there, or moves it aside, as ``resume`` says.
+
+        Raises ``ConfigError`` where a setting that must not change differs from the run that is there.
+        """
+        if self.folder_is_ready:
+            return
+        self.folder_is_ready = True
+        found = find_checkpoint(self.resume_from, self.out, self.settings)
+        if found is not None:
+            self.resume(*found)
+        else:
+            RunFolder(self.out).move_aside()
+
+    def write_settings(self, batch: Batch) -> None:
+        """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
+        self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
+        text = dump(self.settings)
+        write_atomically(RunFolder(self.out).config, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+    def _fit(self) -> Summary:
         step, began = self.step, self.step.step
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
-        profile = Profile((self.out or Path()) / "profile", steps=self.profile, device=self.device)
+        profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
         asked = _Signals()
         signals = _handlers(asked, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         with signals, self.log as log, profile, self.saver, self.saved_when_broken():
@@ -139,6 +168,8 @@ class Trainer:
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.step)
                 batch = self.with_teacher(batch)
+                if step.step == began and self.out is not None and self.config is None:
+                    self.write_settings(batch)
                 if step.step == began and self.execution.compile != "off":
                     output, compiling = self.first_step(batch)
                 else:
@@ -232,7 +263,7 @@ class Trainer:
         state, replay = self.state(), "no run folder keeps it for a replay"
         again = {"index": gather(streak.index, self.method.group), "terms": streak.terms}
         if self.out is not None:
-            bundle = self.out / "replay" / f"step_{streak.step:09d}.pt"
+            bundle = RunFolder(self.out).replay / f"step_{streak.step:09d}.pt"
             replay = f"to run that step again: python -m engine.replay {bundle}"
             try:
                 checkpoint.write(bundle, state | {"step": streak.step, "replay": again})
@@ -252,7 +283,7 @@ class Trainer:
             "hooked_epoch": self.hooked_epoch,
             "method": self.method.state_dict(),
             "rng": checkpoint.rng_state(),
-            "info": self.info,
+            "info": {"config": to_yaml(self.config)} if self.config else {"settings": self.settings},
         }
 
     def save(self) -> None:
@@ -270,6 +301,7 @@ class Trainer:
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
         """Continues the checkpoint at ``path`` (``state`` when it is already read). Raises ``ValueError`` when it belongs to
         another method or network."""
+        self.folder_is_ready = True
         state = checkpoint.load(path) if state is None else state
         try:
             self.method.load_state_dict(state["method"])
@@ -283,6 +315,24 @@ class Trainer:
         if self.out is not None:
             rewind_metrics(self.out, self.step.step)
         say(f"continuing {path} at step {self.step.step} of {self.total_steps}")
+
+
+def known_settings(
+    method: Method, trainer: Trainer, optim: OptimConfig, run: RunConfig, ema_decay: float, amp: str | None
+) -> dict[str, Any]:
+    """{dotted key: value} of a run that was built in code, as far as it can be told: enough to load its network again where the
+    method is registered, and to refuse another run's folder."""
+    sections = {"optim": optim, "run": run}
+    known = {"epochs": trainer.epochs, "amp": amp, "ema.decay": ema_decay}
+    known |= {f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)}
+    known["method.name"] = next((name for name, kind in METHODS.items() if kind is type(method)), type(method).__name__)
+    network = method.network if type(method).network is not Method.network else None
+    if network is not None:
+        known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
+        known["encoder.weights"] = "none"
+    if network is not None and network.mask is not None:
+        known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
+    return known
 
 
 @contextmanager

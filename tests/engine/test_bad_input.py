@@ -20,15 +20,14 @@ from PIL import Image
 from torch import nn
 
 from engine import build, console, run_folder
-from engine.config import command_line, from_yaml
+from engine.config import command_line, flatten, from_yaml
 from engine.data import catalog, teacher_cache
 from engine.errors import ConfigError
 from engine.pretrained import weights_file
 from engine.pretrained.run import load_run
 from engine.pretrained.third_party import initialise
 from engine.replay import replay
-from engine.run import find_checkpoint
-from engine.training import checkpoint
+from engine.training import checkpoint, find_checkpoint
 from engine.training.trainer import Trainer
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.moco import MoCo
@@ -294,7 +293,8 @@ def resume(name: str, prepare: Callable[[Path], object], error: type[BaseExcepti
 
     def run(folder: Path) -> object:
         prepare(folder / "run/checkpoints")
-        return find_checkpoint(from_yaml(yaml.safe_dump({"resume": "auto"} | keys)), folder / "run")
+        cfg = from_yaml(yaml.safe_dump({"resume": "auto"} | keys))
+        return find_checkpoint(cfg.resume, folder / "run", flatten(cfg))
 
     return Case(f"run folder {name}", run, error, words)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import engine.training.optim
+import engine.training
 from engine import doctor
 from engine.training import speed
 
@@ -63,10 +63,10 @@ def test_the_other_package_named_kernels(quick, monkeypatch: pytest.MonkeyPatch,
 
 def test_the_other_package_named_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "the module apex that is installed is not NVIDIA's: it has no optimizers.FusedSGD"
-    monkeypatch.setattr(engine.training.optim, "apex_missing", lambda: said)
+    monkeypatch.setattr(engine.training, "apex_missing", lambda: said)
     (finding,) = doctor.apex()
     assert finding.state == "note" and "pip uninstall apex" in finding.remedy
-    monkeypatch.setattr(engine.training.optim, "apex_missing", lambda: None)
+    monkeypatch.setattr(engine.training, "apex_missing", lambda: None)
     assert doctor.apex()[0].state == "ok"
 
 
@@ -183,5 +183,5 @@ def test_expectation() -> None:
 
 
 def test_measuring() -> None:
-    rate = doctor.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
+    rate = speed.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e-4 < rate < 1e3

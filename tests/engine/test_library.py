@@ -14,13 +14,14 @@ from PIL import Image
 
 import engine
 from engine import Trainer, run_folder
-from engine.config import Config, DataConfig
+from engine.config import Config, DataConfig, OptimConfig, RunConfig
 from engine.data.catalog import load as load_catalog
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.loaders.torch_loader import clean_batches
 from engine.data.views import clean_resize
+from engine.errors import ConfigError
 from engine.training import checkpoint
-from ppssl import Batch, Method, Output
+from ppssl import Batch, Method, MoCo, Output
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 
 
@@ -60,14 +61,14 @@ class Noise:
 def test_the_trainer_runs_anybody_s_method(tmp_path: Path) -> None:
     torch.manual_seed(0)
     method = Spread(Trunk("resnet18_w8_s16"))
-    trainer = Trainer(method, Noise(), epochs=3, lr=0.1, device="cpu", out=tmp_path / "mine", log_every=8)
+    trainer = Trainer(method, Noise(), epochs=3, optim=OptimConfig(lr=0.1), run=RunConfig(log_every=8), device="cpu", out=tmp_path / "mine")
     summary = trainer.fit()
     assert summary.steps == 24
     losses = [r["loss"] for r in run_folder.read_metrics(tmp_path / "mine") if r["kind"] == "train"]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert (tmp_path / "mine" / "weights.safetensors").is_file()
 
-    again = Trainer(Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, lr=0.1, device="cpu", out=tmp_path / "mine")
+    again = Trainer(Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, optim=OptimConfig(lr=0.1), device="cpu", out=tmp_path / "mine")
     again.resume(checkpoint.list_checkpoints(tmp_path / "mine" / "checkpoints")[-1])
     assert again.fit().steps == 8
 
@@ -132,3 +133,58 @@ def test_features_of_something_else_are_refused(run: Path, photos: Path) -> None
     (photos / "text.png").write_text("no image")
     with pytest.raises(ValueError, match="PIL"):
         network.transform(photos / "text.png")
+
+
+def moco() -> MoCo:
+    torch.manual_seed(0)
+    trunk = Trunk("resnet18_w8_s16")
+    return MoCo(FeatureNet(trunk), projection_head("mlp2", trunk.channels, 8), dim=8, queue_size=16)
+
+
+def train(out: Path, epochs: int = 1, **options: object) -> Trainer:
+    trainer = Trainer(moco(), Noise(), epochs=epochs, optim=OptimConfig(lr=0.1), device="cpu", out=out, **options)
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_built_in_code_can_be_loaded(tmp_path: Path) -> None:
+    trainer = train(tmp_path / "moco")
+    network = engine.load(tmp_path / "moco")
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(network.features(x), trainer.method.network.eval().features(x))
+    assert network.transform.image_size == 32
+
+
+def test_a_user_s_own_method_is_loaded_into_a_network_that_is_given(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method = Spread(Trunk("resnet18_w8_s16"))
+    Trainer(method, Noise(), epochs=1, device="cpu", out=tmp_path / "mine").fit()
+    with pytest.raises(ValueError, match=r"Spread.*network="):
+        engine.load(tmp_path / "mine")
+    network = engine.load(tmp_path / "mine", network=FeatureNet(Trunk("resnet18_w8_s16")))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(network.features(x), method.network.eval().features(x))
+
+
+def test_a_second_trainer_continues_the_run_in_its_folder(tmp_path: Path) -> None:
+    train(tmp_path / "run", epochs=2)
+    again = Trainer(moco(), Noise(), epochs=2, optim=OptimConfig(lr=0.1), device="cpu", out=tmp_path / "run")
+    assert again.fit().steps == 0
+    records = run_folder.read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["kind"] == "train"] == sorted({r["step"] for r in records if r["kind"] == "train"})
+
+
+def test_a_second_trainer_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"optim\.lr.*0\.1.*0\.2"):
+        Trainer(moco(), Noise(), epochs=1, optim=OptimConfig(lr=0.2), device="cpu", out=tmp_path / "run").fit()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_can_be_moved_aside(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = train(tmp_path / "run", resume="none")
+    assert again.step.step == 8 and (tmp_path / "run.1" / "metrics.jsonl").read_text() == before
+    assert len([r for r in run_folder.read_metrics(tmp_path / "run") if r["kind"] == "train"]) == 1

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import run_folder
+from engine import report, run_folder
 from engine.config import from_yaml
 from engine.evaluation import attention_maps
-from engine.report import render
 from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint
@@ -269,7 +268,7 @@ def test_a_page_that_fails_costs_the_run_nothing(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr(render, "write", fail)
+    monkeypatch.setattr(report, "write", fail)
     assert main(["--cfg", str(recipe), "epochs=1"]) == 0
     told = capsys.readouterr().err
     assert "no report (RuntimeError: no ink)" in told and "python -m engine.report runs/tiny" in told

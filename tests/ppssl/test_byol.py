@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Trainer
-from engine.config import from_yaml
+from engine.config import OptimConfig, from_yaml
 from ppssl.byol import BYOL
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS, Batch
@@ -70,7 +70,7 @@ def test_it_learns_to_predict_and_does_not_collapse() -> None:
     start = copy.deepcopy(method.target.state_dict())
     with torch.no_grad():
         before = copy.deepcopy(method)(batch())
-    Trainer(method, Images(), epochs=4, lr=0.05, ema_decay=0.9, amp="bf16").fit()
+    Trainer(method, Images(), epochs=4, optim=OptimConfig(lr=0.05), ema_decay=0.9, amp="bf16").fit()
     with torch.no_grad():
         after = method.train()(batch())
     assert float(after.total) < 0.5 * float(before.total)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import Trainer
+from engine.config import OptimConfig
 from ppssl.batch_norm import group_batch_norm
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.ldfs import LDFS, Decoder
@@ -156,6 +157,6 @@ def test_it_trains_and_its_decoder_learns_to_draw() -> None:
     assert (method.pair, method.share, method.warmup, method.noise) == (0.5, 0.2, 0.2, 1.0)
     method.reconstruction = 1.0
     first = float(copy.deepcopy(method)(batch()).terms["reconstruction"])
-    Trainer(method, Images(), epochs=3, lr=0.05, ema_decay=0.9, amp="bf16").fit()
+    Trainer(method, Images(), epochs=3, optim=OptimConfig(lr=0.05), ema_decay=0.9, amp="bf16").fit()
     assert float(method(batch()).terms["reconstruction"]) < 0.9 * first
     assert torch.isfinite(method.network.eval()(batch().x_q)).all() and "decoder" not in str(method.network.weights().keys())

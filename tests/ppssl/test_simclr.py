@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine import Trainer, load, run_folder
-from engine.config import from_yaml
+from engine.config import OptimConfig, from_yaml
 from engine.synthetic import dataset
 from engine.train import main
 from ppssl.encoder import Trunk
@@ -78,7 +78,7 @@ def test_it_learns_which_views_belong_together() -> None:
     method = build()
     with torch.no_grad():
         before = method(batch(size=8))
-    Trainer(method, Images(), epochs=3, lr=0.1, amp="bf16").fit()
+    Trainer(method, Images(), epochs=3, optim=OptimConfig(lr=0.1), amp="bf16").fit()
     with torch.no_grad():
         after = method.train()(batch(size=8))
     assert float(after.total) < 0.7 * float(before.total) and float(after.stats["contrast_top1"]) > 0.9
