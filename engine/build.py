@@ -20,6 +20,7 @@ from engine.synthetic import dataset
 from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
+from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
 from ppssl.teacher import Teacher, load_descriptions
 
 
@@ -48,8 +49,11 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     """
     if processes > 1:
         cfg = spread(cfg, processes, on_this_machine)
-    if cfg.method.name not in METHODS:
-        raise ConfigError(f"method.name: {cfg.method.name!r} is not known; use one of {', '.join(sorted(METHODS))}")
+    try:
+        settings_class(cfg.method.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    cfg = resolve_variant(cfg)
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -100,7 +104,7 @@ def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catal
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     """The frozen image-text model, where the method listens to one."""
-    if cfg.method.name != "ppssl" or cfg.ais.weight == 0:
+    if not settings_of(cfg).uses_teacher:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
     say(f"teacher: {model}, weights {files}")  # before it is loaded: a first use downloads it
@@ -116,11 +120,16 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
     """The method of ``cfg`` with its starting weights, in ``world``; random parts are a function of ``seed`` alone."""
     network = initial_network(cfg, world)
-    method = METHODS[cfg.method.name].from_config(cfg, network, model)
+    method = METHODS[cfg.method.name].from_settings(settings_of(cfg), network, model)
     if world.group:
         world.spread(method)
         method.distribute(world.group, sync_bn=cfg.bn.sync, shard_queue=cfg.queue.sharded)
     return method
+
+
+def settings_of(cfg: Config) -> Settings:
+    """What the method of ``cfg`` is told."""
+    return method_settings(cfg, cfg.data.image_size)
 
 
 def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
@@ -129,7 +138,7 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     trunk = Trunk(cfg.encoder.arch)
     with world.first_then_others():
         say(f"encoder: {cfg.encoder.arch}, {third_party.initialise(trunk, cfg.encoder.weights)}")
-    return METHODS[cfg.method.name].build_network(cfg, trunk)
+    return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
@@ -168,7 +177,7 @@ def assemble(
     trained = method(cfg, teacher, world)
     share = sampler.Share(world.rank, world.size)
     with world.first_then_others():
-        loader = build_loader(images.train, cfg, device, with_original=trained.needs_original, cache_dir=cache, share=share)
+        loader = build_loader(images.train, cfg, device, with_clean=trained.needs_clean, cache_dir=cache, share=share)
     rows = embed(teacher) if trained.needs_teacher_embeddings else None
     trainer = Trainer(
         trained,
@@ -185,7 +194,7 @@ def assemble(
         profile=profile if world.first else 0,
         world=world,
     )
-    say(f"method: {cfg.method.title}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    say(f"method: {title(cfg)}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     if world.group:

@@ -95,7 +95,7 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
 def _network_of_file(path: Path, config: Any) -> FeatureNet:
     """Our own files with their mask branch, everybody else's trunk with plain pooling."""
     if path.suffix == ".safetensors" and any(name.startswith("mask.") for name in weights_file.load_weights(path)):
-        network = METHODS[config.method.name].build_network(config, Trunk(config.encoder.arch))
+        network = METHODS[config.method.name].build_network(build.settings_of(config), Trunk(config.encoder.arch))
         if network.mask is not None:
             try:
                 network.load_weights(weights_file.load_weights(path))

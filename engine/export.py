@@ -167,31 +167,31 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
     """Writes the network of the run ``folder`` as ``to`` and its card (FILE.json, FILE.md) beside it; returns the file.
 
     out: a file with the format's suffix, or a folder; None is ``folder``/export.
-    minmax: scale the mask over each ``image`` instead of over the ``batch`` that form ``published`` prescribes, so that no image's
+    minmax: scale the mask over each ``image`` instead of over the ``batch`` that variant ``published`` prescribes, so that no image's
     feature depends on its batch mates (graphs of networks with a mask only).
     Raises ``FileNotFoundError`` for a folder that is no run, ``ValueError`` for a request that cannot be met, ``ImportError``
     without ONNX, ``RuntimeError`` when the graph's features are not the run's.
     """
-    form = FORMATS[to]
+    target = FORMATS[to]
     run = load_run(folder)
     arch, mask = run.config.encoder.arch, run.network.mask
     run.network.to(memory_format=torch.contiguous_format)
-    if not form.graph and not re.fullmatch(r"resnet\d+", arch):
+    if not target.graph and not re.fullmatch(r"resnet\d+", arch):
         raise ValueError(f"--to {to}: {arch} is not one of {to}'s networks; use --to onnx or --to torch-export")
     if minmax is not None:
-        if mask is None or not form.graph:
+        if mask is None or not target.graph:
             raise ValueError(f"--minmax {minmax}: there is no mask in what --to {to} writes of this run; leave it out")
         mask.minmax = minmax
     path = _place(folder, to, out, arch)
     notes = []
-    if mask is not None and not form.graph:
+    if mask is not None and not target.graph:
         notes.append(
             "The run's own feature is l2(gap(A * F)) with a mask A. This file is the trunk alone, whose pooled output is gap(F); "
             "the mask is in the run's weights.safetensors and in the formats onnx and torch-export."
         )
     elif mask is not None and mask.minmax == "batch":
         notes.append(
-            "The mask is scaled by the smallest and largest value of the whole batch, as the published form prescribes: an image's "
+            "The mask is scaled by the smallest and largest value of the whole batch, as the published variant prescribes: an image's "
             "feature depends on the images it is computed with. Compare features of equal batches only, or export with "
             "--minmax image, which is another feature than the one that was judged."
         )
@@ -201,8 +201,8 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
         say(f"note: {note}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own insides
-        write_atomically(path, lambda temporary: form.write(run, temporary))
-    model_card.write(path, run, folder, to=to, graph=form.graph, use=form.use.format(file=path.name, arch=arch), notes=notes)
+        write_atomically(path, lambda temporary: target.write(run, temporary))
+    model_card.write(path, run, folder, to=to, graph=target.graph, use=target.use.format(file=path.name, arch=arch), notes=notes)
     return path
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from engine import build, files
 from engine.build import assemble
 from engine.command import command
-from engine.config import from_yaml
+from engine.config import from_run
 from engine.console import say
 from engine.data import teacher_cache
 from engine.errors import ConfigError
@@ -54,7 +54,7 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     if not isinstance(state.get("replay"), dict) or "config" not in state.get("info", {}):
         raise ValueError(f"{bundle} is no replay bundle of a run of engine.train; they lie in RUN/replay")
     device = torch.device(device)
-    cfg = from_yaml(state["info"]["config"])
+    cfg = from_run(state["info"]["config"])
     cfg = replace(cfg, run=replace(cfg.run, compile="off", cuda_graph="off"))
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))

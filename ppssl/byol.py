@@ -3,17 +3,16 @@ other view; no negatives, no queue."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
 from ppssl.encoder import Encoder, FeatureNet, global_average_pool, projection_head
-from ppssl.method import Batch, Method, Output, register
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
 from ppssl.momentum import key_copy, parameter_pairs
 from ppssl.ops import gather
+from ppssl.settings import BYOLSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -36,11 +35,11 @@ class BYOL(Method):
         )
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> BYOL:
-        group_batch_norm(network.trunk, cfg.bn.groups)
-        head = projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim)
-        method = cls(network, group_batch_norm(head, cfg.bn.groups), dim=cfg.encoder.dim)
-        group_batch_norm(method.predictor, cfg.bn.groups)
+    def from_settings(cls, settings: BYOLSettings, network: FeatureNet, teacher: Teacher | None = None) -> BYOL:
+        group_batch_norm(network.trunk, settings.bn.groups)
+        head = projection_head(settings.encoder.head, network.trunk.channels, settings.encoder.dim)
+        method = cls(network, group_batch_norm(head, settings.bn.groups), dim=settings.encoder.dim)
+        group_batch_norm(method.predictor, settings.bn.groups)
         return method
 
     @property
@@ -54,7 +53,7 @@ class BYOL(Method):
         self.group = group
         distribute_batch_norm(self, group, sync=sync_bn)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
         with span("key_fwd"), torch.no_grad():
             t_q, t_k = self.target(batch.x_q), self.target(batch.x_k)  # unit rows [B, D]
         with span("query_fwd"):
@@ -64,7 +63,7 @@ class BYOL(Method):
             total = 4 - 4 * cosine
         # a spread that falls to 0 is the constant answer: 1/sqrt(D) where the targets of the global batch point everywhere
         spread = gather(t_k, self.group).std(0).mean()
-        return Output(total, {"prediction": total.detach()}, t_k, {"cosine": cosine.detach(), "target_spread": spread})
+        return Output(total, {"prediction": total.detach()}, stats={"cosine": cosine.detach(), "target_spread": spread})
 
     def predict(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] float32."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ppssl.encoder import FeatureNet, global_average_pool
 from ppssl.guidance import contrast_gradients
-from ppssl.method import Batch, Output, register
+from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
 from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.settings import LDFSSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -61,22 +62,22 @@ class LDFS(MoCo):
         self.reconstruction, self.pair, self.share, self.noise, self.warmup = reconstruction, pair, share, noise, warmup
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> LDFS:
+    def from_settings(cls, settings: LDFSSettings, network: FeatureNet, teacher: Teacher | None = None) -> LDFS:
         return cls(
             network,
-            side=cfg.data.image_size,
-            reconstruction=cfg.ldfs.reconstruction,
-            pair=cfg.ldfs.pair,
-            share=cfg.ldfs.share,
-            noise=cfg.ldfs.noise,
-            warmup=cfg.ldfs.warmup,
-            **cls.contrast_arguments(cfg, network),
+            side=settings.image_size,
+            reconstruction=settings.ldfs.reconstruction,
+            pair=settings.ldfs.pair,
+            share=settings.ldfs.share,
+            noise=settings.ldfs.noise,
+            warmup=settings.ldfs.warmup,
+            **cls.contrast_arguments(settings, network),
         )
 
     def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
         raise NotImplementedError("method.name: ldfs runs in one process only: its noise and its statistics are the batch's")
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
         with span("query_fwd"):
             y = global_average_pool(self.encoder_q.trunk(batch.x_q)).float()  # [B, C]
             q = self.encoder_q.project(y)
@@ -91,7 +92,7 @@ class LDFS(MoCo):
             drawn = self.decoder(y).float()  # x^ [B, 3, S, S]
             reconstruction = F.mse_loss(drawn, batch.x_q.float())
         with span("cam"):
-            self.observe(y, losses)
+            self.observe(y, losses, context)
 
         # L_Cp: what does not discriminate may change; batch-norm's running statistics are those of real images
         with real_statistics(self.encoder_q, self.encoder_k, self.decoder):
@@ -102,14 +103,14 @@ class LDFS(MoCo):
             pair_losses, _ = self.contrast(q_drawn, self.keys(drawn.detach()), batch.index)
         pair = pair_losses.mean()
 
-        total = contrast + self.reconstruction * reconstruction + self.pair * self.warmed_up() * pair
+        total = contrast + self.reconstruction * reconstruction + self.pair * self.warmed_up(context) * pair
         terms = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach(), "pair": pair.detach()}
         return Output(total, terms, k, contrast_accuracy(rank))
 
-    def observe(self, y: Tensor, losses: Tensor) -> None:
+    def observe(self, y: Tensor, losses: Tensor, context: StepContext = NO_CONTEXT) -> None:
         """Moves the running variance of each dimension and its importance: mean over images of |gap(dL/dF) * y|, L an image's own
         contrast. Through the pooling, gap(dL/dF) is dL/dy over the number of cells, a factor that no order depends on."""
-        (gradient,) = contrast_gradients(losses, [y], of="sum", loss_scale=self.loss_scale)
+        (gradient,) = contrast_gradients(losses, [y], of="sum", context=context)
         with torch.no_grad():
             self.variance.lerp_(y.var(0), _MOMENTUM)
             self.importance.lerp_((gradient * y).abs().mean(0), _MOMENTUM)
@@ -127,11 +128,11 @@ class LDFS(MoCo):
         deviation = self.noise * self.variance.sqrt() * self.not_discriminative()
         return y + deviation * torch.randn_like(y)
 
-    def warmed_up(self) -> Tensor | float:
+    def warmed_up(self, context: StepContext) -> Tensor | float:
         """Factor on nu: 0 during the first ``warmup`` of the run, then 1."""
-        if not self.warmup or self.progress is None:
+        if not self.warmup or context.progress is None:
             return 1.0
-        return (self.progress >= self.warmup).float()
+        return (context.progress >= self.warmup).float()
 
 
 class Decoder(nn.Module):

@@ -1,18 +1,21 @@
-"""The seam between methods and the engine: what a method takes, returns and owns, and the registry by name."""
+"""The interface between methods and the engine: what a method takes, returns and owns, and the registry by name."""
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ppssl.encoder import FeatureNet, Trunk
+from ppssl.settings import SETTINGS, Settings
 from ppssl.teacher import Teacher
 
 
 class Batch(NamedTuple):
-    """What one step sees. Images are normalised, on the device, channels_last."""
+    """What one step sees. Images are normalized, on the device, channels_last."""
 
     x_q: Tensor
     """[B, 3, S, S] query views."""
@@ -20,8 +23,8 @@ class Batch(NamedTuple):
     """[B, 3, S, S] key views."""
     index: Tensor
     """[B] int64, position in the training list."""
-    x_o: Tensor | None = None
-    """[B, 3, S, S] the same images un-augmented, for methods that ask for them."""
+    x_clean: Tensor | None = None
+    """[B, 3, S, S] the same images clean (not augmented), for methods that ask for them."""
     teacher: Tensor | None = None
     """[B, E] cached teacher image embeddings (teacher view ``clean``)."""
 
@@ -33,51 +36,60 @@ class Output(NamedTuple):
     """Scalar that is minimised."""
     terms: dict[str, Tensor]
     """Its parts by name, detached scalars, before weighting."""
-    keys: Tensor
-    """[B, D] detached unit rows for the queue."""
-    stats: dict[str, Tensor]
+    keys: Tensor | None = None
+    """[B, D] detached unit rows for the queue; None where there is none, and ``enqueue`` is not called."""
+    stats: dict[str, Tensor] = {}
     """Detached scalars worth a curve, e.g. contrast_top1."""
+
+
+class StepContext(NamedTuple):
+    """What the engine tells a method about the step; the defaults are those of a call outside of training."""
+
+    progress: Tensor | None = None
+    """Fraction of the run that is done, 0-d float32 in [0, 1]; for warm-ups."""
+    loss_scale: Tensor | None = None
+    """fp16 only: factor for gradients that are taken inside ``forward`` (they are divided by it in float32)."""
+    share: float = 1.0
+    """The part of the global batch that ``forward`` sees, 1 / N on N processes. The engine averages losses and gradients over the
+    processes: a term that is a sum over images is divided by it, the gradient of a mean over images multiplied."""
+
+
+NO_CONTEXT = StepContext()
 
 
 class Method(nn.Module):
     """One self-supervised method. ``forward`` has no side effects but statistics in 1-d buffers; the engine moves the key network
-    (``ema_pairs``) before it and calls ``enqueue`` after the optimiser."""
+    (``ema_pairs``) before it and calls ``enqueue`` after the optimizer. What differs between methods stands in the class attributes.
+    """
 
     needs_image_grad: tuple[str, ...] = ()
     """Fields of the batch that the engine hands over as leaves that require grad, made outside any compiled region."""
-    needs_original = False
-    """True: the loader also makes ``batch.x_o``."""
+    needs_clean = False
+    """True: the loader also makes ``batch.x_clean``."""
     needs_teacher_embeddings = False
     """True: the engine fills ``batch.teacher`` from its cache of clean-image embeddings."""
-    loss_scale: Tensor | None = None
-    """fp16 only, set by the engine: factor for gradients taken inside ``forward`` (they are divided by it in float32)."""
-    progress: Tensor | None = None
-    """Share of the run that is done, 0-d float32 in [0, 1], set by the engine; for warm-ups."""
     group = ""
     """Name of the processes that share each batch (kernels/group.py), "" for this one alone; see ``distribute``."""
 
     def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:
-        """Makes this one of the processes of ``group``, called before the first step: from then on ``forward`` gets an equal share
-        of the global batch in the order of the ranks, ``enqueue`` this share's keys, and the engine averages losses, gradients
-        and running statistics. A loss that is a mean needs nothing; one that is a sum is to be multiplied by the processes.
+        """Makes this one of the processes of ``group``, called before the first step: from then on ``forward`` gets an equal part
+        of the global batch in the order of the ranks (``StepContext.share``), ``enqueue`` the keys of that part, and the engine
+        averages losses, gradients and running statistics.
         sync_bn: batch statistics over all processes; shard_queue: each holds a part of the queue.
         """
         raise NotImplementedError(f"{type(self).__name__}.distribute: this method runs in one process only")
 
-    skip: Tensor | None = None
-    """0-d bool, set by the engine: true where this step's numbers are not finite and ``enqueue`` is to change nothing."""
-
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
+        """The loss of one batch. A method that needs no context may leave it out of its signature."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None) -> Method:
-        """Builds the method around ``network`` (from ``build_network``); ``cfg`` is read by attribute only and carries the
-        names of ``engine.config.Config``."""
-        raise NotImplementedError(f"{cls.__name__}.from_config")
+    def from_settings(cls, settings: Settings, network: FeatureNet, teacher: Teacher | None = None) -> Method:
+        """Builds the method around ``network`` (from ``build_network``); ``settings`` is of the class that it is registered with."""
+        raise NotImplementedError(f"{cls.__name__}.from_settings")
 
     @classmethod
-    def build_network(cls, cfg: Any, trunk: Trunk) -> FeatureNet:
+    def build_network(cls, settings: Settings, trunk: Trunk) -> FeatureNet:
         """The inference network of this method around ``trunk``; the plain pooled feature unless overridden."""
         return FeatureNet(trunk)
 
@@ -99,19 +111,56 @@ class Method(nn.Module):
         """(online, target) tensors in the same order; the engine moves target towards online."""
         return [], []
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer moves: all that require a gradient and are no target of ``ema_pairs``."""
+        targets = {id(tensor) for tensor in self.ema_pairs()[1]}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in targets]
+
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Called after the optimiser with ``Output.keys`` and ``Batch.index``."""
+    def enqueue(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
+        """Called after the optimizer with ``Output.keys`` and ``Batch.index``; changes nothing where the 0-d bool ``skip`` is true."""
 
 
-METHODS: dict[str, type[Method]] = {}
+class _Methods(Mapping[str, type[Method]]):
+    """The registered methods by name; a method's module is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, type[Method]] = {}
+
+    def __getitem__(self, name: str) -> type[Method]:
+        if name not in self.classes and name in SETTINGS:
+            importlib.import_module(SETTINGS[name].module)
+        return self.classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*SETTINGS, *self.classes}))
+
+    def __len__(self) -> int:
+        return len({*SETTINGS, *self.classes})
+
+    def name_of(self, kind: type[Method]) -> str | None:
+        """The name that ``kind`` is registered under."""
+        return next((name for name, known in self.classes.items() if known is kind), None)
 
 
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: makes a method available as ``method.name: <name>``."""
+METHODS = _Methods()
+AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-    def add(cls: type[Method]) -> type[Method]:
-        METHODS[name] = cls
+
+def register(name: str, settings: type[Settings] | None = None) -> Callable[[AnyMethod], AnyMethod]:
+    """Class decorator: makes a method available as ``method.name: <name>``.
+
+    settings: the class of what ``from_settings`` is given, for a method outside of this package; its fields name sections of the
+    configuration. None takes that of the registered method that it extends. A method of this package has its settings class in
+    ``ppssl/settings.py``.
+    """
+
+    def add(cls: AnyMethod) -> AnyMethod:
+        above = (METHODS.name_of(base) for base in cls.__mro__[1:])
+        METHODS.classes[name] = cls
+        if settings is not None or name not in SETTINGS:
+            base = settings or next((SETTINGS[known] for known in above if known), Settings)
+            SETTINGS[name] = type(f"{cls.__name__}Settings", (base,), {"name": name, "module": cls.__module__})
         return cls
 
     return add

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm, parts_here, shuffle, unshuffle
 from ppssl.encoder import Encoder, FeatureNet, ImageMaskBranch, MaskBranch, global_average_pool, projection_head
-from ppssl.method import Batch, Method, Output, register
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 from ppssl.ops import gather, gradcam, queue_infonce
+from ppssl.settings import MoCoSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -20,8 +21,8 @@ from ppssl.teacher import Teacher
 class MoCo(Method):
     """``L = mean_b[ lse(q.k / T, q.queue / T) - q.k / T ]`` with ``q = l2(g(gap(f(x_q))))`` and ``k`` the momentum network's.
 
-    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. mask_own: the sum over the queue leaves out keys of
-    the query's own image from earlier epochs (about K / N of them among N images), which are no negatives. ``bn_groups`` parts of
+    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. exclude_same_image: the sum over the queue leaves out
+    keys of the query's own image from earlier epochs (about K / N of them among N images), which are no negatives. ``bn_groups`` parts of
     the global batch have batch statistics of their own; the key network then sees other parts than the query network does.
     """
 
@@ -34,7 +35,7 @@ class MoCo(Method):
         queue_size: int = 65536,
         queue_dtype: torch.dtype = torch.float32,
         temperature: float = 0.2,
-        mask_own: bool = False,
+        exclude_same_image: bool = False,
         bn_groups: int = 1,
     ):
         super().__init__()
@@ -43,24 +44,24 @@ class MoCo(Method):
         group_batch_norm(head, bn_groups)
         self.encoder_q = Encoder(network.trunk, head)
         self.encoder_k = key_copy(self.encoder_q)
-        self.queue = KeyQueue(queue_size, dim, queue_dtype, remember=mask_own)
+        self.queue = KeyQueue(queue_size, dim, queue_dtype, remember=exclude_same_image)
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> MoCo:
-        return cls(network, **cls.contrast_arguments(cfg, network))
+    def from_settings(cls, settings: MoCoSettings, network: FeatureNet, teacher: Teacher | None = None) -> MoCo:
+        return cls(network, **cls.contrast_arguments(settings, network))
 
     @staticmethod
-    def contrast_arguments(cfg: Any, network: FeatureNet) -> dict[str, Any]:
-        """The keyword arguments every queue-contrasting method shares. ``queue.dtype`` has been resolved by the engine."""
+    def contrast_arguments(settings: MoCoSettings, network: FeatureNet) -> dict[str, Any]:
+        """The keyword arguments that every method with a queue shares. ``queue.dtype`` has been resolved by the engine."""
         return dict(
-            head=projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim),
-            dim=cfg.encoder.dim,
-            queue_size=cfg.queue.size,
-            queue_dtype=getattr(torch, cfg.queue.dtype),
-            temperature=cfg.contrast.temperature,
-            mask_own=cfg.queue.mask_own,
-            bn_groups=cfg.bn.groups,
+            head=projection_head(settings.encoder.head, network.trunk.channels, settings.encoder.dim),
+            dim=settings.encoder.dim,
+            queue_size=settings.queue.size,
+            queue_dtype=getattr(torch, settings.queue.dtype),
+            temperature=settings.contrast.temperature,
+            exclude_same_image=settings.queue.exclude_same_image,
+            bn_groups=settings.bn.groups,
         )
 
     @property
@@ -82,9 +83,9 @@ class MoCo(Method):
             self.queue.shard(group)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+    def enqueue(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
         with span("enqueue"):
-            self.queue.push(gather(keys, self.group), gather(index, self.group), self.skip)
+            self.queue.push(gather(keys, self.group), gather(index, self.group), skip)
 
     @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class MoCo(Method):
                 group=self.queue.group,
             )  # fmt: skip
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
         with span("query_fwd"):
             q = self.encoder_q.project(global_average_pool(self.encoder_q.trunk(batch.x_q)))
         k = self.keys(batch.x_k)

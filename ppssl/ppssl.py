@@ -2,18 +2,18 @@
 
     L = L_con + beta * L_IADM + alpha * L_AIS                                            (arXiv 2412.00134)
 
-The form ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
-switches only (``FORMS``), and each switch can be turned alone. In ``published``, the CAM is a softmax over rows of seven
+The variant ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
+switches only (``PPSSLSettings.variants``), and each switch can be turned alone. In ``published``, the CAM is a softmax over rows of seven
 gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so IADM sends
 no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own, and what is contrasted is the feature that is
 kept, gap(A * F), on both sides: k = l2(g_k(gap(A_k * F_k))) with a momentum copy of the mask branch. Its defaults were chosen on
-tuning seeds of the demo world (bench/results/methods/choice.md).
+tuning seeds of the synthetic dataset (bench/results/methods/choice.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,71 +21,23 @@ from torch import Tensor, nn
 
 from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Masked, Trunk, global_average_pool, masked_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
-from ppssl.method import Batch, Output, register
+from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
 from ppssl.moco import MoCo, contrast_accuracy
 from ppssl.momentum import key_copy, parameter_pairs
-from ppssl.ops import gradcam, world
+from ppssl.ops import gradcam
+from ppssl.settings import PPSSLSettings, variant
 from ppssl.span import span
 from ppssl.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class Form:
-    """The switches in which the two forms differ; engine/config/schema.py explains each under the same name."""
-
-    minmax: str  # of the mask: over the batch, or per image
-    contrast_mask: bool
-    mask_reach: str
-    iadm_weight: float
-    sign: str
-    temperature: float
-    softmax: str
-    cam_scale: str
-    cam_loss: str
-    pool: str
-    mask: str
-    image_bn: str
-    reduction: str
-    teacher_view: str
-
-    def override(self, **switches: Any) -> Form:
-        """This form with every switch that is not None replaced."""
-        return replace(self, **{name: value for name, value in switches.items() if value is not None})
-
-
-FORMS = {
-    "published": Form(
-        minmax="batch", contrast_mask=False, mask_reach="trunk", iadm_weight=0.01, sign="plus", temperature=1.0, softmax="rows",
-        cam_scale="none", cam_loss="mean", pool="max", mask="image", image_bn="shared", reduction="sum", teacher_view="query",
-    ),
-    # 1.28 = 0.01 x the published batch of 128: the weight of one image is kept and no longer depends on the batch
-    "guided": Form(
-        minmax="image", contrast_mask=True, mask_reach="trunk", iadm_weight=1.28, sign="minus", temperature=0.4, softmax="cells",
-        cam_scale="max", cam_loss="sum", pool="mean", mask="feature", image_bn="own", reduction="mean", teacher_view="clean",
-    ),
-}  # fmt: skip
-
-
-def form_from_config(cfg: Any) -> Form:
-    """``method.form`` with the switches that the config sets."""
-    names = ("sign", "temperature", "softmax", "cam_scale", "cam_loss", "pool", "mask", "image_bn", "reduction")
-    return FORMS[cfg.method.form].override(
-        minmax=cfg.method.minmax,
-        contrast_mask=cfg.method.contrast_mask,
-        mask_reach=cfg.method.mask_reach,
-        iadm_weight=cfg.iadm.weight,
-        teacher_view=cfg.teacher.view,
-        **{name: getattr(cfg.iadm, name) for name in names},
-    )
 
 
 @register("ppssl")
 class PPSSL(MoCo):
     """PP-SSL around ``network`` (trunk and mask branch).
 
-    text_features: [P, E] the descriptions' embeddings, None with ais_weight 0; teacher_logit_scale: the teacher's own; embed:
-    images -> [B, E] unit rows, needed when the form's ``teacher_view`` is ``query`` (a ``clean`` one is ``batch.teacher``).
-    ais_weight (alpha) 0 turns the text guidance off, ``form.iadm_weight`` (beta) 0 the GradCAM guidance.
+    text_features: [P, E] embeddings of the descriptions, None with ``ais.weight`` 0. settings: its sections ``method``, ``ais``,
+    ``iadm`` and ``teacher``, the published variant's where None; ``ais.weight`` (alpha) 0 turns the text guidance off,
+    ``iadm.weight`` (beta) 0 the GradCAM guidance. embed: images -> [B, E] unit rows, needed where ``teacher.view`` is ``query`` (a
+    ``clean`` one is ``batch.teacher``). teacher_logit_scale: the teacher's own. contrast: what ``MoCo`` takes.
     """
 
     def __init__(
@@ -94,64 +46,52 @@ class PPSSL(MoCo):
         head: nn.Module,
         text_features: Tensor | None,
         *,
-        form: Form = FORMS["published"],
+        settings: PPSSLSettings | None = None,
         embed: Callable[[Tensor], Tensor] | None = None,
         teacher_logit_scale: float = 100.0,
-        ais_weight: float = 1.2,
-        ais_temperature: float = 1.0,
-        ais_scale: float = 100.0,
-        ais_warmup: float = 0.0,
-        sources: tuple[str, ...] = ("image",),
-        cam_image: str = "query",
         **contrast: Any,
     ):
         super().__init__(network, head, **contrast)
+        self.settings = settings = settings or variant("ppssl")
+        method, ais, iadm = settings.method, settings.ais, settings.iadm
         if network.mask is None:
-            raise ValueError("PP-SSL needs a network with a mask branch: PPSSL.build_network(cfg, trunk)")
-        if unknown := [s for s in sources if s not in ("image", *LAYERS)]:
+            raise ValueError("PP-SSL needs a network with a mask branch: PPSSL.build_network(settings, trunk)")
+        if unknown := [s for s in iadm.sources if s not in ("image", *LAYERS)]:
             raise ValueError(f"iadm.sources: {unknown[0]!r} is not known; use image, {', '.join(LAYERS)}")
         self.mask = network.mask
         channels, width = self.mask.conv.in_channels, self.mask.conv.out_channels
-        self.to_text = nn.Linear(channels, text_features.shape[1]) if ais_weight else None
-        shared = self.mask.bn if form.image_bn == "shared" else None
-        self.image_mask = ImageMaskBranch(width, shared, minmax=form.minmax, pool=form.pool) if form.mask == "image" else None
-        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if ais_weight else None)
-        self.form, self.embed, self.teacher_logit_scale = form, embed, teacher_logit_scale
-        self.ais_weight, self.ais_temperature, self.ais_scale, self.ais_warmup = ais_weight, ais_temperature, ais_scale, ais_warmup
-        self.sources, self.cam_image = tuple(sources), cam_image
-        self.mask_k = key_copy(self.mask) if form.contrast_mask else None
+        self.to_text = nn.Linear(channels, text_features.shape[1]) if ais.weight else None
+        shared = self.mask.bn if iadm.image_bn == "shared" else None
+        self.image_mask = ImageMaskBranch(width, shared, minmax=method.minmax, pool=iadm.pool) if iadm.mask == "image" else None
+        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if ais.weight else None)
+        self.embed, self.teacher_logit_scale = embed, teacher_logit_scale
+        self.mask_k = key_copy(self.mask) if method.contrast_mask else None
 
-        guides = form.iadm_weight != 0
-        self.needs_original = guides and cam_image == "orig"
-        if guides and "image" in self.sources:
-            self.needs_image_grad = ("x_o",) if cam_image == "orig" else ("x_q",)
-        self.needs_teacher_embeddings = ais_weight != 0 and form.teacher_view == "clean"
-        if ais_weight != 0 and form.teacher_view == "query" and embed is None:
+        guides = iadm.weight != 0
+        self.needs_clean = guides and iadm.image == "clean"
+        if guides and "image" in iadm.sources:
+            self.needs_image_grad = ("x_clean",) if iadm.image == "clean" else ("x_q",)
+        self.needs_teacher_embeddings = ais.weight != 0 and settings.teacher.view == "clean"
+        if ais.weight != 0 and settings.teacher.view == "query" and embed is None:
             raise ValueError("teacher.view: query needs the teacher's image encoder (embed=teacher.embed)")
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> PPSSL:
-        if teacher is None and cfg.ais.weight:
+    def from_settings(cls, settings: PPSSLSettings, network: FeatureNet, teacher: Teacher | None = None) -> PPSSL:
+        if teacher is None and settings.uses_teacher:
             raise ValueError("method.name: ppssl needs a teacher unless ais.weight is 0")
         return cls(
             network,
             text_features=teacher.text_features if teacher else None,
-            form=form_from_config(cfg),
+            settings=settings,
             embed=teacher.embed if teacher else None,
             teacher_logit_scale=teacher.logit_scale if teacher else 1.0,
-            ais_weight=cfg.ais.weight,
-            ais_temperature=cfg.ais.temperature,
-            ais_scale=cfg.ais.scale,
-            ais_warmup=cfg.ais.warmup,
-            sources=cfg.iadm.sources,
-            cam_image=cfg.iadm.image,
-            **cls.contrast_arguments(cfg, network),
+            **cls.contrast_arguments(settings, network),
         )
 
     @classmethod
-    def build_network(cls, cfg: Any, trunk: Trunk) -> FeatureNet:
-        minmax = form_from_config(cfg).minmax
-        return FeatureNet(trunk, MaskBranch(trunk.channels, cfg.method.maxout_width, minmax=minmax, groups=cfg.bn.groups))
+    def build_network(cls, settings: PPSSLSettings, trunk: Trunk) -> FeatureNet:
+        width, minmax = settings.method.maxout_width, settings.method.minmax
+        return FeatureNet(trunk, MaskBranch(trunk.channels, width, minmax=minmax, groups=settings.bn.groups))
 
     @property
     def network(self) -> FeatureNet:
@@ -169,8 +109,8 @@ class PPSSL(MoCo):
         return self.encoder_k.project(self.mask_k(self.encoder_k.trunk(x_k)).pooled)
 
     def masked(self, feature: Tensor) -> Masked:
-        """A and gap(A * F) of F. Where the form's ``mask_reach`` is ``branch``, A is made of a constant F."""
-        if self.form.mask_reach == "trunk":
+        """A and gap(A * F) of F. Where ``method.mask_reach`` is ``branch``, A is made of a constant F."""
+        if self.settings.method.mask_reach == "trunk":
             return self.mask(feature)
         mask, _ = self.mask(feature.detach())
         return Masked(mask, masked_average_pool(feature, mask))
@@ -178,9 +118,10 @@ class PPSSL(MoCo):
     def contrasted(self, feature: Tensor, mask: Tensor) -> Tensor:
         """What of F is contrasted: gap(F), or gap(A * F), to which A is a constant: the contrast alone would draw the mask to
         whatever two views share, the background too."""
-        return masked_average_pool(feature, mask.detach()) if self.form.contrast_mask else global_average_pool(feature)
+        return masked_average_pool(feature, mask.detach()) if self.settings.method.contrast_mask else global_average_pool(feature)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
+        iadm, ais = self.settings.iadm, self.settings.ais
         with span("query_fwd"):
             maps = self.encoder_q.trunk.maps(batch.x_q)
             feature = maps["layer4"]  # F [B, C, h, w]
@@ -194,71 +135,72 @@ class PPSSL(MoCo):
         total, terms = contrast, {"contrast": contrast.detach()}
 
         # L_IADM: the mask is drawn to where the contrast looks
-        if self.form.iadm_weight:
+        if iadm.weight:
             seen, seen_maps, seen_mask, seen_losses = batch.x_q, maps, mask, losses
-            if self.cam_image == "orig":
-                seen = batch.x_o
+            if iadm.image == "clean":
+                seen = batch.x_clean
                 seen_maps = self.encoder_q.trunk.maps(seen)
                 seen_mask, _ = self.masked(seen_maps["layer4"])
-                q_o = self.encoder_q.project(self.contrasted(seen_maps["layer4"], seen_mask))
-                seen_losses, _ = self.contrast(q_o, k, batch.index)
+                q_clean = self.encoder_q.project(self.contrasted(seen_maps["layer4"], seen_mask))
+                seen_losses, _ = self.contrast(q_clean, k, batch.index)
             with span("cam"):
-                cam = self.cam(seen_losses, {"image": seen} | seen_maps, size=seen_mask.shape[1:])
+                cam = self.cam(seen_losses, {"image": seen} | seen_maps, seen_mask.shape[1:], context)
             with span("losses"):
                 cell = seen.shape[-1] // seen_mask.shape[-1]
                 fitted = seen_mask if self.image_mask is None else self.image_mask(seen, cell=cell)
-                iadm = spatial_kl(cam, fitted, self.form)
-                if self.form.reduction == "sum":
-                    iadm = iadm * world(self.group)  # the engine averages over the processes
-            total = total + self.form.iadm_weight * iadm
-            terms["iadm"] = iadm.detach()
+                guidance = spatial_kl(cam, fitted, iadm)
+                if iadm.reduction == "sum":
+                    guidance = guidance / context.share
+            total = total + iadm.weight * guidance
+            terms["iadm"] = guidance.detach()
 
         # L_AIS: the masked feature is to tell the descriptions apart as the teacher does
-        if self.ais_weight:
+        if ais.weight:
             with span("losses"):
-                ais = self.ais(pooled, batch)
-            total = total + self.ais_weight * self.warmup() * ais
-            terms["ais"] = ais.detach()
+                distillation = self.ais(pooled, batch)
+            total = total + ais.weight * self.warmup(context) * distillation
+            terms["ais"] = distillation.detach()
 
         return Output(total, terms, k, contrast_accuracy(rank))
 
-    def cam(self, losses: Tensor, activations: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+    def cam(
+        self, losses: Tensor, activations: dict[str, Tensor], size: Sequence[int], context: StepContext = NO_CONTEXT
+    ) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
-        sources = [activations[name] for name in self.sources]
-        gradients = contrast_gradients(
-            losses, sources, of=self.form.cam_loss, loss_scale=self.loss_scale, processes=world(self.group)
-        )
-        sign = 1 if self.form.sign == "plus" else -1
+        iadm = self.settings.iadm
+        sources = [activations[name] for name in iadm.sources]
+        gradients = contrast_gradients(losses, sources, of=iadm.cam_loss, context=context)
+        sign = 1 if iadm.sign == "plus" else -1
         cam = 0.0
         for x, g in zip(sources, gradients, strict=True):
-            one = gradcam(x.detach(), g, size=tuple(size), pool=self.form.pool, sign=sign)
-            cam = cam + scale_cam(one, self.form.cam_scale) / len(sources)
+            one = gradcam(x.detach(), g, size=tuple(size), pool=iadm.pool, sign=sign)
+            cam = cam + scale_cam(one, iadm.cam_scale) / len(sources)
         return cam.detach()
 
     def attention(self, images: Tensor) -> dict[str, Tensor]:
-        """``mask``: A, by which the feature is pooled; ``cam``: what IADM would draw it to, in this form, whatever its weight."""
+        """``mask``: A, by which the feature is pooled; ``cam``: what IADM would draw it to, in this variant, whatever its weight."""
         x = images.detach().requires_grad_()
         maps = self.encoder_q.trunk.maps(x)
         mask, _ = self.mask(maps["layer4"])
         q = self.encoder_q.project(self.contrasted(maps["layer4"], mask))
         losses = self.mirror_losses(q, images)
-        return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, size=mask.shape[1:])}
+        return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, mask.shape[1:])}
 
     def ais(self, pooled: Tensor, batch: Batch) -> Tensor:
         """sum_b KL(softmax(z_t / tau) || softmax(z_s / tau)) / (P * B), in float32 with autocast off: logits are x 100."""
-        embedding = self.embed(batch.x_q) if self.form.teacher_view == "query" else batch.teacher
+        embedding = self.embed(batch.x_q) if self.settings.teacher.view == "query" else batch.teacher
         with torch.autocast(pooled.device.type, enabled=False):
             student = F.normalize(self.to_text(F.normalize(pooled.float(), dim=1)), dim=1)  # s [B, E]
             teacher = F.normalize(embedding.float(), dim=1)
-            z_s = self.ais_scale * student @ self.text_features.T  # [B, P]
+            z_s = self.settings.ais.scale * student @ self.text_features.T  # [B, P]
             z_t = self.teacher_logit_scale * teacher @ self.text_features.T
-            tau = self.ais_temperature
+            tau = self.settings.ais.temperature
             # log_softmax, not log(clamp(softmax)): the clamp has no gradient once saturated
             kl = F.kl_div(F.log_softmax(z_s / tau, 1), F.log_softmax(z_t / tau, 1), log_target=True, reduction="sum")
         return kl / z_s.numel()
 
-    def warmup(self) -> Tensor | float:
-        """Factor on alpha: rises linearly to 1 over the first ``ais_warmup`` of the run."""
-        if not self.ais_warmup or self.progress is None:
+    def warmup(self, context: StepContext) -> Tensor | float:
+        """Factor on alpha: rises linearly to 1 over the first ``ais.warmup`` of the run."""
+        if not self.settings.ais.warmup or context.progress is None:
             return 1.0
-        return (self.progress / self.ais_warmup).clamp(max=1.0)
+        return (context.progress / self.settings.ais.warmup).clamp(max=1.0)

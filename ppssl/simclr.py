@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
 from ppssl.encoder import Encoder, FeatureNet, projection_head
-from ppssl.method import Batch, Method, Output, register
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
 from ppssl.moco import contrast_accuracy
 from ppssl.ops import gather
+from ppssl.settings import SimCLRSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
 
@@ -30,10 +29,10 @@ class SimCLR(Method):
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg: Any, network: FeatureNet, teacher: Teacher | None = None) -> SimCLR:
-        group_batch_norm(network.trunk, cfg.bn.groups)
-        head = projection_head(cfg.encoder.head, network.trunk.channels, cfg.encoder.dim)
-        return cls(network, head, temperature=cfg.contrast.temperature)
+    def from_settings(cls, settings: SimCLRSettings, network: FeatureNet, teacher: Teacher | None = None) -> SimCLR:
+        group_batch_norm(network.trunk, settings.bn.groups)
+        head = projection_head(settings.encoder.head, network.trunk.channels, settings.encoder.dim)
+        return cls(network, head, temperature=settings.contrast.temperature)
 
     @property
     def network(self) -> FeatureNet:
@@ -45,14 +44,14 @@ class SimCLR(Method):
         self.group = group
         distribute_batch_norm(self, group, sync=True)
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
         with span("query_fwd"):
             z = self.encoder(torch.cat([batch.x_q, batch.x_k]))  # [2B, D], both views share their batch statistics
         with span("losses"):
             every = torch.cat([gather(views, self.group) for views in z.chunk(2)])  # the negatives are the global batch's
             losses, rank = nt_xent(every, self.temperature)
             total = losses.mean()
-        return Output(total, {"contrast": total.detach()}, z[len(batch.x_q) :].detach(), contrast_accuracy(rank))
+        return Output(total, {"contrast": total.detach()}, stats=contrast_accuracy(rank))
 
 
 def nt_xent(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -15,21 +15,22 @@ from engine.evaluation import attention_maps
 from engine.pretrained import weights_file
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS
+from ppssl.settings import method_settings
 
 SIZE = 64
 CLASSES = ("001.Red_Kite", "002.Blue_Tit", "003.Green_Finch")
 
 
-def exported_run(path: Path, *, arch: str, method: str = "ppssl", form: str = "published") -> Path:
+def exported_run(path: Path, *, arch: str, method: str = "ppssl", variant: str = "published") -> Path:
     """A run folder as training leaves it, with random weights and batch statistics."""
     cfg = replace(
         Config(),
-        method=MethodConfig(name=method, form=form),
+        method=MethodConfig(name=method, variant=variant),
         encoder=EncoderConfig(arch=arch, weights="none"),
         data=DataConfig(name="cub", root="/somebody/CUB_200_2011", image_size=SIZE),
     )
     torch.manual_seed(1)
-    network = METHODS[method].build_network(cfg, Trunk(arch))
+    network = METHODS[method].build_network(method_settings(cfg), Trunk(arch))
     for name, tensor in network.state_dict().items():
         if name.endswith(("bn.weight", "bn1.weight", "bn2.weight", "bn3.weight", "running_var")):
             tensor.uniform_(0.5, 1.5)
@@ -58,13 +59,13 @@ def reported_run(path: Path, root: Path, *, maps: bool = True, **change: object)
     cfg = Config(
         epochs=4,
         batch_size=4,
-        method=MethodConfig(name="ppssl", form="guided"),
+        method=MethodConfig(name="ppssl", variant="guided"),
         encoder=EncoderConfig(arch="resnet18_w8_s16", weights="none", dim=8),
         data=DataConfig(name="folder", root=str(root), image_size=32, workers=0),
     )
     cfg = replace(cfg, **change)
     torch.manual_seed(0)
-    network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
+    network = METHODS[cfg.method.name].build_network(method_settings(cfg), Trunk(cfg.encoder.arch))
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
     weights_file.save_weights(path / "weights.safetensors", network.weights(), {"step": "12", "epoch": "4"})

@@ -11,18 +11,19 @@ from engine.training.step import Step
 from ppssl import METHODS, PPSSL, Batch, MoCo
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
-from ppssl.ppssl import FORMS
+from ppssl.settings import method_settings, variant
 
 DIM, QUEUE = 16, 64
 
 
-def build_ppssl(arch: str, form: str, **options) -> PPSSL:
+def build_ppssl(arch: str, name: str, values: dict | None = None, **options) -> PPSSL:
+    """PP-SSL in the variant ``name``, with the ``values`` of some dotted keys."""
     torch.manual_seed(0)
-    trunk = Trunk(arch)
-    network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax=FORMS[form].minmax))
+    trunk, settings = Trunk(arch), variant("ppssl", name, values)
+    network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax=settings.method.minmax))
     options = {"embed": lambda x: F.normalize(x.detach().float().mean((2, 3)) @ torch.ones(3, 5), dim=1)} | options
     head = projection_head("mlp2", trunk.channels, DIM)
-    return PPSSL(network, head, torch.randn(8, 5), form=FORMS[form], dim=DIM, queue_size=QUEUE, **options)
+    return PPSSL(network, head, torch.randn(8, 5), settings=settings, dim=DIM, queue_size=QUEUE, **options)
 
 
 def build_moco(arch: str) -> MoCo:
@@ -36,17 +37,16 @@ def build_by_name(name: str, trunk: torch.nn.Module, side: int = 64) -> Method:
     cfg = Config(
         method=MethodConfig(name=name),
         encoder=EncoderConfig(dim=DIM),
-        queue=QueueConfig(size=QUEUE, dtype="float32", mask_own=True),
+        queue=QueueConfig(size=QUEUE, dtype="float32", exclude_same_image=True),
         data=DataConfig(image_size=side),
     )
     kind = METHODS[name]
-    return kind.from_config(cfg, kind.build_network(cfg, trunk))
+    settings = method_settings(cfg, side)
+    return kind.from_settings(settings, kind.build_network(settings, trunk))
 
 
 def step_of(method: Method, **options) -> Step:
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    trained = [p for p in method.train().parameters() if p.requires_grad and id(p) not in frozen]
-    optimizer = optim.sgd(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = optim.sgd(method.train().trained_parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     amp = options.pop("amp", None)
     return Step(
         method, optimizer, lr=lambda s: 0.1 / (s + 1), decay=0.99,

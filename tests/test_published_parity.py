@@ -22,7 +22,8 @@ from engine.training.step import Step
 from ppssl.encoder import FeatureNet, MaskBranch
 from ppssl.lcr import LCR
 from ppssl.method import Batch
-from ppssl.ppssl import FORMS, PPSSL
+from ppssl.ppssl import PPSSL
+from ppssl.settings import variant
 
 FIXTURES = Path(os.environ.get("PPSSL_FIXTURES") or Path(__file__).parent / "fixtures")
 CASES = sorted(FIXTURES.glob("published_*.json"))
@@ -82,7 +83,7 @@ def build(case: dict) -> PPSSL:
         FeatureNet(PatchTrunk(), MaskBranch(2048, 32, minmax="batch")),
         nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, dim)),
         teacher["text"],
-        form=FORMS["published"],
+        settings=variant("ppssl", "published"),
         embed=embed,
         teacher_logit_scale=teacher["logit_scale"],
         dim=dim,
@@ -98,7 +99,7 @@ def build_lcr(case: dict) -> LCR:
         LCR(
             FeatureNet(PatchTrunk(), MaskBranch(2048, 32, minmax="batch")),
             nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, dim)),
-            form=ppssl.lcr.FORMS["published"],
+            settings=variant("lcr", "published"),
             dim=dim,
             queue_size=case["expected"]["K"],
             temperature=case["expected"]["T"],

@@ -1,31 +1,22 @@
 """The configuration: its schema, its text as YAML, and the command line. Importing it loads no torch."""
 
 from engine.config.command_line import RECIPES, Arguments, find_recipe, parse, recipe_names
-from engine.config.recipe import YamlDumper, YamlLoader, dump, from_yaml, nearest, read, resolve, to_yaml
-from engine.config.schema import (
+from engine.config.recipe import YamlLoader, from_run, from_yaml, nearest, read, resolve, to_yaml
+from engine.config.schema import Config, DataConfig, EvalConfig, Key, OptimConfig, RunConfig, flatten, keys, validate
+from engine.errors import ConfigError
+from ppssl.settings import (
     AisConfig,
     BatchNormConfig,
-    Config,
     ContrastConfig,
-    DataConfig,
     EmaConfig,
     EncoderConfig,
-    EvalConfig,
     IadmConfig,
     LcrConfig,
     LdfsConfig,
     MethodConfig,
-    OptimConfig,
     QueueConfig,
-    RunConfig,
     TeacherConfig,
-    expected_type,
-    flatten,
-    key_types,
-    union_members,
-    validate,
 )
-from engine.errors import ConfigError
 
 __all__ = [
     "AisConfig",
@@ -39,6 +30,7 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "IadmConfig",
+    "Key",
     "LcrConfig",
     "LdfsConfig",
     "MethodConfig",
@@ -47,20 +39,17 @@ __all__ = [
     "RECIPES",
     "RunConfig",
     "TeacherConfig",
-    "YamlDumper",
     "YamlLoader",
-    "dump",
-    "expected_type",
     "find_recipe",
     "flatten",
+    "from_run",
     "from_yaml",
-    "key_types",
+    "keys",
     "nearest",
     "parse",
     "read",
     "recipe_names",
     "resolve",
     "to_yaml",
-    "union_members",
     "validate",
 ]

@@ -1,26 +1,28 @@
 """The command line of ``python -m engine.train``: a recipe, dotted overrides anywhere, and the spellings people know.
 
-jsonargparse alone refuses a bare ``key=value``, names no nearest key and lets ``--amp epochs=3`` swallow the override,
-so the line is brought into {key: text} here, and engine/config/recipe.py checks types and ranges.
+No parser that we know takes bare ``key=value`` anywhere on the line beside options, names the nearest key, and keeps ``--amp
+epochs=3`` from swallowing the override; so the line is brought into {key: text} here, and ``recipe.py`` checks it.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import re
 import sys
 import typing
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, Sequence
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from engine.config import schema
+from engine.config import history
 from engine.config.recipe import NUMBER, YamlDumper, YamlLoader, nearest, read, resolve
-from engine.config.schema import Config, expected_type, flatten, key_types, union_members
+from engine.config.schema import Config, flatten, keys
 from engine.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -107,7 +109,7 @@ def _parse(argv: list[str]) -> Arguments:
     if cfg is None:
         raise ConfigError(f"no recipe is named; add --cfg FILE or one of --cfg {', --cfg '.join(recipe_names())}")
     path = find_recipe(cfg)
-    recipe = read(path.read_bytes(), str(path))
+    recipe = read(path.read_bytes(), str(path), of_run=path.name == "config.yaml")
     resolve(recipe, str(path))  # so that an error in the file is reported as the file's
     return Arguments(resolve({**recipe, **overrides}, "command line"), path, profile=profile, **switches)
 
@@ -118,7 +120,9 @@ def _split(token: str, rest: list[str]) -> tuple[str, str]:
         if not _OVERRIDE.match(token):
             raise ConfigError(f"unexpected argument {token!r}; recipes are given as --cfg FILE, overrides as key=value")
         key, _, text = token.partition("=")
-        if key not in key_types():
+        if remedy := history.new_name(key, text):
+            raise ConfigError(f"{token}: {remedy}")
+        if key not in keys():
             raise ConfigError(f"unknown key {key} in {token!r}; {nearest(key)}")
         return key, text
     short = not token.startswith("--")
@@ -127,7 +131,9 @@ def _split(token: str, rest: list[str]) -> tuple[str, str]:
     name, given, text = token.lstrip("-").partition("=")
     name = name.replace("-", "_")
     key = name if name in _ASIDE else _ALIASES.get(name, name)
-    known = key in key_types() or key in _ASIDE
+    if remedy := history.new_name(key, text):
+        raise ConfigError(f"{token.partition('=')[0]}: {remedy}")
+    known = key in keys() or key in _ASIDE
     if not known or short != (len(name) == 1):
         raise ConfigError(f"unknown option {token.partition('=')[0]}; {nearest(key)}")
     if key in ("dry_run", "print_config"):
@@ -141,17 +147,17 @@ def _split(token: str, rest: list[str]) -> tuple[str, str]:
         return key, rest.pop(0) if follows and _PRECISION.match(follows) else "bf16"
     if key == "resume" and (follows is None or follows.startswith("-") or _OVERRIDE.match(follows)):
         return key, "auto"
-    if key_types().get(key) is bool and follows not in ("true", "false"):
+    if key in keys() and keys()[key].options == (bool,) and follows not in ("true", "false"):
         return key, "true"
     if follows is None or (follows.startswith("-") and not NUMBER.match(follows)):
-        wanted = _ASIDE[key] if key in _ASIDE else expected_type(key_types()[key])
+        wanted = _ASIDE[key] if key in _ASIDE else keys()[key].expected
         raise ConfigError(f"option {token} needs a value: {wanted}")
     return key, rest.pop(0)
 
 
 def _value(key: str, text: str) -> Any:
     """The text of an override in the key's own type: words stay words (``off`` is no boolean), ``a,b`` is a list."""
-    options = union_members(key_types()[key])
+    options = keys()[key].options
     if text in ("null", "~") and NoneType in options:
         return None
     if any(typing.get_origin(option) is tuple for option in options) and not text.startswith("["):
@@ -189,23 +195,22 @@ def find_recipe(name: str) -> Path:
 
 
 def _help() -> str:
-    """Usage and every key with its type, default and the line of documentation under it in engine/config/schema.py."""
-    documentation: dict[str, str] = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef):
-            for entry, after in pairwise(node.body):
-                if isinstance(entry, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    documentation[f"{node.name}.{ast.unparse(entry.target)}"] = ast.literal_eval(after.value)
-    hints = typing.get_type_hints(Config)
-    sections = {entry.name: hints[entry.name] for entry in fields(Config) if is_dataclass(hints[entry.name])}
+    """Usage and every key with its type, default and the line of documentation under it in its dataclass."""
     lines = []
     for key, value in flatten(Config()).items():
-        section, _, name = key.rpartition(".")
         plain = list(value) if isinstance(value, tuple) else value
         shown = yaml.dump(plain, Dumper=YamlDumper, default_flow_style=True)
-        owner = sections.get(section, Config).__name__
+        kind = keys()[key]
         lines += [
-            f"{key}={shown.splitlines()[0]}    ({expected_type(key_types()[key])})",
-            f"    {documentation[f'{owner}.{name}']}",
+            f"{key}={shown.splitlines()[0]}    ({kind.expected})",
+            f"    {_documentation(kind.owner)[key.rpartition('.')[2]]}",
         ]
     return _USAGE.format(recipes=", ".join(recipe_names()), keys="\n".join(lines))
+
+
+@functools.cache
+def _documentation(owner: type) -> dict[str, str]:
+    """The text under each field of a dataclass, which Python does not keep."""
+    (body,) = ast.parse(inspect.getsource(owner)).body
+    pairs = pairwise(body.body)
+    return {ast.unparse(e.target): ast.literal_eval(t.value) for e, t in pairs if isinstance(e, ast.AnnAssign) and isinstance(t, ast.Expr)}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import re
-import typing
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any, ClassVar
 
 import yaml
 
-from engine.config.schema import Config, expected_type, key_types, union_members, validate
+from engine.config import history
+from engine.config.schema import Config, checked, flatten, keys, validate
 from engine.errors import ConfigError
+from ppssl.settings import replace_keys
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -56,16 +55,10 @@ for _tag, _pattern, _first in (
 YamlDumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML text that ``from_yaml`` reads back to an equal one."""
-    plain = asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
-    return yaml.dump(plain, Dumper=YamlDumper, sort_keys=False, default_flow_style=None, width=120)
-
-
-def dump(values: dict[str, Any]) -> str:
-    """{dotted key: value} of some keys as YAML text in sections."""
+def to_yaml(config: Config | Mapping[str, Any]) -> str:
+    """The whole configuration, or {dotted key: value} of some keys, as YAML text that ``from_yaml`` reads back."""
     tree: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in (flatten(config) if isinstance(config, Config) else config).items():
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = list(value) if isinstance(value, tuple) else value
     return yaml.dump(tree, Dumper=YamlDumper, sort_keys=False, default_flow_style=None, width=120)
@@ -76,14 +69,27 @@ def from_yaml(source: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ConfigError: not YAML, an unknown key, a wrong type or a value out of range.
+        ConfigError: not YAML, an unknown or a former key, a wrong type or a value out of range.
     """
     origin = str(source) if isinstance(source, Path) else "the YAML text"
     return resolve(read(source.read_bytes() if isinstance(source, Path) else source, origin), origin)
 
 
-def read(text: str | bytes, origin: str) -> dict[str, Any]:
-    """YAML text as {dotted key: value}, keys checked."""
+def from_run(source: str | Path) -> Config:
+    """Reads what a run has written down, its config.yaml (``Path``) or the text in a checkpoint (``str``): as ``from_yaml``, but
+    former names are translated and the nulls of former runs have the values that they had then."""
+    origin = str(source) if isinstance(source, Path) else "the config of the run"
+    return resolve(read(source.read_bytes() if isinstance(source, Path) else source, origin, of_run=True), origin)
+
+
+def read(text: str | bytes, origin: str, *, of_run: bool = False) -> dict[str, Any]:
+    """YAML text as {dotted key: value}, keys checked; ``of_run``: see ``from_run``."""
+    values = _read(text, origin)
+    return _known(history.translate(values) if of_run else values, origin)
+
+
+def _read(text: str | bytes, origin: str) -> dict[str, Any]:
+    """YAML text as {dotted key: value}; whatever is below a section is one key."""
     try:
         tree = yaml.load(text, Loader=YamlLoader)
     except ConfigError as error:
@@ -92,87 +98,49 @@ def read(text: str | bytes, origin: str) -> dict[str, Any]:
         raise ConfigError(f"{origin}: not readable as YAML: {error}") from error
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{origin}: expected a mapping of keys, got {type(tree).__name__}")
-    sections = {key.rpartition(".")[0] for key in key_types()} - {""}
+    sections = {key.rpartition(".")[0] for key in keys()} - {""}
     values: dict[str, Any] = {}
-
-    def walk(mapping: dict[Any, Any], prefix: str) -> None:
-        for name, value in mapping.items():
-            key = f"{prefix}{name}"
-            if key in sections and (value is None or isinstance(value, dict)):
-                walk(value or {}, f"{key}.")
-            elif key not in key_types():
-                raise ConfigError(f"{origin}: unknown key {key}: {value!r}; {nearest(key)}")
-            elif key in values:
+    for name, value in (tree or {}).items():
+        inner = (value or {}).items() if name in sections and (value is None or isinstance(value, dict)) else None
+        for key, found in [(name, value)] if inner is None else [(f"{name}.{below}", found) for below, found in inner]:
+            if key in values:
                 raise ConfigError(f"{origin}: key {key} is given twice; keep one")
-            else:
-                values[key] = value
+            values[key] = found
+    return values
 
-    walk(tree or {}, "")
+
+def _known(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """``values``. Raises ``ConfigError`` for a key that there is not, one that has another name now, and an interpolation."""
+    for key, value in values.items():
+        if remedy := history.new_name(key, value):
+            raise ConfigError(f"{origin}: {key}: {value!r}: {remedy}")
+        if key not in keys():
+            raise ConfigError(f"{origin}: unknown key {key}: {value!r}; {nearest(str(key))}")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "${" in text:
+                raise ConfigError(f"{origin}: {key}: the interpolation in {text!r} is refused; write the value out")
     return values
 
 
 def nearest(key: str) -> str:
-    """The remedy for an unknown key: the closest known one, compared whole and by its last part."""
-    if any(known.startswith(f"{key}.") for known in key_types()):
-        section = ", ".join(known for known in key_types() if known.startswith(f"{key}."))
-        return f"it is a section, set one of its keys: {section}"
+    """The remedy for an unknown key: the known one whose last part is most like it, or the section that it names."""
+    if section := [known for known in keys() if known.startswith(f"{key}.")]:
+        return f"it is a section, set one of its keys: {', '.join(section)}"
+    above, _, last = key.rpartition(".")
 
     def likeness(known: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, known).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
-        return max(whole, 0.95 * last)
+        known_above, _, known_last = known.rpartition(".")
+        same = difflib.SequenceMatcher(None, last, known_last).ratio()
+        return same if not above or above == known_above else 0.95 * same
 
-    best = max(key_types(), key=likeness)
+    best = max(keys(), key=likeness)
     return f"did you mean {best}?" if likeness(best) >= 0.6 else "--help lists every key"
 
 
-@functools.cache
-def _parser() -> Any:
-    import jsonargparse  # here, because a training process that has its Config needs no parser
-
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def _typed(values: dict[str, Any]) -> dict[str, Any]:
-    """{dotted key: value} -> nested dict of the whole configuration, converted; raises argparse.ArgumentError."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    tree = _parser().parse_object(nested).as_dict()
-    for key, value in values.items():
-        if isinstance(value, str) and str in union_members(key_types()[key]):  # text stays text: jsonargparse reads '~' as null
-            section, _, name = key.rpartition(".")
-            (tree[section] if section else tree)[name] = value
-    return tree
-
-
-def resolve(values: dict[str, Any], origin: str) -> Config:
+def resolve(values: Mapping[str, Any], origin: str) -> Config:
     """Defaults overlaid with ``values``, checked."""
-    from argparse import ArgumentError
-
-    for key, value in values.items():
-        if value is None and NoneType not in union_members(key_types()[key]):
-            raise ConfigError(f"{origin}: {key}: got null, expected {expected_type(key_types()[key])}")
     try:
-        tree = _typed(values)
-    except ArgumentError:
-        for key, value in values.items():
-            try:
-                _typed({key: value})
-            except ArgumentError as error:
-                kind = type(value).__name__
-                expected = expected_type(key_types()[key])
-                raise ConfigError(f"{origin}: {key}: got {value!r} ({kind}), expected {expected}") from error
-        raise
-    hints = typing.get_type_hints(Config)
-    config = Config(**{
-        name: hints[name](**value) if is_dataclass(hints[name]) else value
-        for name, value in ((entry.name, tree[entry.name]) for entry in fields(Config))
-    })
-    try:
+        config = replace_keys(Config(), {key: checked(key, value) for key, value in values.items()})
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{origin}: {error}") from None

@@ -55,12 +55,12 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
     made: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends(device):
         own = replace(cfg, data=replace(cfg.data, **backend.settings))
-        loader = choose.build_loader(some, own, device, with_original=True)
+        loader = choose.build_loader(some, own, device, with_clean=True)
         try:
             batch = next(iter(loader.batches(0, 1)))
         finally:
             loader.close()
-        made[backend.title] = tuple(levels(x) for x in (batch.x_q, batch.x_k, batch.x_o))
+        made[backend.title] = tuple(levels(x) for x in (batch.x_q, batch.x_k, batch.x_clean))
     theirs = made["torchvision"]
     tiles = []
     for b in range(count):

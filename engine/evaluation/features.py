@@ -26,7 +26,7 @@ _VERSION = 1
 @torch.no_grad()
 def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.device, group: str = "") -> Tensor:
     """[N, C] float32 features on ``device``: short side 256/224 of ``data.image_size``, centre crop, under the run's
-    ``amp``, modules in eval mode meanwhile. In file order at ``eval.batch_size``: in form ``published`` the mask is
+    ``amp``, modules in eval mode meanwhile. In file order at ``eval.batch_size``: in variant ``published`` the mask is
     scaled over the batch, so that both are part of the result. The processes of ``group`` do some batches each, and all
     get all features.
 

@@ -14,6 +14,7 @@ from engine.config import flatten
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, clean_resize
 from engine.files import write_atomically
 from engine.pretrained.run import Run
+from ppssl.settings import method_settings, title
 
 # What a person would have to know about the machine that trained it, not about the network.
 _LOCAL = ("out", "resume")
@@ -58,7 +59,7 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
             "std": list(IMAGENET_STD),
         },
         "training": {
-            "method": cfg.method.title,
+            "method": title(cfg),
             "data": cfg.data.name,
             "initial_weights": _short(cfg.encoder.weights),
             "epoch": run.epoch,
@@ -104,7 +105,7 @@ def _licence(run: Run) -> str:
     sources = [f"the images of {cfg.data.name}"]
     if cfg.encoder.weights != "none":
         sources.append(f"the initial weights {_short(cfg.encoder.weights)}")
-    if cfg.method.name == "ppssl" and cfg.ais.weight and cfg.teacher.weights != "birds":
+    if method_settings(cfg).uses_teacher and cfg.teacher.weights != "birds":
         sources.append(f"the teacher {cfg.teacher.model} ({_short(cfg.teacher.weights)})")
     return (
         f"The code is MIT. The weights were learned from {' and '.join(sources)}, which have terms of their own (many image sets "

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from engine.config import Config, from_yaml
+from engine.config import Config, from_run
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
+from ppssl.settings import method_settings
 
 
 class Run(NamedTuple):
@@ -36,7 +37,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
     files = RunFolder(folder)
     if not files.config.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_yaml(files.config)
+    cfg = from_run(files.config)
     path = files.weights
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
@@ -46,7 +47,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
                 f"{files.config}: method.name: {cfg.method.name!r} is not registered here; import the module that registers it, or "
                 f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
             )
-        network = METHODS[cfg.method.name].build_network(cfg, Trunk(cfg.encoder.arch))
+        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), Trunk(cfg.encoder.arch))
     try:
         network.load_weights(weights_file.load_weights(path))
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from engine.files import write_atomically
 from engine.report import charts, numbers, sections
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run, read
+from ppssl.settings import title
 
 
 def write(folders: Sequence[Path], out: Path, device: torch.device, *, quick: bool = False) -> None:
@@ -47,6 +48,7 @@ def render(runs: Sequence[Run], *, quick: bool = False) -> str:
     lead = runs[0]
     values = dict(
         runs=runs,
+        method=title(lead.config),
         headline=numbers.headline(lead),
         protocols=numbers.protocols(lead),
         curves=sections.curves(runs),

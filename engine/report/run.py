@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import build, files
-from engine.config import Config, from_yaml
+from engine.config import Config, from_run
 from engine.data import ImageList
 from engine.evaluation import Attention, attention_maps
 from engine.evaluation import features as kept_features
@@ -47,7 +47,7 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
     path = RunFolder(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_yaml(path)
+    cfg = from_run(path)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, images, split, device)
     name, judged = folder.resolve().name, _evaluation(folder)

@@ -40,7 +40,6 @@ class Guard:
         self.index = torch.empty(0, dtype=torch.int64, device=device)
         self.names: list[str] = []
         self.values = torch.empty(0, device=device)
-        method.skip = self.bad
         self.statistics = [b for b in method.buffers() if b.is_floating_point() and b.dim() == 1]
         self.sizes = [tensor.numel() for tensor in self.statistics]
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.config import ConfigError, flatten, from_yaml
+from engine.config import ConfigError, flatten, from_run, keys
 from engine.console import say
 from engine.run_folder import RunFolder
 from engine.training import checkpoint
-
-# What may differ between a checkpoint and the run that continues it: where things are and how they are executed, never what is
-# computed.
-_FREE_TO_CHANGE = ("out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers")
-_FREE_SECTIONS = ("run.", "eval.")
 
 
 def find_checkpoint(resume: str, out: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -48,16 +43,20 @@ def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
     if "config" not in info:  # a run that was built in code
         return info.get("settings", {})
     try:
-        return flatten(from_yaml(str(info["config"])))
+        return flatten(from_run(str(info["config"])))
     except ConfigError as error:
         raise ValueError(f"resume: {source} was made with a config that this version cannot read: {error}") from error
 
 
 def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Raises ``ConfigError`` naming the first key in both whose value must not change and did."""
+    """Says in the log which keys have another value that is allowed to change. Raises ``ConfigError`` naming the first key whose value
+    must not change and did (``Key.resume``)."""
     for key, value in now.items():
-        free = key in _FREE_TO_CHANGE or key.startswith(_FREE_SECTIONS)
-        if not free and key in then and then[key] != value:
+        if key not in then or then[key] == value or keys()[key].resume == "free":
+            continue
+        if keys()[key].resume == "said":
+            say(f"{key}: {value!r} from here on, {then[key]!r} until {source}")
+        else:
             raise ConfigError(
                 f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; give {key}={then[key]} to "
                 f"continue it, or --out DIR (or --resume none) to start afresh"

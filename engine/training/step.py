@@ -3,6 +3,7 @@ the only file that knows ``torch.compile``."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from engine.training.graph import CapturedStep
 from engine.training.guard import Guard
 from engine.training.precision import Precision
 from ppssl.encoder import Trunk
-from ppssl.method import Batch, Method, Output
+from ppssl.method import Batch, Method, Output, StepContext
 from ppssl.ops import world
 from ppssl.span import span
 
@@ -99,7 +100,8 @@ class Step:
         self.momentum, self.weight_decay = group["momentum"], group["weight_decay"]
         self.online, self.target = method.ema_pairs()
         device = precision.device
-        method.progress = torch.zeros((), device=device)
+        self.takes_context = len(inspect.signature(method.forward).parameters) > 1
+        self.context = StepContext(torch.zeros((), device=device), share=1 / world(method.group))
         self.rate = torch.zeros((), device=device)
         self.guard = Guard(method, device, patience=max_bad_steps)
         for module in method.modules():
@@ -141,8 +143,13 @@ class Step:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.enqueue(output.keys, batch.index)
+        self.enqueue(output, batch)
         return output
+
+    def enqueue(self, output: Output, batch: Batch) -> None:
+        """Puts the keys into the queue, where the method has one."""
+        if output.keys is not None:
+            self.method.enqueue(output.keys, batch.index, self.guard.bad)
 
     def gradients(self, batch: Batch) -> tuple[Output, Sequence[Tensor | None]]:
         """Moves the key network, runs the method and differentiates by the parameters alone (gradients are scaled in fp16)."""
@@ -152,8 +159,8 @@ class Step:
                 weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
                 torch._foreach_lerp_(self.target, self.online, [weight] * len(self.target))
         with self.precision.autocast():
-            output = self.method(batch)
-        scaled = output.total * self.method.loss_scale if self.precision.scales else output.total
+            output = self.method(batch, self.context) if self.takes_context else self.method(batch)
+        scaled = output.total * self.context.loss_scale if self.precision.scales else output.total
         # not backward(): it would compute the gradient of the images a second time
         with span("backward"):
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
@@ -162,13 +169,13 @@ class Step:
         norms = torch._foreach_norm([g for g in gradients if g is not None])
         norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
         if self.precision.scales:
-            norm = norm / self.method.loss_scale
+            norm = norm / self.context.loss_scale
         output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
         return output, gradients
 
     def judge(self, output: Output, kept: Tensor | None) -> None:
         """Decides on the device whether this step counts; takes back what the forward pass did to the statistics if not."""
-        self.guard.judge(output.total, output.stats["grad_norm"], self.method.loss_scale if self.precision.scales else None)
+        self.guard.judge(output.total, output.stats["grad_norm"], self.context.loss_scale)
         self.guard.restore(kept)
 
     def averaged(self, output: Output, gradients: Sequence[Tensor | None]) -> tuple[Output, list[Tensor | None]]:
@@ -206,7 +213,7 @@ class Step:
             torch._foreach_add_(buffers, found)
             rate = torch.where(self.guard.bad, 0.0, self.rate)
             torch._foreach_sub_(parameters, torch._foreach_mul(buffers, rate))
-            self.method.enqueue(output.keys, batch.index)
+            self.enqueue(output, batch)
         return output
 
     def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
@@ -242,7 +249,7 @@ class Step:
         """Float32 leaves where the method differentiates by an image (a 16-bit gradient of size 1e-5 would lose its digits), and
         float32 images everywhere when nothing casts them."""
         changed = {}
-        for name in ("x_q", "x_k", "x_o"):
+        for name in ("x_q", "x_k", "x_clean"):
             images = getattr(batch, name)
             if images is None:
                 continue
@@ -255,12 +262,12 @@ class Step:
     def set_schedule(self) -> None:
         """Puts this step's learning rate, the share of the run that is done and the loss scale where they are read."""
         rate = self.lr(self.step)
-        self.method.progress.fill_(self.step / self.total_steps)
+        self.context.progress.fill_(self.step / self.total_steps)
         self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.precision.scales:
-            self.method.loss_scale = self.scaler.scale(torch.ones((), device=self.precision.device))
+            self.context = self.context._replace(loss_scale=self.scaler.scale(torch.ones((), device=self.precision.device)))
 
     def state_dict(self) -> dict:
         return {

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.config import Config, OptimConfig, RunConfig, dump, flatten, to_yaml
+from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
 from engine.console import console, say
 from engine.data import Loader
 from engine.errors import BrokenFile
@@ -98,11 +98,9 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
-        frozen = {id(p) for p in method.ema_pairs()[1]}
-        trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
         self.step = Step(
             method,
-            sgd(trained, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, backend=optim.backend),
+            sgd(method.trained_parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, backend=optim.backend),
             lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule),
             decay=ema_decay,
             precision=self.precision,
@@ -153,7 +151,7 @@ class Trainer:
     def write_settings(self, batch: Batch) -> None:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
-        text = dump(self.settings)
+        text = to_yaml(self.settings)
         write_atomically(RunFolder(self.out).config, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     def _fit(self) -> Summary:
@@ -325,7 +323,7 @@ def known_settings(
     sections = {"optim": optim, "run": run}
     known = {"epochs": trainer.epochs, "amp": amp, "ema.decay": ema_decay}
     known |= {f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)}
-    known["method.name"] = next((name for name, kind in METHODS.items() if kind is type(method)), type(method).__name__)
+    known["method.name"] = METHODS.name_of(type(method)) or type(method).__name__
     network = method.network if type(method).network is not Method.network else None
     if network is not None:
         known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)

@@ -115,12 +115,12 @@ def assert_same_run(out: Path, other: Path) -> None:
     [
         ("torch", {"name": "moco"}, None, "off"),
         ("dali", {"name": "moco"}, "bf16", "encoder"),
-        ("torch", {"name": "ppssl", "form": "published"}, "bf16", "off"),
-        ("dali", {"name": "ppssl", "form": "published"}, None, "off"),
-        ("torch", {"name": "ppssl", "form": "guided"}, None, "off"),
-        ("dali", {"name": "ppssl", "form": "guided"}, "bf16", "off"),
+        ("torch", {"name": "ppssl", "variant": "published"}, "bf16", "off"),
+        ("dali", {"name": "ppssl", "variant": "published"}, None, "off"),
+        ("torch", {"name": "ppssl", "variant": "guided"}, None, "off"),
+        ("dali", {"name": "ppssl", "variant": "guided"}, "bf16", "off"),
         ("torch", {"name": "ldfs"}, None, "off"),
-        ("resident", {"name": "ppssl", "form": "guided"}, None, "off"),
+        ("resident", {"name": "ppssl", "variant": "guided"}, None, "off"),
         ("dali", {"name": "byol"}, None, "off"),
     ],
 )

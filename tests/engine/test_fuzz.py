@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, command_line, from_yaml, key_types, to_yaml
+from engine.config import Config, command_line, from_yaml, keys, to_yaml
 from engine.data import layouts
 from engine.errors import ConfigError
 from engine.training import checkpoint
 
 bounded = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-KEYS = sorted({part for key in key_types() for part in (key, key.rpartition(".")[0], key.rpartition(".")[2])} - {""})
+KEYS = sorted({part for key in keys() for part in (key, key.rpartition(".")[0], key.rpartition(".")[2])} - {""})
 SCALARS = [
     "1",
     "-1",

@@ -75,7 +75,7 @@ def test_the_trainer_runs_anybody_s_method(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_run(tmp_path_factory.mktemp("runs") / "run", arch="resnet18_w8_s16", form="guided")
+    return exported_run(tmp_path_factory.mktemp("runs") / "run", arch="resnet18_w8_s16", variant="guided")
 
 
 @pytest.fixture(scope="module")

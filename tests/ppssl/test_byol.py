@@ -10,6 +10,7 @@ from engine.config import OptimConfig, from_yaml
 from ppssl.byol import BYOL
 from ppssl.encoder import Trunk
 from ppssl.method import METHODS, Batch
+from ppssl.settings import method_settings
 
 BATCH = 8
 
@@ -18,7 +19,8 @@ def build() -> BYOL:
     torch.manual_seed(0)
     cfg = from_yaml("method: {name: byol}\nencoder: {dim: 8, head: mlp3_bn}")
     kind = METHODS["byol"]
-    return kind.from_config(cfg, kind.build_network(cfg, Trunk("resnet18_w8_s16"))).train()
+    settings = method_settings(cfg)
+    return kind.from_settings(settings, kind.build_network(settings, Trunk("resnet18_w8_s16"))).train()
 
 
 def batch(seed: int = 0) -> Batch:
@@ -50,7 +52,7 @@ def test_the_target_gets_no_gradient_and_follows_the_online_network() -> None:
     output = method(batch())
     online, target = method.ema_pairs()
     assert len(online) == len(target) == len(list(method.online.parameters()))
-    assert not any(p.requires_grad for p in target) and not output.keys.requires_grad
+    assert not any(p.requires_grad for p in target) and output.keys is None
     trained = [p for p in method.parameters() if p.requires_grad]
     assert len(trained) == len(online) + len(list(method.predictor.parameters()))
     assert all(float(g.abs().max()) > 0 for g in torch.autograd.grad(output.total, list(method.predictor.parameters()))[:1])

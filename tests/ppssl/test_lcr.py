@@ -1,7 +1,6 @@
-"""LCR: the form ``guided`` against a plain re-computation, what each switch changes, and what ``published`` really does."""
+"""LCR: the variant ``guided`` against a plain re-computation, what each switch changes, and what ``published`` really does."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -9,11 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
-from ppssl.lcr import FORMS, LCR, Form, form_from_config
+from ppssl.lcr import LCR
 from ppssl.method import METHODS, Batch
+from ppssl.settings import LCRSettings, method_settings, variant
 
 DIM, QUEUE, BATCH = 8, 20, 6
-GUIDED, PUBLISHED = FORMS["guided"], FORMS["published"]
+GUIDED, PUBLISHED = variant("lcr", "guided"), variant("lcr", "published")
+
+
+def having(settings: LCRSettings, **switches) -> LCRSettings:
+    """``settings`` with switches by the last part of their key."""
+    section = {"minmax": "method", "detach": "lcr", "updates": "lcr"}
+    return settings.having({f"{section.get(name, 'iadm')}.{name}": value for name, value in switches.items()})
 
 
 class SmallTrunk(Trunk):
@@ -28,10 +34,10 @@ class SmallTrunk(Trunk):
         return {"layer4": F.relu(self.second(F.relu(self.first(images))))}
 
 
-def build(form: Form = GUIDED) -> LCR:
+def build(settings: LCRSettings = GUIDED) -> LCR:
     torch.manual_seed(1)
-    network = FeatureNet(SmallTrunk(), MaskBranch(24, 32, minmax=form.minmax))
-    return LCR(network, projection_head("mlp2", 24, DIM), form=form, dim=DIM, queue_size=QUEUE, temperature=0.2).train()
+    network = FeatureNet(SmallTrunk(), MaskBranch(24, 32, minmax=settings.method.minmax))
+    return LCR(network, projection_head("mlp2", 24, DIM), settings=settings, dim=DIM, queue_size=QUEUE, temperature=0.2).train()
 
 
 def batch() -> Batch:
@@ -45,7 +51,7 @@ def gradients(method: LCR, total: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def plain_guided(method: LCR, given: Batch) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The form ``guided`` written out in float64 without the project's ops: its terms and its gradients."""
+    """The variant ``guided`` written out in float64 without the project's ops: its terms and its gradients."""
     m = copy.deepcopy(method).double()
     feature = m.encoder_q.trunk(given.x_q.double())
     q = F.normalize(m.encoder_q.head(feature.mean((2, 3))), dim=1)
@@ -86,7 +92,7 @@ def test_guided_equals_its_plain_recomputation() -> None:
         assert near(gradient, expected[name], 1e-4), name
 
 
-# every switch of the form, alone: the value to turn it to from ``guided``, and whether the rationale's value moves
+# every switch of the variant, alone: the value to turn it to from ``guided``, and whether the rationale's value moves
 SWITCHES = [
     ("minmax", "batch", True),
     ("weight", 2.0, False),
@@ -101,7 +107,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize(("switch", "value", "moves"), SWITCHES, ids=[s[0] for s in SWITCHES])
 def test_each_switch_moves_its_own_term_only(switch: str, value: object, moves: bool) -> None:
-    methods = build(), build(dataclasses.replace(GUIDED, **{switch: value}))
+    methods = build(), build(having(GUIDED, **{switch: value}))
     before, after = (m(batch()) for m in methods)
     assert torch.equal(before.terms["contrast"], after.terms["contrast"]) and torch.equal(before.keys, after.keys)
     assert torch.equal(before.terms["rationale"], after.terms["rationale"]) != moves
@@ -113,7 +119,7 @@ def test_each_switch_moves_its_own_term_only(switch: str, value: object, moves: 
 def test_the_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> None:
     cams = []
     for loss in ("sum", "mean"):
-        method, given = build(dataclasses.replace(GUIDED, cam_scale="none", cam_loss=loss)), batch()
+        method, given = build(having(GUIDED, cam_scale="none", cam_loss=loss)), batch()
         feature = method.encoder_q.trunk(given.x_q)
         q = method.encoder_q.project(feature.mean((2, 3)))
         losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
@@ -139,10 +145,10 @@ def test_published_batch_norm_moves_three_times_once_for_the_keys_map() -> None:
     assert torch.allclose(guided.mask.bn.running_mean, 0.9 * start + 0.1 * means[0], atol=1e-6)
 
 
-def rationale_gradients(form: Form) -> dict[str, torch.Tensor]:
+def rationale_gradients(form: LCRSettings) -> dict[str, torch.Tensor]:
     method = build(form)
     output = method(batch())
-    bare = build(dataclasses.replace(form, weight=0.0))
+    bare = build(having(form, weight=0.0))
     plain = bare(batch())
     assert set(plain.terms) == {"contrast"} and torch.equal(plain.total, plain.terms["contrast"])
     without = gradients(bare, plain.total)
@@ -158,7 +164,7 @@ def test_published_target_is_uniform_so_that_any_cam_gives_the_same_loss() -> No
     method = build(PUBLISHED)
     true = method(batch()).terms["rationale"]
     method = build(PUBLISHED)
-    method.cam = lambda losses, feature: torch.zeros(feature.shape[0], *feature.shape[2:])
+    method.cam = lambda losses, feature, context: torch.zeros(feature.shape[0], *feature.shape[2:])
     assert float((method(batch()).terms["rationale"] - true).abs() / true) < 0.01
     guided, nothing = build(), build()
     nothing.cam = method.cam
@@ -175,15 +181,15 @@ def test_published_feature_depends_on_its_batch_mates_and_guided_does_not() -> N
             assert (float((together - alone).abs().max()) > 1e-4) == depends
 
 
-def test_config_switches_override_the_form() -> None:
+def test_config_switches_override_the_variant() -> None:
     from engine.config import Config, IadmConfig, LcrConfig, MethodConfig, from_yaml
 
-    assert form_from_config(Config()) == PUBLISHED
-    cfg = Config(method=MethodConfig(form="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False))
-    assert form_from_config(cfg) == dataclasses.replace(GUIDED, minmax="batch", sign="plus", detach=False)
+    assert method_settings(Config(method=MethodConfig(name="lcr"))) == PUBLISHED
+    cfg = Config(method=MethodConfig(name="lcr", variant="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False))
+    assert method_settings(cfg) == having(GUIDED, minmax="batch", sign="plus", detach=False)
     cfg = from_yaml("method: {name: lcr}\nlcr: {updates: one}\niadm: {weight: 3}")
-    assert form_from_config(cfg) == dataclasses.replace(PUBLISHED, updates="one", weight=3.0)
-    network = METHODS["lcr"].build_network(cfg, SmallTrunk())
+    assert method_settings(cfg) == having(PUBLISHED, updates="one", weight=3.0)
+    network = METHODS["lcr"].build_network(method_settings(cfg), SmallTrunk())
     assert network.mask.minmax == "batch" and network.mask.conv.out_channels == 32
 
 

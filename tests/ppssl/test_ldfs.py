@@ -12,7 +12,8 @@ from engine.config import OptimConfig
 from ppssl.batch_norm import group_batch_norm
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.ldfs import LDFS, Decoder
-from ppssl.method import METHODS, Batch
+from ppssl.method import METHODS, Batch, StepContext
+from ppssl.settings import method_settings
 
 BATCH, SIDE = 6, 32
 
@@ -120,8 +121,7 @@ def test_pair_counts_from_the_end_of_the_warm_up() -> None:
     totals = []
     for progress in (0.0, 0.19, 0.2, 1.0):
         method = build(warmup=0.2, noise=0.0)
-        method.progress = torch.tensor(progress)
-        output = method(batch())
+        output = method(batch(), StepContext(torch.tensor(progress)))
         rest = output.total.detach() - output.terms["contrast"] - 0.05 * output.terms["reconstruction"]
         totals.append(float(rest / output.terms["pair"]))
     assert totals == pytest.approx([0.0, 0.0, 0.5, 0.5], abs=1e-4)
@@ -153,7 +153,8 @@ def test_it_trains_and_its_decoder_learns_to_draw() -> None:
     torch.manual_seed(0)
     cfg = from_yaml("method: {name: ldfs}\nencoder: {dim: 6}\nqueue: {size: 128, dtype: float32}\ndata: {image_size: 32}")
     kind, trunk = METHODS["ldfs"], Trunk("resnet18_w8_s16")
-    method = kind.from_config(cfg, kind.build_network(cfg, trunk))
+    settings = method_settings(cfg, cfg.data.image_size)
+    method = kind.from_settings(settings, kind.build_network(settings, trunk))
     assert (method.pair, method.share, method.warmup, method.noise) == (0.5, 0.2, 0.2, 1.0)
     method.reconstruction = 1.0
     first = float(copy.deepcopy(method)(batch()).terms["reconstruction"])

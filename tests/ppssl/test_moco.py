@@ -78,8 +78,8 @@ def test_a_queue_that_remembers_whose_keys_it_holds() -> None:
     assert queue.index.tolist() == [8, 9, 10, 11, 7]
 
 
-def test_mask_own_takes_stale_keys_of_the_same_image_out_of_the_sum() -> None:
-    method, plain = build(mask_own=True).train(), build().train()
+def test_exclude_same_image_takes_stale_keys_of_the_same_image_out_of_the_sum() -> None:
+    method, plain = build(exclude_same_image=True).train(), build().train()
     x_q, x_k = torch.randn(2, 4, 3, 32, 32)
     batch = Batch(x_q, x_k, torch.tensor([5, 6, 7, 8]))
     twin = copy.deepcopy(method)

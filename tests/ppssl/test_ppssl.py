@@ -1,4 +1,4 @@
-"""PP-SSL: the form ``guided`` against a plain re-computation, and what each switch changes."""
+"""PP-SSL: the variant ``guided`` against a plain re-computation, and what each switch changes."""
 
 import copy
 import dataclasses
@@ -9,12 +9,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from ppssl.encoder import FeatureNet, MaskBranch
-from ppssl.method import Batch
-from ppssl.ppssl import FORMS, PPSSL, Form, form_from_config, spatial_kl
+from ppssl.method import Batch, StepContext
+from ppssl.ppssl import PPSSL, spatial_kl
+from ppssl.settings import PPSSLSettings, method_settings, variant
 
 CHANNELS, DIM, QUEUE, BATCH, SIDE, CELL = 24, 8, 20, 6, 32, 8
-GUIDED, PUBLISHED = FORMS["guided"], FORMS["published"]
-UNMASKED = dataclasses.replace(GUIDED, contrast_mask=False)
+GUIDED, PUBLISHED = variant("ppssl", "guided"), variant("ppssl", "published")
+
+
+def having(settings: PPSSLSettings, **switches) -> PPSSLSettings:
+    """``settings`` with switches by the last part of their key; those of the text guidance and the teacher by ``ais_`` and
+    ``teacher_``."""
+    keys = {name: f"iadm.{name}" for name in ("weight", "sources", "image", "sign", "temperature", "softmax", "cam_scale", "cam_loss")}
+    keys |= {name: f"iadm.{name}" for name in ("pool", "mask", "image_bn", "reduction")}
+    keys |= {name: f"method.{name}" for name in ("minmax", "contrast_mask", "mask_reach")} | {"teacher_view": "teacher.view"}
+    keys |= {f"ais_{name}": f"ais.{name}" for name in ("weight", "temperature", "scale", "warmup")}
+    return settings.having({keys[name]: value for name, value in switches.items()})
+
+
+UNMASKED = having(GUIDED, contrast_mask=False)
 """The contrast of MoCo itself, which a test can write down in a line."""
 
 
@@ -36,13 +49,16 @@ class SmallTrunk(nn.Module):
         return self.maps(images)["layer4"]
 
 
-def build(form: Form = GUIDED, **options) -> PPSSL:
+def build(settings: PPSSLSettings = GUIDED, **options) -> PPSSL:
+    """PP-SSL with switches by name (``having``) and options of the constructor."""
+    switches = {name: options.pop(name) for name in list(options) if name.startswith("ais_") or name in ("sources", "image")}
+    settings = having(settings, **switches)
     torch.manual_seed(1)
     text = torch.randn(8, 5)
     head = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, DIM))
-    network = FeatureNet(SmallTrunk(), MaskBranch(CHANNELS, 32, minmax=form.minmax))
+    network = FeatureNet(SmallTrunk(), MaskBranch(CHANNELS, 32, minmax=settings.method.minmax))
     options = {"embed": lambda x: F.normalize(x.detach().mean((2, 3)) @ torch.ones(3, 5) + 0.1, dim=1)} | options
-    return PPSSL(network, head, text, form=form, dim=DIM, queue_size=QUEUE, temperature=0.2, **options).train()
+    return PPSSL(network, head, text, settings=settings, dim=DIM, queue_size=QUEUE, temperature=0.2, **options).train()
 
 
 def batch() -> Batch:
@@ -53,7 +69,7 @@ def batch() -> Batch:
 
 
 def plain_guided(method: PPSSL, given: Batch) -> dict[str, torch.Tensor]:
-    """The table of the form ``guided``, written out in float64 without the project's ops."""
+    """The table of the variant ``guided``, written out in float64 without the project's ops."""
     m = copy.deepcopy(method).double()
     x_q, x_k = given.x_q.detach().double().requires_grad_(), given.x_k.double()
 
@@ -120,10 +136,10 @@ def test_guided_equals_its_plain_recomputation() -> None:
         assert near(gradient, expected[name], 1e-4), name
 
 
-def iadm_gradients(form: Form) -> dict[str, torch.Tensor]:
+def iadm_gradients(form: PPSSLSettings) -> dict[str, torch.Tensor]:
     method = build(form, ais_weight=0.0)
     output = method(batch())
-    bare = build(dataclasses.replace(form, iadm_weight=0.0), ais_weight=0.0)
+    bare = build(having(form, weight=0.0), ais_weight=0.0)
     without = gradients(bare, bare(batch()).total)
     return {n: g - without[n] for n, g in gradients(method, output.total).items() if without.get(n) is not None}
 
@@ -149,14 +165,14 @@ def test_published_target_is_uniform_to_three_digits_for_gradients_of_the_usual_
     cam = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert float((F.softmax(cam, -1) - 1 / 7).abs().max()) < 1e-4
     mask = torch.rand(4, 7, 7, generator=torch.Generator().manual_seed(1))
-    constant = spatial_kl(torch.zeros(4, 7, 7), mask, PUBLISHED)
-    assert float((spatial_kl(cam, mask, PUBLISHED) - constant).abs() / constant) < 1e-3
+    constant = spatial_kl(torch.zeros(4, 7, 7), mask, PUBLISHED.iadm)
+    assert float((spatial_kl(cam, mask, PUBLISHED.iadm) - constant).abs() / constant) < 1e-3
 
 
 def test_plus_marks_what_hurts_agreement_and_minus_what_supports_it() -> None:
     """G is the gradient of the loss: more of what relu(+x * G) marks raises the loss, more of what relu(-x * G) marks lowers it."""
     for sign, direction in (("plus", 1), ("minus", -1)):
-        method, given = build(dataclasses.replace(UNMASKED, sign=sign)), batch()
+        method, given = build(having(UNMASKED, sign=sign)), batch()
 
         def losses(images: torch.Tensor, method=method, given=given) -> torch.Tensor:
             q = method.encoder_q.project(method.encoder_q.trunk(images).mean((2, 3)))
@@ -172,11 +188,11 @@ def test_plus_marks_what_hurts_agreement_and_minus_what_supports_it() -> None:
 
 def test_a_shared_batch_norm_ends_as_a_mixture_so_that_no_mask_is_evaluated_as_it_was_trained() -> None:
     """Two updates a step, feature map then image, momentum 0.1: the buffers end at 9/19 of the one and 10/19 of the other."""
-    method, given = build(dataclasses.replace(PUBLISHED, iadm_weight=1.0), ais_weight=0.0), batch()
+    method, given = build(having(PUBLISHED, weight=1.0), ais_weight=0.0), batch()
     with torch.no_grad():
         feature = F.conv2d(method.encoder_q.trunk(given.x_q), method.mask.conv.weight).mean((0, 2, 3))
         pixels = F.conv2d(given.x_q, method.image_mask.conv.weight).mean((0, 2, 3))
-    own = build(dataclasses.replace(PUBLISHED, image_bn="own"), ais_weight=0.0)
+    own = build(having(PUBLISHED, image_bn="separate"), ais_weight=0.0)
     for _ in range(100):
         method(given), own(given)
     assert torch.allclose(method.mask.bn.running_mean, 9 / 19 * feature + 10 / 19 * pixels, atol=1e-5)
@@ -192,15 +208,15 @@ def test_a_shared_batch_norm_ends_as_a_mixture_so_that_no_mask_is_evaluated_as_i
 
 def test_zero_cam_is_a_uniform_target() -> None:
     mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    loss = spatial_kl(torch.zeros(3, 4, 4), mask, GUIDED)
+    loss = spatial_kl(torch.zeros(3, 4, 4), mask, GUIDED.iadm)
     expected = -(F.log_softmax(mask.flatten(1) / 0.4, 1).mean(1) + torch.log(torch.tensor(16.0))).mean()
     assert torch.allclose(loss, expected, atol=1e-6) and torch.isfinite(torch.autograd.grad(loss, mask)[0]).all()
 
 
-# every switch of the form, alone: the value to turn it to from ``guided``, and the terms that it must and must not move
+# every switch of the variant, alone: the value to turn it to from ``guided``, and the terms that it must and must not move
 SWITCHES = [
     ("minmax", "batch", {"contrast", "iadm", "ais"}),
-    ("iadm_weight", 2.0, set()),
+    ("weight", 2.0, set()),
     ("contrast_mask", False, {"contrast", "iadm"}),
     ("sign", "plus", {"iadm"}),
     ("temperature", 1.0, {"iadm"}),
@@ -216,17 +232,17 @@ SWITCHES = [
 @pytest.mark.parametrize(("switch", "value", "moves"), SWITCHES, ids=[s[0] for s in SWITCHES])
 def test_each_switch_moves_its_own_term_only(switch: str, value: object, moves: set[str]) -> None:
     before = build()(batch())
-    after = build(dataclasses.replace(GUIDED, **{switch: value}))(batch())
+    after = build(having(GUIDED, **{switch: value}))(batch())
     moved = {name for name in before.terms if not torch.equal(before.terms[name], after.terms[name])}
     assert moved == moves
     assert (before.total - after.total).abs() > 1e-6
 
 
 def test_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> None:
-    raw = dataclasses.replace(UNMASKED, cam_scale="none")
+    raw = having(UNMASKED, cam_scale="none")
     cams = []
     for loss in ("sum", "mean"):
-        method, given = build(dataclasses.replace(raw, cam_loss=loss)), batch()
+        method, given = build(having(raw, cam_loss=loss)), batch()
         maps = {"image": given.x_q, **method.encoder_q.trunk.maps(given.x_q)}
         q = method.encoder_q.project(maps["layer4"].mean((2, 3)))
         losses, _ = method.contrast(q, method.keys(given.x_k), given.index)
@@ -235,7 +251,7 @@ def test_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -> No
 
 
 def test_shared_image_batch_norm_moves_one_buffer_twice_and_an_own_one_is_apart() -> None:
-    shared, own = build(PUBLISHED), build(dataclasses.replace(PUBLISHED, image_bn="own"))
+    shared, own = build(PUBLISHED), build(having(PUBLISHED, image_bn="separate"))
     for method in (shared, own):
         method(batch())
     assert shared.image_mask.own_bn is None and not torch.equal(shared.mask.bn.running_mean, own.mask.bn.running_mean)
@@ -247,8 +263,8 @@ def test_sources_and_original_image() -> None:
     layers = build(sources=("image", "layer1"))(batch())
     image = build()(batch())
     assert not torch.equal(layers.terms["iadm"], image.terms["iadm"])
-    orig = build(cam_image="orig")
-    assert orig.needs_original and orig.needs_image_grad == ("x_o",)
+    orig = build(image="clean")
+    assert orig.needs_clean and orig.needs_image_grad == ("x_clean",)
     assert not torch.equal(orig(batch()).terms["iadm"], image.terms["iadm"])
     assert build(sources=("layer1",)).needs_image_grad == ()
     with pytest.raises(ValueError, match="layer9"):
@@ -315,14 +331,15 @@ def test_maxout_width_and_head_are_the_configs() -> None:
         queue=QueueConfig(size=30, dtype="float32"),
     )  # fmt: skip
     cfg = dataclasses.replace(cfg, ais=dataclasses.replace(cfg.ais, weight=0.0))
-    method = PPSSL.from_config(cfg, PPSSL.build_network(cfg, Trunk("resnet18_w8")))
+    settings = method_settings(cfg)
+    method = PPSSL.from_settings(settings, PPSSL.build_network(settings, Trunk("resnet18_w8")))
     assert method.mask.conv.out_channels == 5 and method.image_mask.conv.out_channels == 5
     assert isinstance(method.encoder_q.head[-1], nn.BatchNorm1d) and method.queue.rows.shape == (30, 7)
 
 
 def test_contrast_mask_contrasts_masked_features_on_both_sides() -> None:
     """Written out: A of either network pools its own features, and is a constant to the contrast."""
-    method, given = build(dataclasses.replace(GUIDED, iadm_weight=0.0), ais_weight=0.0), batch()
+    method, given = build(having(GUIDED, weight=0.0), ais_weight=0.0), batch()
     with torch.no_grad():
         method.mask_k.conv.weight.mul_(torch.rand_like(method.mask_k.conv.weight))  # as if they had moved apart
     other = copy.deepcopy(method)
@@ -354,15 +371,15 @@ def test_the_key_s_mask_follows_and_is_only_there_where_keys_are_masked() -> Non
 
 
 def test_a_mask_that_reaches_its_branch_only_leaves_the_trunk_to_the_contrast() -> None:
-    branch = dataclasses.replace(GUIDED, mask_reach="branch")
-    method, bare = build(branch, ais_weight=0.0), build(dataclasses.replace(GUIDED, iadm_weight=0.0), ais_weight=0.0)
+    branch = having(GUIDED, mask_reach="branch")
+    method, bare = build(branch, ais_weight=0.0), build(having(GUIDED, weight=0.0), ais_weight=0.0)
     output = method(batch())
     guided, contrast = gradients(method, output.total), gradients(bare, bare(batch()).total)
     assert torch.equal(output.terms["iadm"], build()(batch()).terms["iadm"])  # the values are the same
     assert all(near(guided[n], g, 1e-6) for n, g in contrast.items() if n.startswith("encoder_q."))
     assert float(guided["mask.conv.weight"].abs().max()) > 1e-4
     # the text guidance still teaches the trunk, through the feature that is pooled
-    text = build(dataclasses.replace(branch, iadm_weight=0.0))
+    text = build(having(branch, weight=0.0))
     taught = gradients(text, text(batch()).total)
     assert not near(taught["encoder_q.trunk.second.weight"], contrast["encoder_q.trunk.second.weight"], 1e-2)
 
@@ -371,15 +388,14 @@ def test_warmup_raises_the_weight_with_the_share_of_the_run_done() -> None:
     totals = []
     for progress in (0.0, 0.1, 0.2, 0.9):
         method = build(ais_warmup=0.2)
-        method.progress = torch.tensor(progress)
-        output = method(batch())
+        output = method(batch(), StepContext(torch.tensor(progress)))
         rest = output.total.detach() - output.terms["contrast"] - 1.28 * output.terms["iadm"]
         totals.append(float(rest / output.terms["ais"]))
     assert totals == pytest.approx([0.0, 0.6, 1.2, 1.2], abs=1e-4)
 
 
 def test_weights_of_zero_turn_a_term_and_its_needs_off() -> None:
-    method = build(dataclasses.replace(GUIDED, iadm_weight=0.0), ais_weight=0.0)
+    method = build(having(GUIDED, weight=0.0), ais_weight=0.0)
     assert method.needs_image_grad == () and not method.needs_teacher_embeddings
     output = method(batch())
     assert set(output.terms) == {"contrast"} and torch.equal(output.total, output.terms["contrast"])
@@ -390,9 +406,9 @@ def test_the_teacher_view_query_needs_an_image_encoder() -> None:
         build(PUBLISHED, embed=None)
 
 
-def test_config_switches_override_the_form() -> None:
+def test_config_switches_override_the_variant() -> None:
     from engine.config import Config, IadmConfig, MethodConfig
 
-    cfg = Config(method=MethodConfig(form="guided", minmax="batch"), iadm=IadmConfig(sign="plus"))
-    assert form_from_config(cfg) == dataclasses.replace(GUIDED, minmax="batch", sign="plus")
-    assert form_from_config(Config()) == PUBLISHED
+    cfg = Config(method=MethodConfig(variant="guided", minmax="batch"), iadm=IadmConfig(sign="plus"))
+    assert method_settings(cfg) == having(GUIDED, minmax="batch", sign="plus")
+    assert method_settings(Config()) == PUBLISHED

@@ -15,14 +15,14 @@ from engine.data.sampler import ALL, Share, steps_per_epoch
 
 
 def build_loader(
-    images: ImageList, cfg: Config, device: torch.device | str, *, with_original: bool = False, cache_dir: Path | None = None,
+    images: ImageList, cfg: Config, device: torch.device | str, *, with_clean: bool = False, cache_dir: Path | None = None,
     share: Share | None = None,
 ) -> Loader:  # fmt: skip
     """The loader that ``data.resident`` and ``data.loader`` name for a training list.
 
     images: every file of an epoch; epochs drop the last partial batch.
     share: what this process executes of every batch; None is all of it.
-    with_original: batches also carry ``x_o``, the un-augmented image (short side resized, centre crop).
+    with_clean: batches also carry ``x_clean``, the un-augmented image (short side resized, centre crop).
     cache_dir: where resident data keeps its decoded images; None keeps them in memory only.
     An explicit ``data.loader`` is never replaced by another. ``auto`` is resident data where memory allows it, else DALI where it
     is importable.
@@ -33,7 +33,7 @@ def build_loader(
     steps_per_epoch(len(images), cfg.batch_size)
     choice, device = cfg.data.loader, torch.device(device)
     if cfg.data.resident != "off":
-        loader = resident_loader.build(images, cfg, device, with_original=with_original, cache_dir=cache_dir, share=share)
+        loader = resident_loader.build(images, cfg, device, with_clean=with_clean, cache_dir=cache_dir, share=share)
         if loader is not None:
             return loader
     if choice == "auto":
@@ -46,13 +46,13 @@ def build_loader(
             )
         from engine.data.loaders.dali_loader import DaliLoader  # DALI may be missing
 
-        return DaliLoader(images, cfg, device, with_original=with_original, share=share)
+        return DaliLoader(images, cfg, device, with_clean=with_clean, share=share)
     if cfg.data.aug == "dali":
         raise ValueError(
             f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the torchvision loader here; "
             "use data.aug=parity"
         )
-    return TorchLoader(images, cfg, device, with_original=with_original, share=share)
+    return TorchLoader(images, cfg, device, with_clean=with_clean, share=share)
 
 
 def dali_problem() -> str | None:

@@ -38,9 +38,9 @@ class DaliLoader:
     order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, share: Share = ALL):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, share: Share = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
-        self._images, self._cfg, self._with_original, self._share = images, cfg, with_original, share
+        self._images, self._cfg, self._with_clean, self._share = images, cfg, with_clean, share
         self._device = torch.device(device)
         self._gpu = self._device.type == "cuda"
         if self._gpu and self._device.index is None:
@@ -80,7 +80,7 @@ class DaliLoader:
             position, *outputs = self._run(pipeline, step)
             if not np.array_equal(position.numpy(), index):
                 raise RuntimeError(f"DALI gave images {position.tolist()} where step {step} has {index.tolist()}")
-            original = outputs.pop().permute(0, 3, 1, 2) if self._with_original else None
+            original = outputs.pop().permute(0, 3, 1, 2) if self._with_clean else None
             if self._dali_colour:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
             elif self._gpu:
@@ -91,7 +91,7 @@ class DaliLoader:
             else:
                 x_q, x_k = (self._colour(o, v) for o, v in zip(outputs, values, strict=True))
             self._pipeline, self._next = pipeline, step + 1
-            yield Batch(x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_o=original)
+            yield Batch(x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_clean=original)
 
     def _run(self, pipeline, step: int) -> list[Tensor]:
         """One iteration's outputs as tensors that share DALI's memory (and keep it)."""
@@ -136,7 +136,7 @@ class DaliLoader:
                 fed += [plain, pixels]
             for view in values:
                 fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
-            return fed + (_centres(images.sizes[index], side) if self._with_original else [])
+            return fed + (_centres(images.sizes[index], side) if self._with_clean else [])
 
         decode: dict = {"device": "cpu"}
         if self._gpu:
@@ -152,7 +152,7 @@ class DaliLoader:
             side,
             all_plain,
             self._dali_colour,
-            self._with_original,
+            self._with_clean,
             decode,
             batch_size=self._cfg.batch_size // self._share.processes,
             num_threads=self._workers,
@@ -164,12 +164,12 @@ class DaliLoader:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_original: bool, decode: dict):
+def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: bool, decode: dict):
     """Positions [B] on the host, as they were fed; query view, key view and, if asked for, the original, each [B, side, side, 3]:
     uint8 views where colour is still to come, else normalised, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
     view_inputs = 11 if dali_colour else 4
-    count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_original else 0)
+    count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_clean else 0)
     position, *fed = fn.external_source(source=feed, num_outputs=1 + count, batch=True)
     if all_plain:
         image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
@@ -187,7 +187,7 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_original
             pixels = _recolour(pixels, *fed[first + 4 : first + view_inputs])
             pixels = _normalise(pixels, gpu)
         outputs.append(pixels)
-    if with_original:
+    if with_clean:
         outputs.append(_normalise(_resize(image, side, fed[-2], fed[-1]), gpu))
     return tuple(outputs)
 

@@ -88,7 +88,7 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
 
 
 def build(
-    images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, cache_dir: Path | None = None,
+    images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, cache_dir: Path | None = None,
     share: Share = ALL,
 ) -> ResidentLoader | None:  # fmt: skip
     """The resident loader that ``data.resident`` asks for, None for off. Memory that is short all the same makes ``auto`` go down
@@ -102,7 +102,7 @@ def build(
     while found.where != "off":
         try:
             decoded = decode(images, short_side=found.short_side, cache_dir=cache_dir, workers=cfg.data.workers)
-            return ResidentLoader(images, decoded, found, cfg, device, with_original=with_original, share=share)
+            return ResidentLoader(images, decoded, found, cfg, device, with_clean=with_clean, share=share)
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
             if cfg.data.resident != "auto":
                 raise
@@ -116,11 +116,11 @@ class ResidentLoader:
     makes both views of a batch; only values cross over, and with ``host`` the batch's images, from pinned memory."""
 
     def __init__(
-        self, images: ImageList, decoded: Decoded, where: Plan, cfg: Config, device: torch.device, *, with_original: bool = False,
+        self, images: ImageList, decoded: Decoded, where: Plan, cfg: Config, device: torch.device, *, with_clean: bool = False,
         share: Share = ALL,
     ):  # fmt: skip
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
-        self._images, self._decoded, self._cfg, self._with_original = images, decoded, cfg, with_original
+        self._images, self._decoded, self._cfg, self._with_clean = images, decoded, cfg, with_clean
         self._share = share
         self._gpu = device.type == "cuda"
         if self._gpu and device.index is None:  # the thread that works ahead has a current device of its own
@@ -163,7 +163,7 @@ class ResidentLoader:
 
         self._threads.share(make, 2 * count)
         original = None
-        if self._with_original:
+        if self._with_clean:
             pixels = torch.empty((count, side, side, 3), dtype=torch.uint8)
 
             def shrink(part: slice) -> None:
@@ -172,7 +172,7 @@ class ResidentLoader:
 
             self._threads.share(shrink, count)
             original = _normalised(pixels, torch.float32)
-        return Batch(x_q=views[:count], x_k=views[count:], index=torch.from_numpy(index.copy()), x_o=original)
+        return Batch(x_q=views[:count], x_k=views[count:], index=torch.from_numpy(index.copy()), x_clean=original)
 
     def _on_gpu(self, steps: range) -> Iterator[Batch]:
         side = self._cfg.data.image_size
@@ -185,11 +185,11 @@ class ResidentLoader:
                 pixels, offsets, sizes, values, side=side, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16
             )
             original = None
-            if self._with_original:
+            if self._with_clean:
                 images = (pixels[o : o + 3 * h * w].view(h, w, 3) for o, (h, w) in host)
                 original = _normalised(torch.stack([original_pixels(image, side) for image in images]), torch.float16)
             count = len(position)
-            yield Batch(x_q=views[:count], x_k=views[count:], index=position, x_o=original)
+            yield Batch(x_q=views[:count], x_k=views[count:], index=position, x_clean=original)
 
     def _staged(self, steps: range) -> Iterator[tuple[tuple, torch.cuda.Event]]:
         """What a step's op takes, brought to the GPU on a stream of its own."""

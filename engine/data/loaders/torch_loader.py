@@ -74,7 +74,7 @@ class TorchLoader:
     pixels, which are normalised here on the device.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_original: bool = False, share: Share = ALL):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, share: Share = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         workers = cores() if cfg.data.workers is None else cfg.data.workers
         self.name = f"torch ({workers} workers)"
@@ -83,7 +83,7 @@ class TorchLoader:
         self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
         self._steps = _Steps()
         self._loader = DataLoader(
-            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_original, share),
+            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_clean, share),
             batch_size=None,
             sampler=self._steps,
             num_workers=workers,
@@ -98,12 +98,12 @@ class TorchLoader:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._steps.range = range(start_step, stop_step)
-        for x_q, x_k, x_o, index in _checked(self._loader):
+        for x_q, x_k, x_clean, index in _checked(self._loader):
             yield Batch(
                 x_q=self._normalise(x_q),
                 x_k=self._normalise(x_k),
                 index=index.to(self._device, non_blocking=True),
-                x_o=None if x_o is None else self._normalise(x_o),
+                x_clean=None if x_clean is None else self._normalise(x_clean),
             )
 
     def close(self) -> None:
@@ -139,12 +139,12 @@ class _Steps(Sampler[int]):
 
 
 class _StepDataset(Dataset):
-    """Step -> (x_q, x_k, x_o | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
+    """Step -> (x_q, x_k, x_clean | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
     function of the step."""
 
-    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_original: bool, share: Share):
+    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_clean: bool, share: Share):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
-        self.with_original, self.share = with_original, share
+        self.with_clean, self.share = with_clean, share
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | str:
         try:
@@ -156,17 +156,17 @@ class _StepDataset(Dataset):
         epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.share)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
-        shape = (3 if self.with_original else 2, len(index), self.side, self.side, 3)
+        shape = (3 if self.with_clean else 2, len(index), self.side, self.side, 3)
         pixels = np.empty(shape, np.uint8)
         for b, i in enumerate(index.tolist()):
             image = self.images.read(i)
             for view in (0, 1):
                 pixels[view, b] = np.asarray(execute_view(image, values[view], b, self.side))
-            if self.with_original:
+            if self.with_clean:
                 resize = clean_resize(self.side)
                 pixels[2, b] = np.asarray(clean_view(image, resize, self.side, Image.Resampling.BILINEAR))
         views = torch.from_numpy(pixels)
-        return views[0], views[1], views[2] if self.with_original else None, torch.from_numpy(index.copy())
+        return views[0], views[1], views[2] if self.with_clean else None, torch.from_numpy(index.copy())
 
 
 def clean_batches(

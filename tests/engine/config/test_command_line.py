@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import flatten, from_yaml, key_types, to_yaml
+from engine.config import flatten, from_yaml, keys, to_yaml
 from engine.config.command_line import find_recipe, parse, recipe_names
 
 
@@ -39,7 +39,7 @@ def changed(line: str) -> dict[str, object]:
         ("--cfg cub run.compile=off run.cuda_graph=on", {"run.compile": "off", "run.cuda_graph": "on"}),
         ("--cfg cub iadm.sources=image,layer4", {"iadm.sources": ("image", "layer4")}),
         ("--cfg cub iadm.sources=[layer4]", {"iadm.sources": ("layer4",)}),
-        ("--cfg cub --queue.mask-own bn.sync=true", {"queue.mask_own": True, "bn.sync": True}),
+        ("--cfg cub --queue.exclude-same-image bn.sync=true", {"queue.exclude_same_image": True, "bn.sync": True}),
         ("--cfg cub iadm.weight=0.5 iadm.weight=null", {}),
     ],
 )
@@ -88,7 +88,7 @@ def test_switches():
         ("--cfg cub epochs=", ["epochs", "a whole number"]),
         ("--cfg cub epochs=[", ["epochs", "a whole number"]),
         ("--cfg cub optim.lr=fast", ["optim.lr", "'fast'", "a number"]),
-        ("--cfg cub queue.mask_own=maybe", ["queue.mask_own", "true or false"]),
+        ("--cfg cub queue.exclude_same_image=maybe", ["queue.exclude_same_image", "true or false"]),
         ("--cfg cub --amp fp32", ["amp", "'fp32'", "bf16, fp16 or null"]),
         ("--cfg cub iadm.sources=layer5", ["iadm.sources", "layer5", "layer4"]),
         ("--cfg cub ema.decay=1", ["ema.decay", "[0, 1)"]),
@@ -139,7 +139,7 @@ def test_help_lists_every_key_with_its_documentation(capsys):
         parse(["--help"])
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    for key in key_types():
+    for key in keys():
         at = next(i for i, line in enumerate(lines) if line.startswith(f"{key}="))
         assert len(lines[at + 1].strip()) > 3 and lines[at + 1].startswith("    ")
     for name in recipe_names():

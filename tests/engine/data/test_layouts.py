@@ -505,14 +505,14 @@ def test_a_cut_banner_is_in_no_view_of_a_loader(loader, bannered):
     def batches(images):
         resident = {"resident": "host"} if loader == "resident" else {"resident": "off", "loader": loader}
         data = DataConfig(name="aircraft", image_size=64, workers=0 if loader == "torch" else 1, **resident)
-        made = build_loader(images, Config(batch_size=6, data=data), "cpu", with_original=True)
+        made = build_loader(images, Config(batch_size=6, data=data), "cpu", with_clean=True)
         found = list(made.batches(0, 3))
         made.close()
         return found
 
     for one, other in zip(*map(batches, bannered), strict=True):
         assert one.index.tolist() == other.index.tolist()
-        for views in ("x_q", "x_k", "x_o"):
+        for views in ("x_q", "x_k", "x_clean"):
             assert np.array_equal(getattr(one, views).numpy(), getattr(other, views).numpy()), views
 
 

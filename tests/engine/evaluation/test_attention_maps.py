@@ -18,9 +18,9 @@ from engine.data import catalog
 from engine.evaluation import attention_maps
 from engine.files import read_metadata
 from ppssl.encoder import FeatureNet, Trunk, projection_head
-from ppssl.lcr import FORMS as LCR_FORMS
 from ppssl.lcr import LCR
 from ppssl.method import Batch, Method
+from ppssl.settings import variant
 from ppssl.simclr import SimCLR
 
 ARCH = "resnet18_w8_s16"
@@ -38,9 +38,9 @@ def build(kind: str) -> Method:
     if kind == "lcr":
         torch.manual_seed(0)
         trunk = Trunk(ARCH)
-        cfg = Config(encoder=SimpleNamespace(arch=ARCH), method=SimpleNamespace(form="guided", minmax=None, maxout_width=32))
-        network = LCR.build_network(cfg, trunk)
-        return LCR(network, projection_head("mlp2", trunk.channels, 16), form=LCR_FORMS["guided"], dim=16, queue_size=64)
+        settings = variant("lcr", "guided")
+        network = LCR.build_network(settings, trunk)
+        return LCR(network, projection_head("mlp2", trunk.channels, 16), settings=settings, dim=16, queue_size=64)
     return build_ppssl(ARCH, kind)
 
 
@@ -79,7 +79,7 @@ def test_pp_ssl_s_mask_is_the_one_that_pools_the_feature() -> None:
     with torch.no_grad():
         expected = method.mask(method.encoder_q.trunk(x)).mask
     torch.testing.assert_close(attention_maps.attention(method, x)["mask"], expected)
-    method.form = method.form.override(iadm_weight=0.0)  # without guidance there is still something to look at
+    method.settings = method.settings.having({"iadm.weight": 0.0})  # without guidance there is still something to look at
     assert attention_maps.attention(method, x)["cam"].max() > 0
 
 

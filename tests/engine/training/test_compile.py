@@ -19,7 +19,7 @@ from engine.training.step import Step, choose
 from ppssl import PPSSL
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
-from ppssl.ppssl import FORMS
+from ppssl.settings import variant
 from ppssl.teacher import Teacher
 
 
@@ -62,9 +62,9 @@ DATA, BOTH, WEIGHT = (True, False), (True, True), (False, True)
         (lambda: build_ppssl("resnet50_w4", "guided"), {"forward": 106, DATA: 53, BOTH: 52, WEIGHT: 1}),
         (lambda: build_moco("resnet50_w4"), {"forward": 106, BOTH: 52, WEIGHT: 1}),
         # CAM at layer4: its gradient passes the head alone
-        (lambda: build_ppssl("resnet18_w8", "guided", sources=("layer4",)), {"forward": 40, BOTH: 19, WEIGHT: 1}),
+        (lambda: build_ppssl("resnet18_w8", "guided", {"iadm.sources": ("layer4",)}), {"forward": 40, BOTH: 19, WEIGHT: 1}),
         # the original as a third image: its CAM pass and its loss pass (through the mask that is fitted)
-        (lambda: build_ppssl("resnet18_w8", "guided", cam_image="orig"), {"forward": 60, DATA: 20, BOTH: 38, WEIGHT: 2}),
+        (lambda: build_ppssl("resnet18_w8", "guided", {"iadm.image": "clean"}), {"forward": 60, DATA: 20, BOTH: 38, WEIGHT: 2}),
         # LCR's gradient passes the head alone
         (lambda: build_by_name("lcr", Trunk("resnet18_w8")), {"forward": 40, BOTH: 19, WEIGHT: 1}),
         # trunk (20) and decoder (4 x 3 + 1, and one transposed convolution): twice each and forward; the drawn key, and the
@@ -151,7 +151,7 @@ def test_inductor_computes_the_eager_step() -> None:
     torch.manual_seed(0)
     network = FeatureNet(OneConvolution(), MaskBranch(8, 4, minmax="image"))
     head = projection_head("mlp2", 8, DIM)
-    method = PPSSL(network, head, torch.randn(8, 5), form=FORMS["guided"], dim=DIM, queue_size=QUEUE)
+    method = PPSSL(network, head, torch.randn(8, 5), settings=variant("ppssl", "guided"), dim=DIM, queue_size=QUEUE)
     totals, _, _ = run(method, 2)
     compiled_totals, _, _ = run(method, 2, compile="step")
     assert compiled_totals == pytest.approx(totals, rel=1e-4)

@@ -31,11 +31,11 @@ from engine.training.step import Step, choose
 from engine.training.trainer import Trainer
 from ppssl.byol import BYOL
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
-from ppssl.lcr import FORMS as LCR_FORMS
 from ppssl.lcr import LCR
 from ppssl.method import Batch, Method
 from ppssl.moco import MoCo
-from ppssl.ppssl import FORMS, PPSSL
+from ppssl.ppssl import PPSSL
+from ppssl.settings import variant
 from ppssl.simclr import SimCLR
 
 CPU, WORLD = torch.device("cpu"), 2
@@ -68,15 +68,16 @@ def build(name: str, sync: bool, head: str) -> Method:
     elif name == "byol":
         method = BYOL(FeatureNet(trunk), head, dim=D)
     elif name.startswith("lcr"):
-        form = LCR_FORMS[name.split()[1]]
-        branch = MaskBranch(trunk.channels, 5, minmax=form.minmax, groups=options["bn_groups"])
-        method = LCR(FeatureNet(trunk, branch), head, form=form, **options)
+        settings = variant("lcr", name.split()[1])
+        branch = MaskBranch(trunk.channels, 5, minmax=settings.method.minmax, groups=options["bn_groups"])
+        method = LCR(FeatureNet(trunk, branch), head, settings=settings, **options)
     else:
-        form = FORMS[name]
-        branch = MaskBranch(trunk.channels, 5, minmax=form.minmax, groups=options["bn_groups"])
+        settings = variant("ppssl", name)
+        branch = MaskBranch(trunk.channels, 5, minmax=settings.method.minmax, groups=options["bn_groups"])
         method = PPSSL(
-            FeatureNet(trunk, branch), head, torch.randn(3, 7), form=form, embed=lambda x: x.detach().mean((2, 3)) @ look, **options
-        )
+            FeatureNet(trunk, branch), head, torch.randn(3, 7),
+            settings=settings, embed=lambda x: x.detach().mean((2, 3)) @ look, **options,
+        )  # fmt: skip
     look = torch.randn(3, 7, dtype=torch.float64)
     with torch.no_grad():
         for parameter in method.parameters():  # away from the zeros that blocks begin with
@@ -93,8 +94,7 @@ def batch(step: int, rank: int, processes: int) -> Batch:
 
 
 def train(method: Method, rank: int, processes: int) -> dict[str, Tensor]:
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
+    trained = method.trained_parameters()
     step = Step(
         method, optim.sgd(trained, lr=0.05, momentum=0.9, weight_decay=1e-4), lr=lambda _: 0.05, decay=0.9,
         precision=precision.resolve(None, CPU), total_steps=STEPS,

@@ -9,7 +9,7 @@ from torch import nn
 from engine.training import optim, precision
 from engine.training.step import Step
 from ppssl.encoder import FeatureNet, Trunk, projection_head
-from ppssl.method import Batch, Method, Output
+from ppssl.method import Batch, Method, Output, StepContext
 from ppssl.moco import MoCo
 
 CPU = torch.device("cpu")
@@ -31,14 +31,14 @@ class Toy(Method):
     def ema_pairs(self):
         return list(self.online.parameters()), list(self.target.parameters())
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext) -> Output:
         assert batch.x_q.is_leaf and batch.x_q.requires_grad
         self.target_seen = self.target.weight.clone()
         total = self.factor * self.online(batch.x_q.mean((2, 3))).sum()
         (image_gradient,) = torch.autograd.grad(total, batch.x_q, retain_graph=True)
         return Output(total, {"sum": total.detach()}, image_gradient.mean((1, 2, 3), keepdim=True)[:, :, 0, 0], {})
 
-    def enqueue(self, keys: torch.Tensor, index: torch.Tensor) -> None:
+    def enqueue(self, keys: torch.Tensor, index: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         self.pushed.append(keys)
 
 
@@ -63,9 +63,9 @@ def test_order_and_arithmetic_of_a_step() -> None:
     gradient = batch().x_q.mean((2, 3)).sum(0, keepdim=True)
     assert torch.allclose(method.online.weight, start - 0.5 * (gradient + 0.1 * start))  # lr(0) = 0.5, weight decay 0.1
     assert float(output.stats["grad_norm"]) == pytest.approx(float(gradient.norm()))
-    assert len(method.pushed) == 1 and step.step == 1 and float(method.progress) == 0.0
+    assert len(method.pushed) == 1 and step.step == 1 and float(step.context.progress) == 0.0
     step(batch())
-    assert float(method.progress) == 0.25 and step.optimizer.param_groups[0]["lr"] == 0.25
+    assert float(step.context.progress) == 0.25 and step.optimizer.param_groups[0]["lr"] == 0.25
     assert method.online.weight.grad is None
 
 
@@ -92,7 +92,7 @@ class Contrast(MoCo):
 
     factor = 1.0
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch, context: StepContext) -> Output:
         output = super().forward(batch)
         return output._replace(total=output.total * self.factor)
 
@@ -101,8 +101,7 @@ def contrast(**options) -> tuple[Contrast, Step]:
     torch.manual_seed(0)
     trunk = Trunk("resnet18_w8_s16")
     method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10).train()
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    optimizer = optim.sgd([p for p in method.parameters() if id(p) not in frozen], lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = optim.sgd(method.trained_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     whole = options.pop("whole", False)
     exact = precision.resolve(None, CPU)
     step = Step(

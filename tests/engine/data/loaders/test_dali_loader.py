@@ -92,7 +92,7 @@ def test_every_index_once_an_epoch_in_the_sampler_s_order(images, aug):
         for x in (batch.x_q, batch.x_k):
             assert x.shape == (5, 3, SIDE, SIDE) and x.dtype == torch.float32 and x.isfinite().all()
             assert x.is_contiguous(memory_format=torch.channels_last)
-        assert batch.x_o is None
+        assert batch.x_clean is None
     for epoch in (batches[:4], batches[4:]):
         assert len(set(torch.cat([b.index for b in epoch]).tolist())) == 20
 
@@ -100,8 +100,8 @@ def test_every_index_once_an_epoch_in_the_sampler_s_order(images, aug):
 @pytest.mark.parametrize("aug", ["parity", "dali"])
 def test_any_start_gives_the_batches_of_a_run_that_got_there(images, aug):
     cfg = config(aug=aug)
-    whole = run(images, cfg, 0, 7, with_original=True)
-    again = run(images, cfg, 4, 7, with_original=True)
+    whole = run(images, cfg, 0, 7, with_clean=True)
+    again = run(images, cfg, 4, 7, with_clean=True)
     for a, b in zip(whole[4:], again, strict=True):
         for x, y in zip(a[:4], b[:4], strict=True):
             assert torch.equal(x, y)
@@ -126,12 +126,12 @@ def test_parity_with_the_torchvision_loader(images):
     """Same values, same pictures: 2 levels in the mean over all views, where the torchvision loader runs PIL (integers
     between operators, 256 hues, a blur of boxes, another resize), at most 6 for any view; the original, which only
     resizes, 0.5."""
-    ours = run(images, config(), 0, 6, with_original=True)
-    theirs = run(images, config(loader="torch"), 0, 6, with_original=True)
+    ours = run(images, config(), 0, 6, with_clean=True)
+    theirs = run(images, config(loader="torch"), 0, 6, with_clean=True)
     views = torch.cat([levels(a.x_q, b.x_q) for a, b in zip(ours, theirs, strict=True)])
     views = torch.cat([views, *[levels(a.x_k, b.x_k) for a, b in zip(ours, theirs, strict=True)]])
     assert views.mean() < 2 and views.max() < 6, (views.mean(), views.max())
-    original = torch.cat([levels(a.x_o, b.x_o) for a, b in zip(ours, theirs, strict=True)])
+    original = torch.cat([levels(a.x_clean, b.x_clean) for a, b in zip(ours, theirs, strict=True)])
     assert original.max() < 0.5, original
 
 
@@ -156,26 +156,26 @@ def test_tiny_and_narrow_images(tmp_path):
     for i, size in enumerate([(1, 1), (2, 1), (1, 40), (300, 2), (5, 7)]):
         Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(tmp_path / f"{i}.png")
     found = load("folder", tmp_path, progress=False).train
-    ours, theirs = (run(found, config(5, loader=name), 0, 3, with_original=True) for name in ("dali", "torch"))
+    ours, theirs = (run(found, config(5, loader=name), 0, 3, with_clean=True) for name in ("dali", "torch"))
     for a, b in zip(ours, theirs, strict=True):
-        assert levels(a.x_q, b.x_q).max() < 4 and levels(a.x_o, b.x_o).max() < 1
+        assert levels(a.x_q, b.x_q).max() < 4 and levels(a.x_clean, b.x_clean).max() < 1
 
 
 def test_files_that_pil_decodes_are_the_same_pictures(odd):
-    ours = run(odd, config(10), 0, 2, with_original=True)
-    theirs = run(odd, config(10, loader="torch"), 0, 2, with_original=True)
+    ours = run(odd, config(10), 0, 2, with_clean=True)
+    theirs = run(odd, config(10, loader="torch"), 0, 2, with_clean=True)
     for a, b in zip(ours, theirs, strict=True):
-        assert levels(a.x_o, b.x_o).max() < 0.5 and levels(a.x_q, b.x_q).mean() < 2.5
+        assert levels(a.x_clean, b.x_clean).max() < 0.5 and levels(a.x_q, b.x_q).mean() < 2.5
 
 
 def test_dali_s_own_colour_differs_in_colour_only(images):
     """Crop, flip, grey and blur are the values'; hue, contrast and order are DALI's."""
-    own = run(images, config(aug="dali"), 0, 6, with_original=True)
-    parity = run(images, config(), 0, 6, with_original=True)
+    own = run(images, config(aug="dali"), 0, 6, with_clean=True)
+    parity = run(images, config(), 0, 6, with_clean=True)
     difference = torch.cat([levels(a.x_q, b.x_q) for a, b in zip(own, parity, strict=True)])
     assert (difference < 0.7).any() and 1 < difference.mean() < 15
     for a, b in zip(own, parity, strict=True):
-        assert torch.equal(a.x_o, b.x_o)
+        assert torch.equal(a.x_clean, b.x_clean)
         grey = [(x * TO_LEVELS + 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) for x in (a.x_q, b.x_q)]
         spread = [(g.amax(1) - g.amin(1)).amax((1, 2)) < 1.5 for g in grey]
         assert torch.equal(*spread)
@@ -235,12 +235,12 @@ def test_images_of_another_step_are_noticed(images, monkeypatch):
 @pytest.mark.parametrize("aug", ["parity", "dali"])
 def test_on_a_gpu_the_pictures_are_those_of_the_cpu(images, aug):
     """nvJPEG rounds its own way: 2 levels in the mean of a view."""
-    loader = build_loader(images, config(aug=aug), "cuda", with_original=True)
+    loader = build_loader(images, config(aug=aug), "cuda", with_clean=True)
     batches = list(loader.batches(0, 6))
     loader.close()
-    for ours, expected in zip(batches, run(images, config(aug=aug), 0, 6, with_original=True), strict=True):
+    for ours, expected in zip(batches, run(images, config(aug=aug), 0, 6, with_clean=True), strict=True):
         assert ours.x_q.is_cuda and ours.x_q.dtype == torch.float16 and torch.equal(ours.index.cpu(), expected.index)
-        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_o, expected.x_o)):
+        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_clean, expected.x_clean)):
             assert x.is_contiguous(memory_format=torch.channels_last)
             assert levels(x.float().cpu(), y).max() < 2
 

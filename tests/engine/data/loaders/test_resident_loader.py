@@ -75,7 +75,7 @@ def test_every_index_once_an_epoch_in_the_sampler_s_order(images):
         for x in (batch.x_q, batch.x_k):
             assert x.shape == (4, 3, SIDE, SIDE) and x.dtype == torch.float32 and x.isfinite().all()
             assert x.is_contiguous(memory_format=torch.channels_last)
-        assert batch.x_o is None
+        assert batch.x_clean is None
     for epoch in (batches[:3], batches[3:]):
         assert len(set(torch.cat([b.index for b in epoch]).tolist())) == 12
 
@@ -83,13 +83,13 @@ def test_every_index_once_an_epoch_in_the_sampler_s_order(images):
 def test_the_same_views_as_the_torchvision_loader(images):
     """2 levels in the mean where that one runs PIL (integers between operators, 256 hues, a blur of boxes), at most 6 for a view;
     the original, which only resizes, 0.5."""
-    ours = run(images, config(), 0, 6, with_original=True)
-    theirs = run(images, config(resident="off", loader="torch", workers=0), 0, 6, with_original=True)
+    ours = run(images, config(), 0, 6, with_clean=True)
+    theirs = run(images, config(resident="off", loader="torch", workers=0), 0, 6, with_clean=True)
     views, originals = [], []
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.index, b.index)
         views += [((x - y).abs() * TO_LEVELS).mean((1, 2, 3)) for x, y in ((a.x_q, b.x_q), (a.x_k, b.x_k))]
-        originals.append(((a.x_o - b.x_o).abs() * TO_LEVELS).amax((1, 2, 3)))
+        originals.append(((a.x_clean - b.x_clean).abs() * TO_LEVELS).amax((1, 2, 3)))
     views = torch.cat(views)
     assert views.mean() < 2 and views.max() < 6, views
     assert torch.cat(originals).max() < 1.1
@@ -97,8 +97,8 @@ def test_the_same_views_as_the_torchvision_loader(images):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_start_and_any_number_of_threads_give_the_same_bits(images, workers):
-    whole = run(images, config(), 0, 7, with_original=True)
-    loader = build_loader(images, config(workers=workers), "cpu", with_original=True)
+    whole = run(images, config(), 0, 7, with_clean=True)
+    loader = build_loader(images, config(workers=workers), "cpu", with_clean=True)
     left = loader.batches(0, 7)
     next(left)
     left.close()
@@ -126,23 +126,23 @@ def test_the_interpreted_kernels_make_the_same_views(images, monkeypatch, kernel
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_on_a_gpu_from_the_device_and_from_pinned_memory(images, where):
-    loader = build_loader(images, config(resident=where), "cuda", with_original=True)
+    loader = build_loader(images, config(resident=where), "cuda", with_clean=True)
     batches = list(loader.batches(1, 7))
     loader.close()
-    for ours, expected in zip(batches, run(images, config(), 1, 7, with_original=True), strict=True):
+    for ours, expected in zip(batches, run(images, config(), 1, 7, with_clean=True), strict=True):
         assert ours.x_q.is_cuda and ours.x_q.dtype == torch.float16
         assert torch.equal(ours.index.cpu(), expected.index)
-        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_o, expected.x_o)):
+        for x, y in ((ours.x_q, expected.x_q), (ours.x_k, expected.x_k), (ours.x_clean, expected.x_clean)):
             assert x.is_contiguous(memory_format=torch.channels_last)
             assert ((x.float().cpu() - y).abs() * TO_LEVELS).mean((1, 2, 3)).max() < 1
 
 
 def test_a_second_start_decodes_nothing(images, tmp_path, decoded_names):
-    cold = run(images, config(), 0, 3, cache_dir=tmp_path / "cache", with_original=True)
+    cold = run(images, config(), 0, 3, cache_dir=tmp_path / "cache", with_clean=True)
     assert sorted(decoded_names) == sorted(images.names)
-    warm = run(images, config(), 0, 3, cache_dir=tmp_path / "cache", with_original=True)
+    warm = run(images, config(), 0, 3, cache_dir=tmp_path / "cache", with_clean=True)
     assert len(decoded_names) == 13 and same(cold, warm)
-    assert same(run(images, config(), 0, 3, with_original=True), cold)  # without a cache folder, in memory
+    assert same(run(images, config(), 0, 3, with_clean=True), cold)  # without a cache folder, in memory
     assert len(decoded_names) == 26
 
 

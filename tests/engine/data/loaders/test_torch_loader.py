@@ -43,19 +43,19 @@ def config(batch_size: int = 4, **data) -> Config:
 
 
 def test_batches_have_the_sampler_s_order_and_the_promised_form(images):
-    loader = build_loader(images, config(), "cpu", with_original=True)
+    loader = build_loader(images, config(), "cpu", with_clean=True)
     assert loader.steps_per_epoch == 3 and loader.name.startswith("torch")
     seen = []
     for step, batch in enumerate(loader.batches(0, 6)):
         assert batch.index.dtype == torch.int64
         np.testing.assert_array_equal(batch.index, batch_at(3, step, 13, 4)[1])
-        for x in (batch.x_q, batch.x_k, batch.x_o):
+        for x in (batch.x_q, batch.x_k, batch.x_clean):
             assert x.shape == (4, 3, SIDE, SIDE) and x.dtype == torch.float32
             assert x.is_contiguous(memory_format=torch.channels_last)
         assert not torch.equal(batch.x_q, batch.x_k) and batch.teacher is None
         seen.append(batch.index)
     assert len(seen) == 6 and len(set(torch.cat(seen[:3]).tolist())) == 12
-    assert next(iter(build_loader(images, config(), "cpu").batches(0, 1))).x_o is None
+    assert next(iter(build_loader(images, config(), "cpu").batches(0, 1))).x_clean is None
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(iter(loader.batches(0, 1)))
