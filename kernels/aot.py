@@ -1,11 +1,11 @@
-"""Compiles every shipped kernel for sm_80, sm_90 and sm_100 without a GPU, and judges the machine code.
+"""Compiles every shipped kernel for sm_80, sm_90 and sm_100 without a GPU, and checks the machine code.
 
     python -m kernels.aot [--arch sm_80,sm_90,sm_100] [--check | --update]
 
-prints one row a variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
+prints one row per variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
 instruction count. ``--check`` fails on a spill, a 16-bit product without tensor cores, shared memory over the limit, a
 streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``. ``--update``
-rewrites that. What is let through is in ``EXCEPTIONS``, with the reason, and is marked in the table.
+rewrites that. What is let through is in an op's ``EXCEPTIONS``, with the reason, and is marked in the table.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from kernels.configs import ARCHITECTURES, Variant
+from kernels.registry import exceptions, variants
 
 COMMITTED = Path(__file__).with_name("aot.json")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
@@ -31,14 +32,6 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
 GROWTH = 1.10
 """An instruction count may exceed the committed one by this factor."""
-
-EXCEPTIONS: dict[tuple[str, str, str], str] = {
-    ("infonce ieee D512*", "*", "spill"): "float32 without tensor cores at D 512: exact but slow, use tf32",
-    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes a thread keep the nine float64 sums at 112 registers",
-    ("maxout_image * nhwc", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
-    ("gradcam image * nhwc *", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
-}
-"""(variant pattern, architecture pattern, check) -> why it is let through."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,6 @@ class Report:
     load_bytes: int
     """Widest global load a thread issues."""
     instructions: int
-
-
-def _modules() -> list:
-    from kernels import augment_triton, gradcam_triton, infonce_triton, maxout_image_triton, maxout_triton
-
-    return [infonce_triton, maxout_triton, maxout_image_triton, gradcam_triton, augment_triton]
-
-
-def variants(arch: str) -> list[Variant]:
-    """Every form that is shipped for ``arch``."""
-    return [variant for module in _modules() for variant in module.variants(arch)]
 
 
 @functools.cache
@@ -138,7 +120,7 @@ def faults(report: Report, kind: str, committed: dict[str, int]) -> dict[str, st
 
 def exception(report: Report, check: str) -> str | None:
     """Why this fault is let through, or None."""
-    for (name, arch, excepted), reason in EXCEPTIONS.items():
+    for (name, arch, excepted), reason in exceptions().items():
         if excepted == check and fnmatch(report.name, name) and fnmatch(report.arch, arch):
             return reason
     return None

@@ -37,6 +37,7 @@ def _crop_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
+    # 1. The output pixels of this program and the box of its image.
     image = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLS + tl.arange(0, COLS)
@@ -48,6 +49,7 @@ def _crop_kernel(
     base = pixels_ptr + tl.load(offset_ptr + image)
     mirrored = tl.load(flip_ptr + image) != 0
 
+    # 2. The window of source pixels of each output pixel: a triangle of half-width max(1, box / side) around its center.
     scale_y = box_height.to(tl.float32) / side
     scale_x = box_width.to(tl.float32) / side
     reach_y = tl.maximum(scale_y, 1.0)
@@ -59,6 +61,7 @@ def _crop_kernel(
     taps_y = tl.ceil(2 * reach_y).to(tl.int32) + 1
     taps_x = tl.ceil(2 * reach_x).to(tl.int32) + 1
 
+    # 3. out = sum_ij w_i w_j pixel_ij / (sum_i w_i sum_j w_j), without the pixels beyond the box (PIL's antialiased resize).
     red = tl.zeros([ROWS, COLS], tl.float32)
     green = tl.zeros([ROWS, COLS], tl.float32)
     blue = tl.zeros([ROWS, COLS], tl.float32)
@@ -85,6 +88,7 @@ def _crop_kernel(
             green += weight * tl.load(source + 1, mask=inside, other=0).to(tl.float32)
             blue += weight * tl.load(source + 2, mask=inside, other=0).to(tl.float32)
     share = 1 / tl.maximum(norm_y[:, None] * norm_x[None, :], 1e-6)  # beyond the view there is nothing to divide by
+    # 4. Rounded to 8 bits, as PIL does.
     out = out_ptr + (image.to(tl.int64) * side * side + row[:, None] * side + column[None, :]) * 3
     kept = (row < side)[:, None] & (column < side)[None, :]
     tl.store(out, _eight_bits(red * share), mask=kept)
@@ -150,6 +154,7 @@ def _sum_kernel(
     """Sums of grey values of each part of an image, after what comes before contrast."""
     image = tl.program_id(0)
     part = tl.program_id(1)
+    # 1. What comes before contrast in this image's order.
     if tl.load(jitter_ptr + image) != 0:
         pixel = part * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < n_pixels
@@ -163,6 +168,7 @@ def _sum_kernel(
             before = before & (op != 1)
             if before:
                 r, g, b = _adjust(r, g, b, op, tl.load(factor_ptr + 4 * image + op), 0.0)
+        # 2. The sum of grey values of this part.
         total = tl.sum(tl.where(inside, _grey(r, g, b), 0.0), 0)
         tl.store(sum_ptr + image * tl.num_programs(1) + part, total)
 
@@ -187,9 +193,11 @@ def _colour_kernel(
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < n_pixels
     place_in = (image.to(tl.int64) * n_pixels + pixel) * 3
+    # 1. The pixels of this program.
     r = tl.load(view_ptr + place_in, mask=inside, other=0).to(tl.float32)
     g = tl.load(view_ptr + place_in + 1, mask=inside, other=0).to(tl.float32)
     b = tl.load(view_ptr + place_in + 2, mask=inside, other=0).to(tl.float32)
+    # 2. The four jitter operations in this image's order; contrast is around the mean grey value.
     if tl.load(jitter_ptr + image) != 0:
         parts = tl.arange(0, PARTS)
         sums = tl.load(sum_ptr + image * tl.num_programs(1) + parts, mask=parts < tl.num_programs(1), other=0.0)
@@ -197,10 +205,12 @@ def _colour_kernel(
         for place in tl.static_range(4):
             op = tl.load(order_ptr + 4 * image + place).to(tl.int32)
             r, g, b = _adjust(r, g, b, op, tl.load(factor_ptr + 4 * image + op), mean)
+    # 3. Grey, where asked.
     if tl.load(grey_ptr + image) != 0:
         r = _grey(r, g, b)
         g = r
         b = r
+    # 4. To the blur as levels, or out: (x / 255 - mean) / std as one multiplication and addition.
     if tl.load(sigma_ptr + image) > 0:
         level = level_ptr + image.to(tl.int64) * 3 * n_pixels + pixel
         tl.store(level, r, mask=inside)
@@ -244,12 +254,14 @@ def _blur_kernel(
         r = tl.load(level + place, mask=inside, other=0.0)
         g = tl.load(level + plane + place, mask=inside, other=0.0)
         b = tl.load(level + 2 * plane + place, mask=inside, other=0.0)
+        # 1. Weights exp(-d^2 / (2 sigma^2)) for |d| <= min(4 sigma, RADIUS, side - 1), their sum in norm.
         radius = tl.minimum(tl.minimum(tl.ceil(4 * sigma).to(tl.int32), RADIUS), side - 1)
         norm = 1.0
         for distance in tl.range(1, radius + 1):
             share = distance / sigma
             weight = tl.exp(-0.5 * share * share)
             norm += 2 * weight
+            # 2. Both neighbors at distance d, mirrored at the border.
             if ALONG_ROWS:
                 near = row[:, None] * side + _reflected(column - distance, side)[None, :]
                 far = row[:, None] * side + _reflected(column + distance, side)[None, :]
@@ -263,6 +275,7 @@ def _blur_kernel(
             near += plane
             far += plane
             b += weight * (tl.load(level + near, mask=inside, other=0.0) + tl.load(level + far, mask=inside, other=0.0))
+        # 3. Divided by the sum of the weights; normalized after the second direction.
         if ALONG_ROWS:
             kind = out_ptr.dtype.element_ty
             out = out_ptr + (image.to(tl.int64) * plane + place) * 3

@@ -41,6 +41,7 @@ def _image_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,  # a power of two of whole cells
 ):  # fmt: skip
+    # 1. One row of cells of one image.
     image = tl.program_id(0)
     band = tl.program_id(1)
     offs_w = tl.arange(0, BLOCK_W)
@@ -52,6 +53,7 @@ def _image_kernel(
         offs_r = step * ROWS + tl.arange(0, ROWS)
         row = band * CELL_H + offs_r
         mask = (offs_r < CELL_H)[:, None] & inside[None, :]
+        # 2. cam = relu(+- sum_c a_c g_c) at every pixel; g_c is the gradient, or its mean as the channel's weight.
         total = tl.zeros([ROWS, BLOCK_W], tl.float32)
         for c in tl.static_range(CHANNELS):
             a = tl.load(
@@ -66,10 +68,12 @@ def _image_kernel(
                 total += a * g
         cam = tl.maximum(total * SIGN, 0.0, propagate_nan=tl.PropagateNan.ALL)
         cam = tl.where(mask, cam, 0.0)
+        # 3. Pooled over the pixel rows of the cells: maximum or sum.
         if POOL_MAX:
             pooled = tl.maximum(pooled, cam, propagate_nan=tl.PropagateNan.ALL)
         else:
             pooled += cam
+    # 4. Over their columns, and out.
     cells: tl.constexpr = BLOCK_W // CELL_W
     if POOL_MAX:
         by_cell = tl.reshape(tl.max(pooled, 0), [cells, CELL_W])
@@ -92,9 +96,11 @@ def _mean_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    # 1. The channels of this program.
     image = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
+    # 2. mean_c = (1 / S) sum_s x_cs.
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for block in tl.range(0, tl.cdiv(n_positions, BLOCK_S)):
         offs_s = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -119,11 +125,13 @@ def _map_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
+    # 1. The positions of this program.
     image = tl.program_id(0)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < n_positions
     act = act_ptr + image.to(tl.int64) * stride_ab + offs_s[:, None] * stride_as
     grad = grad_ptr + image.to(tl.int64) * stride_gb
+    # 2. s = sum_c a_c g_c, one block of channels at a time.
     total = tl.zeros([BLOCK_S], tl.float32)
     for block in tl.range(0, tl.cdiv(n_channels, BLOCK_C), num_stages=STAGES):
         offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -137,6 +145,7 @@ def _map_kernel(
             pointers = grad + offs_s[:, None] * stride_gs + offs_c[None, :] * stride_gc
             g = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(a * g, 1)
+    # 3. cam = relu(+- s).
     cam = tl.maximum(total * SIGN, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(cam_ptr + image * n_positions + offs_s, cam, mask=mask_s)
 
@@ -158,6 +167,7 @@ def _scale_kernel(
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (offs_s < n_positions)[:, None] & (offs_c < n_channels)[None, :]
+    # 1. coefficient = +- [cam > 0] dL/dcam of every position.
     coefficient = tl.load(coefficient_ptr + image * n_positions + offs_s, mask=offs_s < n_positions, other=0.0)
     grad = grad_ptr + image.to(tl.int64) * stride_gb
     if CHANNEL:
@@ -165,6 +175,7 @@ def _scale_kernel(
     else:
         pointers = grad + offs_s[:, None] * stride_gs + offs_c[None, :] * stride_gc
         g = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    # 2. dL/da_c = coefficient g_c.
     out = out_ptr + image.to(tl.int64) * stride_ob + offs_s[:, None] * stride_os + offs_c[None, :] * stride_oc
     tl.store(out, (coefficient[:, None] * g).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -273,6 +284,12 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
             num_warps=config.warps,
         )
     return out if flat.data_ptr() == out.data_ptr() else out.copy_(flat.view_as(act))
+
+
+EXCEPTIONS = {
+    ("gradcam image * nhwc *", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
+}
+"""See ``registry.exceptions``."""
 
 
 def variants(arch: str) -> list[Variant]:

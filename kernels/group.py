@@ -20,13 +20,13 @@ def group_name(group: dist.ProcessGroup | str | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def world(name: str) -> int:
-    """Processes in the group."""
+def world_size(name: str) -> int:
+    """The number of processes in the group."""
     return _resolve_process_group(name).size() if name else 1
 
 
 @torch.compiler.assume_constant_result
-def place(name: str) -> int:
+def rank(name: str) -> int:
     """This process's rank in the group."""
     return _resolve_process_group(name).rank() if name else 0
 
@@ -36,25 +36,25 @@ def gather(tensor: Tensor, name: str) -> Tensor:
     return torch.ops.ppssl.gather(tensor, name) if name else tensor
 
 
-def own(tensor: Tensor, name: str) -> Tensor:
-    """This process's share of a gathered tensor."""
-    return tensor.chunk(world(name))[place(name)] if name else tensor
+def local_shard(tensor: Tensor, name: str) -> Tensor:
+    """This process's part of a gathered tensor."""
+    return tensor.chunk(world_size(name))[rank(name)] if name else tensor
 
 
-def average(tensor: Tensor, name: str) -> Tensor:
+def all_reduce_mean(tensor: Tensor, name: str) -> Tensor:
     """The mean of the processes' tensors, the same bits in each. Differentiable."""
-    return torch.ops.ppssl.average(tensor, name) if name else tensor
+    return torch.ops.ppssl.all_reduce_mean(tensor, name) if name else tensor
 
 
-def exchange(tensor: Tensor, sent: list[int], received: list[int], name: str) -> Tensor:
+def all_to_all(tensor: Tensor, sent: list[int], received: list[int], name: str) -> Tensor:
     """Sends ``sent[r]`` rows to process r, in the order of the rows; returns what the others send here, in the order of
     their ranks, ``received[r]`` rows each. Not differentiable."""
-    return torch.ops.ppssl.exchange(tensor, sent, received, name)
+    return torch.ops.ppssl.all_to_all(tensor, sent, received, name)
 
 
 def is_first(name: str) -> bool:
     """True in one process of the group: the one that accounts for what all of them share."""
-    return place(name) == 0
+    return rank(name) == 0
 
 
 @torch.library.custom_op("ppssl::gather", mutates_args=())
@@ -67,10 +67,10 @@ def _gather(tensor: Tensor, group: str) -> Tensor:
 
 @_gather.register_fake
 def _(tensor, group):
-    return tensor.new_empty((world(group) * tensor.shape[0], *tensor.shape[1:]))
+    return tensor.new_empty((world_size(group) * tensor.shape[0], *tensor.shape[1:]))
 
 
-@torch.library.custom_op("ppssl::average", mutates_args=())
+@torch.library.custom_op("ppssl::all_reduce_mean", mutates_args=())
 def _average(tensor: Tensor, group: str) -> Tensor:
     processes = _resolve_process_group(group)
     mean = tensor.clone(memory_format=torch.contiguous_format)
@@ -83,7 +83,7 @@ def _(tensor, group):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("ppssl::exchange", mutates_args=())
+@torch.library.custom_op("ppssl::all_to_all", mutates_args=())
 def _exchange(tensor: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     result = tensor.new_empty((sum(received), *tensor.shape[1:]))
     dist.all_to_all_single(result, tensor.contiguous(), received, sent, group=_resolve_process_group(group))
@@ -100,11 +100,11 @@ def _remember_group(ctx, inputs, output):
 
 
 def _gather_backward(ctx, grad):
-    return own(average(grad, ctx.group), ctx.group) * world(ctx.group), None
+    return local_shard(all_reduce_mean(grad, ctx.group), ctx.group) * world_size(ctx.group), None
 
 
 def _average_backward(ctx, grad):
-    return average(grad, ctx.group), None  # every process's loss sees the mean, and 1/n of each tensor is in it
+    return all_reduce_mean(grad, ctx.group), None  # every process's loss sees the mean, and 1/n of each tensor is in it
 
 
 _gather.register_autograd(_gather_backward, setup_context=_remember_group)

@@ -14,14 +14,15 @@ rows, with one gather of the queries and one exchange of partials, both independ
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.group import exchange, gather, group_name, world
+from kernels.group import all_to_all, gather, group_name, world_size
+from kernels.online_softmax import Partial, finish, merge
 from kernels.selection import check_floating, choose, refuse_double_backward
 
 CHUNK_ELEMENTS = 1 << 17
@@ -40,7 +41,7 @@ def queue_infonce(
     return_rank: bool = False,
     impl: Literal["auto", "triton", "chunked", "reference"] = "auto",
     precision: Literal["ieee", "tf32"] = "ieee",
-    own: tuple[Tensor, Tensor] | None = None,
+    exclude: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
@@ -57,7 +58,7 @@ def queue_infonce(
             (top-1 hit: rank == 0, top-5: rank < 5). Exact ties are decided by rounding.
         impl: ``"auto"`` is Triton on CUDA and the chunked pass elsewhere.
         precision: how the Triton path multiplies float32 operands.
-        own: (index [B], queue_index [K]) int64: queue row j is no negative of query i, nor counted in its rank, where
+        exclude: (index [B], queue_index [K]) int64: queue row j is no negative of query i, nor counted in its rank, where
             queue_index[j] == index[i]. The chunked path takes it, on a GPU too.
         group: processes that hold a part of the queue each (``queue`` is this one's, of any length) and equally many
             queries. Every one gets the loss, gradients and ranks of its own queries against all parts.
@@ -67,18 +68,18 @@ def queue_infonce(
         Gradients flow to q and k. Results are deterministic. NaN in a query, key or any queue row gives NaN.
 
     Raises:
-        TypeError: an argument is not a floating tensor, temperature is not a number, or own not int64.
+        TypeError: an argument is not a floating tensor, temperature is not a number, or exclude not int64.
         ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option, or a group with
             ``impl="reference"``.
         RuntimeError: second derivatives (``create_graph=True``) of a fused path.
     """
     _check(q, k, queue, temperature, reduction, precision)
-    if own is not None:
-        _check_own(own, q, queue)
+    if exclude is not None:
+        _check_exclude(exclude, q, queue)
     unsupported = f"D must be at most {MAX_DIM}, got {q.shape[-1]}" if q.shape[-1] > MAX_DIM else None
     widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
     unsupported = "float64 is not supported" if widest == torch.float64 else unsupported
-    unsupported = unsupported if own is None else "own rows are not left out by the kernel"
+    unsupported = unsupported if exclude is None else "the kernel does not exclude rows"
     chosen = choose("queue_infonce", impl, queue, fast="chunked", unsupported=unsupported)
     name = group_name(group)
     if chosen == "reference":
@@ -86,10 +87,10 @@ def queue_infonce(
             raise ValueError("queue_infonce: impl='reference' knows one process; use impl='chunked' with a group")
         with torch.autocast(q.device.type, enabled=False):
             return reference.infonce(
-                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, own=own
+                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, exclude=exclude
             )
     shape = q.shape[:-1]
-    index, queue_index = (None, None) if own is None else (own[0].expand(shape).reshape(-1), own[1])
+    index, queue_index = (None, None) if exclude is None else (exclude[0].expand(shape).reshape(-1), exclude[1])
     with_dq = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     loss, _, rank = torch.ops.ppssl.infonce(
         q.reshape(-1, q.shape[-1]), k.expand(q.shape).reshape(-1, q.shape[-1]), queue.detach(), float(temperature),
@@ -156,13 +157,13 @@ def _check(q: Tensor, k: Tensor, queue: Tensor, temperature: float, reduction: s
         raise ValueError(f"queue_infonce: precision must be 'ieee' or 'tf32', got {precision!r}")
 
 
-def _check_own(own: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> None:
-    index, queue_index = own
+def _check_exclude(exclude: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> None:
+    index, queue_index = exclude
     if index.dtype != torch.int64 or queue_index.dtype != torch.int64:
-        raise TypeError(f"queue_infonce: own must be int64, got {index.dtype} and {queue_index.dtype}")
+        raise TypeError(f"queue_infonce: exclude must be int64, got {index.dtype} and {queue_index.dtype}")
     if index.shape != q.shape[-2:-1] or queue_index.shape != queue.shape[:1]:
         raise ValueError(
-            f"queue_infonce: own must be ([{q.shape[-2]}], [{queue.shape[0]}]), got {list(index.shape)} and "
+            f"queue_infonce: exclude must be ([{q.shape[-2]}], [{queue.shape[0]}]), got {list(index.shape)} and "
             f"{list(queue_index.shape)}"
         )
 
@@ -247,19 +248,6 @@ def _backward(ctx, grad_loss, grad_dq, grad_rank):
 _infonce.register_autograd(_backward, setup_context=_setup_context)
 
 
-class Partial(NamedTuple):
-    """What some rows of the queue add to the softmax of every query, relative to their own maximum ``top``."""
-
-    top: Tensor
-    """[B] largest score (natural units, / temperature); at least the positive's in the chunked path."""
-    total: Tensor
-    """[B] sum of exp(score - top)."""
-    rank: Tensor
-    """[B] int64 rows above the positive, or [0]."""
-    weighted: Tensor
-    """[B, D] sum of exp(score - top) * row, or [0, D]."""
-
-
 def partial(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, index: Tensor | None = None,
     queue_index: Tensor | None = None,
@@ -272,9 +260,9 @@ def partial(
     scaled = q / temperature
     positive = (scaled * k).sum(1)
     # The positive is the first reference point, and stays out of the sums: 1 - p would cancel if it were in them.
-    top = positive.clone()
-    total = torch.zeros_like(positive)
-    weighted = torch.zeros((batch if with_dq else 0, dim), dtype=dtype, device=q.device)
+    m_i = positive.clone()
+    l_i = torch.zeros_like(positive)
+    acc = torch.zeros((batch if with_dq else 0, dim), dtype=dtype, device=q.device)
     rank = torch.zeros(batch if with_rank else 0, dtype=torch.int64, device=q.device)
     buffer = torch.empty(batch * rows, dtype=dtype, device=q.device)
     above = torch.empty(batch * rows if with_rank else 0, dtype=dtype, device=q.device)
@@ -287,55 +275,31 @@ def partial(
         if with_rank:
             # Ones and zeros in the dtype of the logits: summing booleans would convert them to int64 first.
             rank += torch.gt(logits, positive[:, None], out=above[: shape[0] * shape[1]].view(shape)).sum(1).long()
-        new_top = torch.maximum(top, logits.amax(1))
-        shrink = torch.exp(top - new_top)
-        weights = logits.sub_(new_top[:, None]).exp_()
-        total = total.mul_(shrink).add_(weights.sum(1))
+        new_m_i = torch.maximum(m_i, logits.amax(1))
+        alpha = torch.exp(m_i - new_m_i)
+        weights = logits.sub_(new_m_i[:, None]).exp_()
+        l_i = l_i.mul_(alpha).add_(weights.sum(1))
         if with_dq:
-            weighted.mul_(shrink[:, None]).addmm_(weights, block)
-        top = new_top
-    return Partial(top, total, rank, weighted)
-
-
-def merge(parts: Partial) -> Partial:
-    """The partial of all rows from those of S disjoint parts, stacked along a first axis."""
-    top = parts.top.amax(0)
-    shrink = torch.exp(parts.top - top)
-    weighted = torch.einsum("sb,sbd->bd", shrink, parts.weighted) if parts.weighted.shape[1] else parts.weighted[0]
-    return Partial(top, (parts.total * shrink).sum(0), parts.rank.sum(0), weighted)
-
-
-def finish(part: Partial, q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dloss/dq or [0, D], rank or [0]): the partial of all rows with the positive added."""
-    positive = (q / temperature * k).sum(1)
-    top = torch.maximum(part.top, positive)
-    shrink = torch.exp(part.top - top)
-    total = part.total * shrink
-    own = torch.exp(positive - top)
-    whole = total + own
-    loss = torch.where(top == positive, torch.log1p(total), (top - positive) + torch.log(whole))
-    dq = part.weighted
-    if len(dq):
-        # in place: the partial is spent
-        dq = dq.mul_(shrink[:, None]).addcmul_(total[:, None], k, value=-1).div_((whole * temperature)[:, None])
-    return loss, dq, part.rank
+            acc.mul_(alpha[:, None]).addmm_(weights, block)
+        m_i = new_m_i
+    return Partial(m_i, l_i, rank, acc)
 
 
 def _send_home(part: Partial, group: str) -> Partial:
     """From partials of all queries over this process's rows to those of its own queries over every process's, stacked.
     One exchange: the counts travel as the bits of a float of their width."""
-    dtype, processes = part.top.dtype, world(group)
+    dtype, processes = part.m_i.dtype, world_size(group)
     integers = torch.int64 if dtype == torch.float64 else torch.int32
-    columns = [part.top[:, None], part.total[:, None]]
+    columns = [part.m_i[:, None], part.l_i[:, None]]
     if len(part.rank):
         columns.append(part.rank.to(integers)[:, None].view(dtype))
-    if len(part.weighted):
-        columns.append(part.weighted)
+    if len(part.acc):
+        columns.append(part.acc)
     packed = torch.cat(columns, 1)
     share = [len(packed) // processes] * processes
-    received = exchange(packed, share, share, group).view(processes, share[0], -1)
-    top, total, rest = received[..., 0], received[..., 1], received[..., 2:]
-    rank = torch.zeros((processes, 0), dtype=torch.int64, device=top.device)
+    received = all_to_all(packed, share, share, group).view(processes, share[0], -1)
+    m_i, l_i, rest = received[..., 0], received[..., 1], received[..., 2:]
+    rank = torch.zeros((processes, 0), dtype=torch.int64, device=m_i.device)
     if len(part.rank):
         rank, rest = rest[..., :1].contiguous().view(integers)[..., 0].long(), rest[..., 1:]
-    return Partial(top, total, rank, rest if len(part.weighted) else part.weighted.expand(processes, 0, -1))
+    return Partial(m_i, l_i, rank, rest if len(part.acc) else part.acc.expand(processes, 0, -1))

@@ -2,10 +2,10 @@
 
 Program (m, s) walks over chunk s of the queue with BLOCK_B queries. For each block of queue rows it takes the scores,
 the running maximum, the exponentials and their product with the same rows, which is the gradient's sum: two matrix
-products a row loaded. It stores the maximum, the sum, the count of rows that beat the positive and the weighted rows,
+products a row loaded. It stores the maximum, the sum, the count of rows that beat the positive and the acc rows,
 relative to its own maximum; the merge rescales them, adds the positive once and divides. Scores are in log2, for exp2.
 
-Accumulation is float32. The weights go into the second product in the operands' dtype. Wider than 256, the weighted
+Accumulation is float32. The weights go into the second product in the operands' dtype. Wider than 256, the acc
 rows do not fit a program's registers: the gradient's D axis is cut in two and the kernel launched for each half.
 Extra memory: splits x B x (D + 3) x 4 bytes, with at most as many splits as the device has multiprocessors.
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
-from kernels.infonce import Partial, merge
+from kernels.online_softmax import Partial, merge
 from kernels.selection import interpreting
 
 LN2 = tl.constexpr(math.log(2))
@@ -66,10 +66,10 @@ def _split_kernel(
     q_ptr,  # [B, D]
     k_ptr,  # [B, D]
     queue_ptr,  # [K, D]
-    top_ptr,  # [S, B] largest score of the split
-    total_ptr,  # [S, B] sum of exp2(score - top)
+    m_ptr,  # [S, B] largest score of the split
+    l_ptr,  # [S, B] sum of exp2(score - m_i)
     rank_ptr,  # [S, B] rows that score above the positive
-    weighted_ptr,  # [S, B, D] sum of exp2(score - top) * row
+    acc_ptr,  # [S, B, D] sum of exp2(score - m_i) * row
     n_rows,
     n_queue,
     chunk,
@@ -98,6 +98,7 @@ def _split_kernel(
     offs_b = row + tl.arange(0, BLOCK_B)
     mask_b = offs_b < n_rows
 
+    # 1. The queries of this program, and for their rank the score s_+ = q.k / T of the positive.
     q = _tile(q_ptr, row, n_rows, 0, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
     if PARTS == 2:
         q_high = _tile(
@@ -113,13 +114,15 @@ def _split_kernel(
             positive += tl.sum(q_high.to(tl.float32) * k.to(tl.float32), 1)
         positive = positive * scale
         rank = tl.zeros([BLOCK_B], tl.int32)
-    top = tl.full([BLOCK_B], MASKED, tl.float32)
-    total = tl.zeros([BLOCK_B], tl.float32)
-    weighted = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    # 2. m_i, l_i and acc_i of no row at all (online_softmax.py).
+    m_i = tl.full([BLOCK_B], MASKED, tl.float32)
+    l_i = tl.zeros([BLOCK_B], tl.float32)
+    acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
 
     first = pid_s * chunk
     last = tl.minimum(first + chunk, n_queue)
     for block in tl.range(0, tl.cdiv(last - first, BLOCK_K), num_stages=STAGES):
+        # 3. The next block of queue rows, and its scores s = q.row / T in log2.
         n = first + block * BLOCK_K
         rows = _tile(
             queue_ptr, n, last, 0, dim, stride_nk, stride_nd, BLOCK_K, BLOCK_D, not EVEN_K, not EVEN_D
@@ -133,40 +136,44 @@ def _split_kernel(
         scores = scores * scale
         if not EVEN_K:
             scores = tl.where((n + tl.arange(0, BLOCK_K) < last)[None, :], scores, MASKED)
+        # 4. rank += #(s > s_+).
         if WITH_RANK:
             rank += tl.sum((scores > positive[:, None]).to(tl.int32), 1)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        top = new_top
+        # 5. m' = max(m_i, max s);  l_i <- exp(m_i - m') l_i + sum exp(s - m').
+        new_m_i = tl.maximum(m_i, tl.max(scores, 1))
+        alpha = tl.exp2(m_i - new_m_i)
+        weights = tl.exp2(scores - new_m_i[:, None])
+        l_i = l_i * alpha + tl.sum(weights, 1)
+        m_i = new_m_i
+        # 6. acc_i <- exp(m_i - m') acc_i + sum exp(s - m') row.
         if WITH_DQ:
-            weighted = weighted * shrink[:, None]
+            acc = acc * alpha[:, None]
             if PART == 1:
-                weighted = _dot(weights.to(dtype), high, weighted, PRECISION, UPCAST)
+                acc = _dot(weights.to(dtype), high, acc, PRECISION, UPCAST)
             else:
-                weighted = _dot(weights.to(dtype), rows, weighted, PRECISION, UPCAST)
+                acc = _dot(weights.to(dtype), rows, acc, PRECISION, UPCAST)
 
+    # 7. The part of this split, for the merge.
     out = pid_s.to(tl.int64) * n_rows + offs_b
-    tl.store(top_ptr + out, top, mask=mask_b)
+    tl.store(m_ptr + out, m_i, mask=mask_b)
     if PART == 0:
-        tl.store(total_ptr + out, total, mask=mask_b)
+        tl.store(l_ptr + out, l_i, mask=mask_b)
         if WITH_RANK:
             tl.store(rank_ptr + out, rank, mask=mask_b)
     if WITH_DQ:
         offs_d = PART * BLOCK_D + tl.arange(0, BLOCK_D)
-        pointers = weighted_ptr + out[:, None] * dim + offs_d[None, :]
-        tl.store(pointers, weighted, mask=mask_b[:, None] & (offs_d < dim)[None, :])
+        pointers = acc_ptr + out[:, None] * dim + offs_d[None, :]
+        tl.store(pointers, acc, mask=mask_b[:, None] & (offs_d < dim)[None, :])
 
 
 @triton.jit
 def _merge_kernel(
     q_ptr,  # [B, D]
     k_ptr,  # [B, D]
-    top_ptr,  # [PARTS, S, B]
-    total_ptr,  # [S, B]
+    m_ptr,  # [PARTS, S, B]
+    l_ptr,  # [S, B]
     rank_ptr,  # [S, B]
-    weighted_ptr,  # [S, B, D]
+    acc_ptr,  # [S, B, D]
     loss_ptr,  # [B]
     dq_ptr,  # [B, D]
     rank_out_ptr,  # [B]
@@ -185,47 +192,52 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,  # at least dim
     PART_D: tl.constexpr,
 ):  # fmt: skip
+    # One query per program; the formulas are derived in online_softmax.py.
     b = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < dim
     row = b.to(tl.int64)
+    # 1. s_+ = q.k / T in log2, of operands rounded as the products' were.
     q = tl.load(q_ptr + row * stride_qb + offs_d * stride_qd, mask=mask_d, other=0.0).to(OPERAND).to(tl.float32)
     k = tl.load(k_ptr + row * stride_kb + offs_d * stride_kd, mask=mask_d, other=0.0).to(OPERAND).to(tl.float32)
     positive = tl.sum(q * k, 0) * scale
 
-    top = positive
+    # 2. m = max(s_+, max over splits of m_s).
+    m_i = positive
     for s in tl.range(0, n_splits, BLOCK_S):
-        tops = tl.load(top_ptr + (s + offs_s) * n_rows + b, mask=s + offs_s < n_splits, other=MASKED)
-        top = tl.maximum(top, tl.max(tops, 0))
+        tops = tl.load(m_ptr + (s + offs_s) * n_rows + b, mask=s + offs_s < n_splits, other=MASKED)
+        m_i = tl.maximum(m_i, tl.max(tops, 0))
 
-    total = 0.0
+    # 3. l = sum_s exp(m_s - m) l_s;  acc = sum_s exp(m_s - m) acc_s;  rank = sum_s rank_s.
+    l_i = 0.0
     rank = 0
-    weighted = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
     for s in tl.range(0, n_splits, BLOCK_S):
         split = s + offs_s
         mask_s = split < n_splits
-        weight = tl.exp2(tl.load(top_ptr + split * n_rows + b, mask=mask_s, other=MASKED) - top)
-        total += tl.sum(tl.load(total_ptr + split * n_rows + b, mask=mask_s, other=0.0) * weight, 0)
+        weight = tl.exp2(tl.load(m_ptr + split * n_rows + b, mask=mask_s, other=MASKED) - m_i)
+        l_i += tl.sum(tl.load(l_ptr + split * n_rows + b, mask=mask_s, other=0.0) * weight, 0)
         if WITH_RANK:
             rank += tl.sum(tl.load(rank_ptr + split * n_rows + b, mask=mask_s, other=0), 0)
         if WITH_DQ:
-            pointers = weighted_ptr + (split.to(tl.int64) * n_rows + b)[:, None] * dim + offs_d[None, :]
+            pointers = acc_ptr + (split.to(tl.int64) * n_rows + b)[:, None] * dim + offs_d[None, :]
             rows = tl.load(pointers, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
             weights = weight[:, None]
             if PARTS == 2:
-                high = tl.load(top_ptr + (n_splits + split) * n_rows + b, mask=mask_s, other=MASKED)
-                weights = tl.where(offs_d[None, :] < PART_D, weights, tl.exp2(high - top)[:, None])
-            weighted += tl.sum(rows * weights, 0)
+                high = tl.load(m_ptr + (n_splits + split) * n_rows + b, mask=mask_s, other=MASKED)
+                weights = tl.where(offs_d[None, :] < PART_D, weights, tl.exp2(high - m_i)[:, None])
+            acc += tl.sum(rows * weights, 0)
 
-    own = tl.exp2(positive - top)
-    # log(1 + total) by its series where float32 would round 1 + total; otherwise the logarithm of the whole.
-    small = total * (1.0 - 0.5 * total)
-    large = (top - positive + tl.log2(total + own)) * LN2
-    tl.store(loss_ptr + b, tl.where((top == positive) & (total < 1e-3), small, large))
+    # 4. e = exp(s_+ - m); loss = log(1 + l) where m = s_+, else (m - s_+) + log(l + e).
+    e = tl.exp2(positive - m_i)
+    # log(1 + l_i) by its series where float32 would round 1 + l_i; otherwise the logarithm of the whole.
+    small = l_i * (1.0 - 0.5 * l_i)
+    large = (m_i - positive + tl.log2(l_i + e)) * LN2
+    tl.store(loss_ptr + b, tl.where((m_i == positive) & (l_i < 1e-3), small, large))
     if WITH_DQ:
-        # The positive's own share is left out of both terms: 1 - p would cancel.
-        dq = (weighted - total * k) / (total + own) * inverse_temperature
+        # 5. dloss/dq = (acc - l k) / ((l + e) T), which has no 1 - p: that would cancel.
+        dq = (acc - l_i * k) / (l_i + e) * inverse_temperature
         tl.store(dq_ptr + row * dim + offs_d, dq, mask=mask_d)
     if WITH_RANK:
         tl.store(rank_out_ptr + b, rank.to(tl.int64))
@@ -252,13 +264,13 @@ def operand_key(dtype: torch.dtype, precision: str) -> str:
 class Splits(NamedTuple):
     """What the split kernel leaves: S splits of the queue, PARTS halves of a wide gradient. Scores are in log2."""
 
-    top: Tensor
+    m_i: Tensor
     """[PARTS, S, B]"""
-    total: Tensor
+    l_i: Tensor
     """[S, B]"""
     rank: Tensor
     """[S, B] int32, or a tensor without meaning."""
-    weighted: Tensor
+    acc: Tensor
     """[S, B, D], or a tensor without meaning."""
 
 
@@ -281,13 +293,13 @@ def _splits(
     def new(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    top, total = new(parts if with_dq else 1, splits, batch), new(splits, batch)
-    ranks = new(splits, batch, dtype=torch.int32) if with_rank else top
-    weighted = new(splits, batch, dim) if with_dq else top
+    m_i, l_i = new(parts if with_dq else 1, splits, batch), new(splits, batch)
+    ranks = new(splits, batch, dtype=torch.int32) if with_rank else m_i
+    acc = new(splits, batch, dim) if with_dq else m_i
     with torch.cuda.device_of(q):
         for part in range(parts if with_dq else 1):
             _split_kernel[(triton.cdiv(batch, config.rows), splits)](
-                q, k, queue, top[part], total, ranks, weighted,
+                q, k, queue, m_i[part], l_i, ranks, acc,
                 batch, size, chunk, dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
                 queue.stride(0), queue.stride(1), math.log2(math.e) / temperature,
                 PART=part,
@@ -305,7 +317,7 @@ def _splits(
                 num_warps=config.warps,
                 num_stages=config.stages,
             )
-    return Splits(top, total, ranks, weighted)
+    return Splits(m_i, l_i, ranks, acc)
 
 
 def forward(
@@ -313,17 +325,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
     batch, dim = q.shape
-    top, total, ranks, weighted = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
     loss = torch.empty(batch, dtype=torch.float32, device=q.device)
     dq = torch.empty((batch if with_dq else 0, dim), dtype=torch.float32, device=q.device)
     rank = torch.empty(batch if with_rank else 0, dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         _merge_kernel[(batch,)](
-            q, k, top, total, ranks, weighted, loss, dq, rank,
-            batch, total.shape[0], dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            q, k, m_i, l_i, ranks, acc, loss, dq, rank,
+            batch, l_i.shape[0], dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
             math.log2(math.e) / temperature, 1 / temperature,
             OPERAND=OPERANDS[queue.dtype],
-            PARTS=top.shape[0],
+            PARTS=m_i.shape[0],
             WITH_DQ=with_dq,
             WITH_RANK=with_rank,
             BLOCK_S=MERGE_SPLITS,
@@ -338,16 +350,22 @@ def partial(
     q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
 ) -> Partial:
     """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
-    top, total, ranks, weighted = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
-    if len(top) == 2:  # the upper half of the gradient was summed relative to a maximum of its own
-        weighted[..., block_d(q.shape[1]) :] *= torch.exp2(top[1] - top[0])[..., None]
-    splits = total.shape[0]
+    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    if len(m_i) == 2:  # the upper half of the gradient was summed relative to a maximum of its own
+        acc[..., block_d(q.shape[1]) :] *= torch.exp2(m_i[1] - m_i[0])[..., None]
+    splits = l_i.shape[0]
     return merge(Partial(
-        top[0] * LN2.value,
-        total,
+        m_i[0] * LN2.value,
+        l_i,
         ranks.long() if with_rank else torch.zeros((splits, 0), dtype=torch.int64, device=q.device),
-        weighted if with_dq else weighted.new_zeros((splits, 0, q.shape[1])),
+        acc if with_dq else acc.new_zeros((splits, 0, q.shape[1])),
     ))  # fmt: skip
+
+
+EXCEPTIONS = {
+    ("infonce ieee D512*", "*", "spill"): "float32 without tensor cores at D 512: exact but slow, use tf32",
+}
+"""See ``registry.exceptions``."""
 
 
 def variants(arch: str) -> list[Variant]:
@@ -382,8 +400,8 @@ def _split_variant(
         name=name,
         kernel=_split_kernel,
         types=dict(
-            q_ptr=pointer, k_ptr=pointer, queue_ptr=pointer, top_ptr="*fp32", total_ptr="*fp32", rank_ptr="*i32",
-            weighted_ptr="*fp32", n_rows="i32", n_queue="i32", chunk="i32", dim="i32", stride_qb="i32",
+            q_ptr=pointer, k_ptr=pointer, queue_ptr=pointer, m_ptr="*fp32", l_ptr="*fp32", rank_ptr="*i32",
+            acc_ptr="*fp32", n_rows="i32", n_queue="i32", chunk="i32", dim="i32", stride_qb="i32",
             stride_kb="i32", stride_nk="i32", scale="fp32",
         ),
         constants=dict(
@@ -403,7 +421,7 @@ def _merge_variant(width: int) -> Variant:
         name=f"infonce merge D{width}",
         kernel=_merge_kernel,
         types=dict(
-            q_ptr="*bf16", k_ptr="*bf16", top_ptr="*fp32", total_ptr="*fp32", rank_ptr="*i32", weighted_ptr="*fp32",
+            q_ptr="*bf16", k_ptr="*bf16", m_ptr="*fp32", l_ptr="*fp32", rank_ptr="*i32", acc_ptr="*fp32",
             loss_ptr="*fp32", dq_ptr="*fp32", rank_out_ptr="*i64", n_rows="i32", n_splits="i32", dim="i32",
             stride_qb="i32", stride_kb="i32", scale="fp32", inverse_temperature="fp32",
         ),

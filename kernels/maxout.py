@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.group import gather, group_name, world
+from kernels.batch_statistics import merge_statistics, minmax_groups
+from kernels.group import gather, group_name, world_size
 from kernels.reference import MINMAX_EPS, MaxOut, MinMax
 from kernels.selection import check_floating, choose, refuse_double_backward
 
@@ -137,11 +138,6 @@ def _maxout(
         )
     with torch.autocast(feature.device.type, enabled=False):
         return _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group)
-
-
-def minmax_groups(minmax: str, batch: int) -> int:
-    """How many ranges a min-max over ``minmax`` ("" for none) takes."""
-    return {"": 0, "image": batch, "batch": 1}[minmax]
 
 
 @_maxout.register_fake
@@ -257,15 +253,6 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
     return mask.view(batch, height, width), pooled, mean, var, u, den
 
 
-def merge_statistics(mean: Tensor, var: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all processes' rows together (Chan et al. 1979, equal counts)."""
-    if not group:
-        return mean, var
-    means, variances = gather(mean[None], group), gather(var[None], group)
-    mean = means.mean(0)
-    return mean, (variances + (means - mean).square()).mean(0)
-
-
 def _normalise(u, gamma, beta, mean, var, eps):
     return (u - mean) * (gamma.to(u.dtype) * torch.rsqrt(var + eps)) + beta.to(u.dtype)
 
@@ -305,7 +292,7 @@ def _backward(
     du = dv
     if training:
         both = gather(torch.stack([dbeta, dgamma])[None], group).sum(0)
-        du = dv - (both[0] + xhat * both[1]) / (u.shape[0] * world(group))
+        du = dv - (both[0] + xhat * both[1]) / (u.shape[0] * world_size(group))
     du = du * (gamma.to(dtype) * rstd)
 
     grad_feature = feature.new_empty(0)

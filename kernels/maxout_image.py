@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.group import gather, group_name, is_first, own
-from kernels.maxout import check_projection, compute_dtype, minmax_groups
+from kernels.batch_statistics import minmax_groups
+from kernels.group import gather, group_name, is_first, local_shard
+from kernels.maxout import check_projection, compute_dtype
 from kernels.reference import MINMAX_EPS, MaxOutImage, MinMax
 from kernels.selection import choose, refuse_double_backward
 
@@ -294,7 +295,7 @@ def _backward(
         to_highest = (t * wide).sum(1, keepdim=True) / highest.sum(1, keepdim=True)
         t = ((t - highest * to_highest) / den.double()[:, None]).view(shape)
         if minmax == "batch":
-            t = own(t, group)
+            t = local_shard(t, group)
             to_lowest = to_lowest * is_first(group)  # the group's smallest pixel counts once
         colours = torch.cat([colours, lowest.double()])
         t = torch.cat([t.flatten(), to_lowest])

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.batch_statistics import minmax_groups
 from kernels.configs import Config, Variant, architecture, lookup, table
-from kernels.group import gather, own, world
-from kernels.maxout import minmax_groups
+from kernels.group import gather, local_shard, world_size
 from kernels.selection import interpreting
 
 MINMAX_EPS = tl.constexpr(1e-7)
@@ -36,6 +36,7 @@ def _moments_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    # 1. One row of cells of one image.
     image = tl.program_id(0)
     band = tl.program_id(1)
     offs_r = tl.arange(0, ROWS)
@@ -51,6 +52,7 @@ def _moments_kernel(
     gg = tl.zeros([ROWS, BLOCK_W], tl.float64)
     gb = tl.zeros([ROWS, BLOCK_W], tl.float64)
     bb = tl.zeros([ROWS, BLOCK_W], tl.float64)
+    # 2. Sums over the pixels of r, g, b and of their six products, in float64.
     for step in tl.range(0, tl.cdiv(cell, ROWS)):
         row = band * cell + step * ROWS + offs_r
         pixels = start + row[:, None] * stride_h + offs_w[None, :] * stride_w
@@ -66,6 +68,7 @@ def _moments_kernel(
         gg += g * g
         gb += g * b
         bb += b * b
+    # 3. Nine numbers per program.
     out = partial_ptr + (image * tl.num_programs(1) + band) * 9
     tl.store(out, tl.sum(tl.sum(r1, 1), 0))
     tl.store(out + 1, tl.sum(tl.sum(g1, 1), 0))
@@ -105,6 +108,7 @@ def _affine_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    # 1. mu = E[x] and Sigma = E[x x^T] - mu mu^T of the colours x.
     r1 = _column(partial_ptr, n_programs, n_pixels, 0, BLOCK_P)
     g1 = _column(partial_ptr, n_programs, n_pixels, 1, BLOCK_P)
     b1 = _column(partial_ptr, n_programs, n_pixels, 2, BLOCK_P)
@@ -126,6 +130,7 @@ def _affine_kernel(
     tl.store(moments_ptr + 9, rb)
     tl.store(moments_ptr + 10, gb)
     tl.store(moments_ptr + 11, bb)
+    # 2. Of the projection w.x: mean = w.mu, var = w^T Sigma w.
     offs = tl.arange(0, BLOCK_M)
     there = offs < n_proj
     wr = tl.load(w_ptr + offs * stride_wm, mask=there, other=0.0).to(tl.float64)
@@ -141,6 +146,7 @@ def _affine_kernel(
     else:
         mean = tl.load(mean_ptr + offs, mask=there, other=0.0).to(tl.float64)
         var = tl.load(var_ptr + offs, mask=there, other=1.0).to(tl.float64)
+    # 3. v = A.x + shift with A = gamma w / sqrt(var + eps), shift = beta - gamma mean / sqrt(var + eps).
     scale = tl.load(gamma_ptr + offs, mask=there, other=0.0).to(tl.float64) / tl.sqrt(var + eps)
     shift = tl.load(beta_ptr + offs, mask=there, other=0.0).to(tl.float64) - mean * scale
     tl.store(slope_ptr + offs * 4, (scale * wr).to(tl.float32), mask=there)
@@ -166,6 +172,7 @@ def _search_kernel(
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,  # a power of two of whole cells
 ):  # fmt: skip
+    # 1. One row of cells of one image, ROWS pixel rows at a time.
     image = tl.program_id(0)
     band = tl.program_id(1)
     offs_r = tl.arange(0, ROWS)
@@ -183,12 +190,15 @@ def _search_kernel(
         r = tl.load(pixels, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(pixels + stride_c, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(pixels + 2 * stride_c, mask=inside, other=0.0).to(tl.float32)
+        # 2. z = max over projections m of relu(A_m.x + shift_m) at every pixel.
         value = tl.zeros([ROWS, BLOCK_W], tl.float32)  # the ReLU's floor
         for m in tl.range(0, n_proj):
             slope = slope_ptr + m * 4
             v = r * tl.load(slope) + g * tl.load(slope + 1) + b * tl.load(slope + 2) + tl.load(slope + 3)
             value = tl.maximum(value, v, propagate_nan=tl.PropagateNan.ALL)
+        # A comparison drops a NaN; 0 * z keeps it.
         poison += value * 0.0
+        # 3. Each lane keeps the best z it has seen, and when; and the smallest one.
         better = value > best
         best = tl.where(better, value, best)
         best_step = tl.where(better, step, best_step)
@@ -198,6 +208,7 @@ def _search_kernel(
             least = tl.where(lower, value, least)
             least_step = tl.where(lower, step, least_step)
     # [ROWS, BLOCK_W] -> [cells, ROWS * CELL]
+    # 4. The winner of each cell over its lanes: the first pixel among equals, its z and its colors.
     cells: tl.constexpr = BLOCK_W // CELL
     pixel = (band * CELL + best_step * ROWS + offs_r[:, None]) * width + offs_w[None, :]
     by_cell = tl.reshape(tl.permute(tl.reshape(best, [ROWS, cells, CELL]), [1, 0, 2]), [cells, ROWS * CELL])
@@ -213,6 +224,7 @@ def _search_kernel(
     tl.store(winner_ptr + out * 3, tl.load(found, mask=kept, other=0.0).to(tl.float32), mask=kept)
     tl.store(winner_ptr + out * 3 + 1, tl.load(found + stride_c, mask=kept, other=0.0).to(tl.float32), mask=kept)
     tl.store(winner_ptr + out * 3 + 2, tl.load(found + 2 * stride_c, mask=kept, other=0.0).to(tl.float32), mask=kept)
+    # 5. The smallest pixel of the band likewise, for the min-max.
     if WITH_LOW:
         bottom = tl.min(tl.min(least, 1), 0)
         pixel = (band * CELL + least_step * ROWS + offs_r[:, None]) * width + offs_w[None, :]
@@ -250,6 +262,7 @@ def _scale_kernel(
         last_band = first_band + n_bands
         first_cell = image * n_cells
         last_cell = first_cell + n_cells
+    # 1. The smallest z of the range, and the first band that holds it.
     lows = tl.full([BLOCK_N], float("inf"), tl.float32)
     for block in tl.range(0, tl.cdiv(last_band - first_band, BLOCK_N)):
         offs = first_band + block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -261,16 +274,19 @@ def _scale_kernel(
         equal = tl.load(low_ptr + offs, mask=offs < last_band, other=float("inf")) == low
         bands = tl.minimum(bands, tl.where(equal & (offs < last_band), offs, 2147483647))
     band = tl.min(bands, 0)
+    # 2. den = 1e-7 + max z - min z.
     highs = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for block in tl.range(0, tl.cdiv(last_cell - first_cell, BLOCK_N)):
         offs = first_cell + block * BLOCK_N + tl.arange(0, BLOCK_N)
         highs = tl.maximum(highs, tl.load(value_ptr + offs, mask=offs < last_cell, other=float("-inf")))
     den = MINMAX_EPS + (tl.max(highs, 0) - low)
+    # 3. mask = (z - min z) / den of this image's cells.
     for block in tl.range(0, tl.cdiv(n_cells, BLOCK_N)):
         cell = block * BLOCK_N + tl.arange(0, BLOCK_N)
         offs = image * n_cells + cell
         value = tl.load(value_ptr + offs, mask=cell < n_cells, other=0.0)
         tl.store(mask_ptr + offs, (value - low) / den, mask=cell < n_cells)
+    # 4. den and the colors of the smallest pixel, once per range.
     group = image
     if BATCH:
         group = image * 0
@@ -315,6 +331,7 @@ def _grad_cells_kernel(
     image = tl.program_id(0)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_proj
+    # 1. A_m and shift_m as in the forward pass; projections that are not there never win.
     mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
     scale = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
     scale = scale / tl.sqrt(tl.load(var_ptr + offs_m, mask=mask_m, other=1.0) + eps)
@@ -325,6 +342,7 @@ def _grad_cells_kernel(
     group = image
     if MINMAX == 2:
         group = image * 0
+    # 2. With t = dL/dmask: the smallest pixel gets sum t (mask - 1) / den, the largest share -sum t mask / #(largest).
     if MINMAX:
         first = image * n_cells
         last = first + n_cells
@@ -350,6 +368,7 @@ def _grad_cells_kernel(
             highest += tl.where(there & (mask == top), 1.0, 0.0)
         to_low = tl.sum(low_sum, 0) / den
         to_high = tl.sum(high_sum, 0) / tl.sum(highest, 0)
+    # 3. dz of every winning pixel, spread over the projection that won it: sums of dz x and dz.
     sum_r = tl.zeros([BLOCK_M], tl.float32)
     sum_g = tl.zeros([BLOCK_M], tl.float32)
     sum_b = tl.zeros([BLOCK_M], tl.float32)
@@ -371,6 +390,7 @@ def _grad_cells_kernel(
         sum_b += db
         sum_1 += d1
     if MINMAX:
+        # 4. And of the smallest pixel.
         # The smallest pixel is one more winner; with one range for the batch, the first program adds it.
         alone = tl.arange(0, 16)
         there = (alone == 0) & ((MINMAX == 1) | (image == 0))
@@ -407,6 +427,7 @@ def _grad_affine_kernel(
 ):  # fmt: skip
     offs = tl.arange(0, BLOCK_M)
     there = offs < n_proj
+    # 1. s = sum dz x and d1 = sum dz over all winners, per projection.
     dr = tl.zeros([BLOCK_M], tl.float64)
     dg = tl.zeros([BLOCK_M], tl.float64)
     db = tl.zeros([BLOCK_M], tl.float64)
@@ -424,6 +445,8 @@ def _grad_affine_kernel(
     wb = tl.load(w_ptr + offs * stride_wm + 2 * stride_wc, mask=there, other=0.0).to(tl.float64)
     rstd = 1.0 / tl.sqrt(tl.load(var_ptr + offs, mask=there, other=1.0).to(tl.float64) + eps)
     scale = tl.load(gamma_ptr + offs, mask=there, other=0.0).to(tl.float64) * rstd
+    # 2. Through mean = w.mu and var = w^T Sigma w:  dw = gamma rstd [ s - d1 mu - rstd^2 (w.(s - d1 mu)) Sigma w ],
+    #    dgamma = rstd w.(s - d1 mu),  dbeta = d1.
     if TRAINING:
         dr -= d1 * tl.load(moments_ptr)
         dg -= d1 * tl.load(moments_ptr + 1)
@@ -491,7 +514,7 @@ def forward(
         partial = gather(partial, group)
         _affine_kernel[(1,)](
             partial, weight, gamma, beta, mean, var, moments, slope,
-            partial.shape[0], batch * world(group) * height * width, n_proj, *weight.stride(), eps,
+            partial.shape[0], batch * world_size(group) * height * width, n_proj, *weight.stride(), eps,
             TRAINING=training,
             BLOCK_P=16 * BLOCK,
             BLOCK_M=_block_m(n_proj),
@@ -519,7 +542,7 @@ def forward(
                 num_warps=4,
             )
     if minmax == "batch" and group:
-        mask = own(mask, group).clone()
+        mask = local_shard(mask, group).clone()
     return mask, mean, var, winners, lowest_out, den, moments
 
 
@@ -533,7 +556,7 @@ def backward(
     n_proj = weight.shape[0]
     shared = group if minmax == "batch" else ""
     grad_mask, mask, winners = (gather(tensor, shared) for tensor in (grad_mask.contiguous(), mask, winners))
-    batch *= world(shared)
+    batch *= world_size(shared)
     partial = torch.empty((batch, 4, n_proj), dtype=torch.float32, device=mask.device)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dgamma = torch.empty(gamma.shape, dtype=gamma.dtype, device=gamma.device)
@@ -547,7 +570,7 @@ def backward(
             BLOCK_M=_block_m(n_proj),
             num_warps=4,
         )
-        partial = own(partial, shared)
+        partial = local_shard(partial, shared)
         _grad_affine_kernel[(1,)](
             partial, weight, gamma, mean, var, moments, dweight, dgamma, dbeta,
             partial.shape[0], n_proj, *weight.stride(), eps,
@@ -557,6 +580,13 @@ def backward(
             num_warps=4,
         )
     return dweight, dgamma, dbeta
+
+
+EXCEPTIONS = {
+    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes a thread keep the nine float64 sums at 112 registers",
+    ("maxout_image * nhwc", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
+}
+"""See ``registry.exceptions``."""
 
 
 def variants(arch: str) -> list[Variant]:

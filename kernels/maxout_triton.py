@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.batch_statistics import merge_statistics, minmax_groups
 from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
-from kernels.group import gather, world
-from kernels.maxout import merge_statistics, minmax_groups
+from kernels.group import gather, world_size
 from kernels.selection import interpreting
 
 MINMAX_EPS = tl.constexpr(1e-7)
@@ -71,6 +71,7 @@ def _project_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
+    # 1. The positions of this tile, all of one image.
     tile = tl.program_id(0)
     image = tile // tiles_per_image
     offs_s = (tile % tiles_per_image) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -78,6 +79,7 @@ def _project_kernel(
     mask_s = offs_s < n_positions
     mask_m = offs_m < n_proj
     rows = x_ptr + image.to(tl.int64) * stride_xb + offs_s[:, None] * stride_xs
+    # 2. u = x w^T: the 1 x 1 convolution, one block of channels at a time.
     u = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
     for block in tl.range(0, tl.cdiv(n_channels, BLOCK_C), num_stages=STAGES):
         offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -92,6 +94,7 @@ def _project_kernel(
     out = (image.to(tl.int64) * n_positions + offs_s)[:, None] * n_proj + offs_m[None, :]
     mask = mask_s[:, None] & mask_m[None, :]
     tl.store(u_ptr + out, u, mask=mask)
+    # 3. Of the tile, per projection: mean(u) and sum (u - mean)^2, which merge without cancelling (Chan et al. 1979).
     count = tl.minimum(n_positions - (tile % tiles_per_image) * BLOCK_S, BLOCK_S)
     mean = tl.sum(u, 0) / count  # rows that are not there are zeros
     deviation = tl.where(mask, u - mean[None, :], 0.0)
@@ -114,6 +117,7 @@ def _statistics_kernel(
 ):
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_proj
+    # 1. mean = sum_t (n_t / n) mean_t over the tiles t of n_t rows.
     total = (n_tiles // tiles_per_image) * n_positions
     mean = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(0, tl.cdiv(n_tiles, BLOCK_T)):
@@ -122,6 +126,7 @@ def _statistics_kernel(
         count = tl.minimum(n_positions - (tile % tiles_per_image) * TILE_ROWS, TILE_ROWS).to(tl.float32)
         means = tl.load(partial_ptr + (tile * 2)[:, None] * n_proj + offs_m[None, :], mask=mask, other=0.0)
         mean += tl.sum(means * (count / total)[:, None], 0)
+    # 2. n var = sum_t [ sum_t (u - mean_t)^2 + n_t (mean_t - mean)^2 ].
     spread = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(0, tl.cdiv(n_tiles, BLOCK_T)):
         tile = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -148,9 +153,11 @@ def _activate_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    # 1. v = scale u + shift with scale = gamma / sqrt(var + eps), shift = beta - mean scale.
     image = tl.program_id(0)
     offs_m = tl.arange(0, BLOCK_M)
     _, _, scale, shift = _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M)
+    # 2. a = max over projections of relu(v), and the smallest and largest a of the image.
     low = tl.full([BLOCK_S], float("inf"), tl.float32)
     high = tl.full([BLOCK_S], float("-inf"), tl.float32)
     first = image.to(tl.int64) * n_positions
@@ -160,6 +167,7 @@ def _activate_kernel(
         mask = mask_s[:, None] & (offs_m < n_proj)[None, :]
         u = tl.load(u_ptr + (first + offs_s)[:, None] * n_proj + offs_m[None, :], mask=mask, other=0.0)
         v = u * scale[None, :] + shift[None, :]
+        # A maximum drops a NaN; 0 * v keeps it.
         poison = tl.sum(v * 0.0, 1)
         a = tl.maximum(tl.max(v, 1), 0.0) + poison
         tl.store(a_ptr + first + offs_s, a, mask=mask_s)
@@ -210,6 +218,7 @@ def _pool_kernel(
     part = tl.program_id(1)
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
+    # 1. den = 1e-7 + max a - min a over the image or the batch.
     if MINMAX:
         low, den = _extent(range_ptr, image, n_images, MINMAX, BLOCK_R)
         if part == 0:
@@ -217,6 +226,7 @@ def _pool_kernel(
                 tl.store(den_ptr + image, den)
             elif image == 0:
                 tl.store(den_ptr, den)
+    # 2. A = (a - min a) / den, stored once;  pooled_c = (1 / S) sum_s A_s x_cs.
     pooled = tl.zeros([BLOCK_C], tl.float32)
     for block in tl.range(0, tl.cdiv(n_positions, BLOCK_S)):
         offs_s = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -261,6 +271,7 @@ def _grad_mask_kernel(
     offs_s = (tile % tiles_per_image) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < n_positions
     row = image * n_positions + offs_s
+    # 1. t_s = dL/dA_s = (1 / S) sum_c dL/dpooled_c x_cs + dL/dmask_s.
     t = tl.zeros([BLOCK_S], tl.float32)
     if HAS_POOLED:
         rows = x_ptr + image.to(tl.int64) * stride_xb + offs_s[:, None] * stride_xs
@@ -278,6 +289,7 @@ def _grad_mask_kernel(
     if HAS_MASK:
         t += tl.load(grad_mask_ptr + row, mask=mask_s, other=0.0).to(tl.float32)
     tl.store(t_ptr + row, t, mask=mask_s)
+    # 2. What the min-max needs of this tile: sum t (A - 1), sum t A, #(A = 0), max A, #(A = max A).
     if MINMAX:
         mask = tl.load(mask_ptr + row, mask=mask_s, other=0.0)
         largest = tl.max(tl.where(mask_s, mask, float("-inf")), 0)
@@ -315,6 +327,7 @@ def _grad_projection_kernel(
     mask_s = offs_s < n_positions
     mask_m = offs_m < n_proj
     row = image.to(tl.int64) * n_positions + offs_s
+    # 1. dL/da = [ t + [A = 0] sum t (A - 1) / #(A = 0) - [A = max A] sum t A / #(A = max A) ] / den, ties shared.
     da = tl.load(t_ptr + row, mask=mask_s, other=0.0)
     if MINMAX:
         if MINMAX == 1:
@@ -347,6 +360,7 @@ def _grad_projection_kernel(
         mask = tl.load(mask_ptr + row, mask=mask_s, other=0.0)
         da += tl.where(mask == 0.0, to_low / n_low, 0.0) - tl.where(mask == top, to_high / n_high, 0.0)
         da = da / den
+    # 2. Only the winning projection gets it, and nothing where the ReLU cut: dv = [v_max > 0] dL/da.
     mean, rstd, scale, shift = _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M)
     u = tl.load(
         u_ptr + row[:, None] * n_proj + offs_m[None, :], mask=mask_s[:, None] & mask_m[None, :], other=0.0
@@ -355,6 +369,7 @@ def _grad_projection_kernel(
     top_v, winner = tl.max(v, 1, return_indices=True)
     dv = tl.where(mask_s & (top_v > 0.0), da, 0.0)
     tl.store(dv_ptr + row, dv, mask=mask_s)
+    # 3. Of the tile, per projection: sum dv (= dbeta) and sum dv xhat (= dgamma), xhat = (u - mean) rstd.
     spread = tl.where(offs_m[None, :] == winner[:, None], dv[:, None], 0.0)
     xhat = (u - mean[None, :]) * rstd[None, :]
     tl.store(partial_ptr + (tile * 2) * n_proj + offs_m, tl.sum(spread, 0), mask=mask_m)
@@ -400,6 +415,7 @@ def _grad_feature_kernel(
     mask_c = offs_c < n_channels
     mask_m = offs_m < n_proj
     mean, rstd, scale, shift = _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M)
+    # 1. The means over the batch of dv and dv xhat that batch-norm's backward subtracts.
     n_rows = (n_tiles // tiles_per_image) * n_positions
     if TRAINING:
         mean_dv = tl.load(sums_ptr + offs_m, mask=mask_m, other=0.0) / n_rows
@@ -418,6 +434,7 @@ def _grad_feature_kernel(
         mask_s = offs_s < n_positions
         row = image.to(tl.int64) * n_positions + offs_s
         mask_u = mask_s[:, None] & mask_m[None, :]
+        # 2. du = gamma rstd [ dv - mean(dv) - xhat mean(dv xhat) ]; without the means in eval mode.
         u = tl.load(u_ptr + row[:, None] * n_proj + offs_m[None, :], mask=mask_u, other=0.0)
         winner = tl.argmax(u * scale[None, :] + shift[None, :], 1)
         dv = tl.load(dv_ptr + row, mask=mask_s, other=0.0)
@@ -430,8 +447,10 @@ def _grad_feature_kernel(
             wanted = wanted & mask_c[None, :]
         offsets = offs_s[:, None] * stride_xs + offs_c[None, :] * stride_xc
         x = tl.load(x_ptr + image.to(tl.int64) * stride_xb + offsets, mask=wanted, other=0.0)
+        # 3. dw += du^T x.
         low = du.to(x.dtype)
         dw = _dot(tl.trans(low), x, dw, UPCAST)
+        # 4. dx = du w + (A / S) dL/dpooled.
         if WITH_DX:
             dx = _dot(low, w, tl.zeros([BLOCK_S, BLOCK_C], tl.float32), UPCAST)
             if HAS_POOLED:
@@ -580,7 +599,7 @@ def backward(
             num_warps=4,
         )
         sums = partial.sum(0)  # [2, M]
-        shared = gather(sums[None], group).sum(0) / world(group)  # the kernel divides by this process's rows
+        shared = gather(sums[None], group).sum(0) / world_size(group)  # the kernel divides by this process's rows
         config = configs["grad_feature"]
         parts = triton.cdiv(channels, config.cols)
         programs = 2 if interpreting() else multiprocessors(feature.device)

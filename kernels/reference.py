@@ -48,7 +48,7 @@ class MaxOutImage(NamedTuple):
 
 def infonce(
     q: Tensor, k: Tensor, queue: Tensor, *, temperature: float, reduction: Reduction = "mean", return_rank: bool = False,
-    own: tuple[Tensor, Tensor] | None = None,
+    exclude: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the positive ``<q, k> / temperature`` among the queue's ``<q, queue_j> / temperature`` (MoCo).
 
@@ -57,14 +57,14 @@ def infonce(
         queue: [K, D], no gradient.
         reduction: over the batch axis.
         return_rank: also return how many queue rows score strictly above the positive, int64, shape of the losses.
-        own: (index [B], queue_index [K]): rows of a query's own index are left out.
+        exclude: (index [B], queue_index [K]): rows of a query's own index are left out.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
     q, k, queue = q.to(dtype), k.to(dtype), queue.detach().to(dtype)
     positive = (q * k).sum(-1, keepdim=True)
     negative = q @ queue.T
-    if own is not None:
-        negative = negative.masked_fill(own[0][:, None] == own[1], float("-inf"))
+    if exclude is not None:
+        negative = negative.masked_fill(exclude[0][:, None] == exclude[1], float("-inf"))
     logits = torch.cat([positive, negative], dim=-1)
     logits = logits.to(torch.promote_types(dtype, torch.float32)) / temperature
     loss = torch.logsumexp(logits, dim=-1) - logits[..., 0]

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.modules._functions import SyncBatchNorm as FusedSync
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ppssl.ops import average, exchange, place, world
+from ppssl.ops import all_reduce_mean, all_to_all, rank, world_size
 
 
 class GroupedBatchNorm(_BatchNorm):
@@ -60,14 +60,14 @@ class SyncBatchNorm(_BatchNorm):
         if x.is_cuda and not torch.compiler.is_compiling():
             return FusedSync.apply(
                 x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum,
-                _resolve_process_group(self.group), world(self.group),
+                _resolve_process_group(self.group), world_size(self.group),
             )  # fmt: skip
         rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # [..., C]
         dims = tuple(range(rows.dim() - 1))
-        mean = average(rows.mean(dims), self.group)
+        mean = all_reduce_mean(rows.mean(dims), self.group)
         centred = rows - mean
-        var = average(centred.square().mean(dims), self.group)
-        update_running_statistics(self, mean, var, x.numel() // x.shape[1] * world(self.group))
+        var = all_reduce_mean(centred.square().mean(dims), self.group)
+        update_running_statistics(self, mean, var, x.numel() // x.shape[1] * world_size(self.group))
         return (centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).movedim(-1, 1).to(x.dtype)
 
 
@@ -105,12 +105,12 @@ def parts_here(groups: int, group: str, *, sync: bool) -> int:
     """How many of the ``groups`` parts of the global batch one process has; with ``sync`` there are none."""
     if sync:
         return 1
-    if groups % world(group):
+    if groups % world_size(group):
         raise ValueError(
-            f"bn.groups: {groups} parts of the batch cannot be spread over {world(group)} processes; use a multiple of them, or "
+            f"bn.groups: {groups} parts of the batch cannot be spread over {world_size(group)} processes; use a multiple of them, or "
             f"bn.sync=true"
         )
-    return groups // world(group)
+    return groups // world_size(group)
 
 
 @torch.no_grad()
@@ -129,16 +129,16 @@ def shuffle(x: Tensor, groups: int, group: str) -> Tensor:
     positive away (MoCo, section 3.3). MoCo draws the parts at random; the order of the images is random already. Only the
     images that change places travel: B / processes a process, not the B that a gather would bring.
     """
-    routes = _routes(len(x) * world(group), groups, world(group), place(group), x.device)
+    routes = _routes(len(x) * world_size(group), groups, world_size(group), rank(group), x.device)
     rows = x.movedim(1, -1)[routes.leave]  # the memory order of channels_last
-    return (exchange(rows, routes.sent, routes.received, group) if group else rows)[routes.arrive].movedim(-1, 1)
+    return (all_to_all(rows, routes.sent, routes.received, group) if group else rows)[routes.arrive].movedim(-1, 1)
 
 
 def unshuffle(rows: Tensor, groups: int, group: str) -> Tensor:
     """The reverse of ``shuffle`` for what was made of the images, rows [b, D]."""
-    routes = _routes(len(rows) * world(group), groups, world(group), place(group), rows.device)
+    routes = _routes(len(rows) * world_size(group), groups, world_size(group), rank(group), rows.device)
     rows = rows[routes.arrive.argsort()]
-    return (exchange(rows, routes.received, routes.sent, group) if group else rows)[routes.leave.argsort()]
+    return (all_to_all(rows, routes.received, routes.sent, group) if group else rows)[routes.leave.argsort()]
 
 
 class Routes(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ppssl.batch_norm import parts_here, update_running_statistics
-from ppssl.ops import gather, maxout, maxout_image, own, world
+from ppssl.ops import gather, local_shard, maxout, maxout_image, world_size
 
 _RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -162,7 +162,7 @@ class MaskBranch(nn.Module):
         if not self.training or self.groups == 1 and (self.sync or not group or self.minmax == "image"):
             shared = group if self.sync else ""
             out = maxout(feature, weight, *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=self.minmax, group=shared)
-            update_running_statistics(self.bn, out.mean, out.var, feature.numel() // feature.shape[1] * world(shared))
+            update_running_statistics(self.bn, out.mean, out.var, feature.numel() // feature.shape[1] * world_size(shared))
             return Masked(out.mask, out.pooled)
         parts = feature.chunk(self.groups)
         outs = [maxout(p, weight, *_bn_arguments(self.bn), **_bn_mode(self.bn), minmax=None) for p in parts]
@@ -170,7 +170,7 @@ class MaskBranch(nn.Module):
         update_running_statistics(self.bn, mean, var, parts[0].numel() // feature.shape[1])
         mask = torch.cat([o.mask for o in outs])
         if self.minmax == "batch":
-            mask = own(scale_to_unit(gather(mask, group), "batch"), group)  # the scaling is global, over parts and processes
+            mask = local_shard(scale_to_unit(gather(mask, group), "batch"), group)  # the scaling is global, over parts and processes
         else:
             mask = scale_to_unit(mask, self.minmax)
         return Masked(mask, masked_average_pool(feature, mask))
@@ -206,7 +206,7 @@ class ImageMaskBranch(nn.Module):
             images, self.conv.weight.flatten(1), *_bn_arguments(self.bn), **_bn_mode(self.bn),
             cell=cell, minmax=self.minmax, pool=self.pool, group=group,
         )  # fmt: skip
-        update_running_statistics(self.bn, out.mean, out.var, images.numel() // 3 * world(group))
+        update_running_statistics(self.bn, out.mean, out.var, images.numel() // 3 * world_size(group))
         return out.mask
 
 

@@ -103,7 +103,7 @@ class MoCo(Method):
         """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first); ``index`` [B] the images."""
         with span("infonce"):
             return queue_infonce(
-                q, k, self.queue.held, temperature=self.temperature, reduction="none", return_rank=True, own=self.queue.own(index),
+                q, k, self.queue.held, temperature=self.temperature, reduction="none", return_rank=True, exclude=self.queue.same_image(index),
                 group=self.queue.group,
             )  # fmt: skip
 

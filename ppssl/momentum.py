@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from ppssl.ops import enqueue, place, world
+from ppssl.ops import enqueue, rank, world_size
 
 
 def key_copy(module: nn.Module) -> nn.Module:
@@ -48,7 +48,7 @@ class KeyQueue(nn.Module):
         """The rows that this process holds: all of them, or its part."""
         return self.rows[:-1] if self.group else self.rows
 
-    def own(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
+    def same_image(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """What ``queue_infonce`` needs to leave out the rows of the queries' own images ``index`` [B]; None unless remembered."""
         return None if self.index is None else (index, self.index[:-1] if self.group else self.index)
 
@@ -62,7 +62,7 @@ class KeyQueue(nn.Module):
         return ["rows"] if self.index is None else ["rows", "index"]
 
     def _bounds(self) -> tuple[int, int]:
-        n, r = world(self.group), place(self.group)
+        n, r = world_size(self.group), rank(self.group)
         return r * self.size // n, (r + 1) * self.size // n
 
     def _part(self, whole: Tensor) -> Tensor:

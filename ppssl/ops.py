@@ -17,10 +17,10 @@ if Path(kernels.__file__).resolve().parent.parent != Path(__file__).resolve().pa
     )
 
 from kernels import augment, enqueue, gradcam, maxout, maxout_image, queue_infonce, recolour  # noqa: E402  (after the check)
-from kernels.group import average, exchange, gather, group_name, own, place, world  # noqa: E402
+from kernels.group import all_reduce_mean, all_to_all, gather, group_name, local_shard, rank, world_size  # noqa: E402
 from kernels.reference import ViewValues  # noqa: E402
 
 __all__ = [
-    "ViewValues", "augment", "average", "enqueue", "exchange", "gather", "gradcam", "group_name", "maxout", "maxout_image", "own",
-    "place", "queue_infonce", "recolour", "world",
+    "ViewValues", "augment", "all_reduce_mean", "enqueue", "all_to_all", "gather", "gradcam", "group_name", "maxout", "maxout_image", "local_shard",
+    "rank", "queue_infonce", "recolour", "world_size",
 ]  # fmt: skip

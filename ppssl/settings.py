@@ -366,14 +366,11 @@ def method_settings(sections: Sections, image_size: int = 224) -> Settings:
     Raises ``ValueError`` for a method that is not registered.
     """
     kind, sections = settings_class(sections.method.name), resolve_variant(sections)
-    values = {entry.name: getattr(sections, entry.name) for entry in fields(kind) if entry.name != "image_size"}
-    if any(entry.name == "image_size" for entry in fields(kind)):
-        values["image_size"] = image_size
-    return kind(**values)
+    return kind(**{e.name: image_size if e.name == "image_size" else getattr(sections, e.name) for e in fields(kind)})
 
 
 def variant(name: str, variant: str = "published", values: Mapping[str, Any] | None = None) -> Any:
-    """The settings object of the method ``name`` in that variant: defaults, with the ``values`` of some dotted keys."""
+    """The settings object of the method ``name`` in that variant, with the ``values`` of some dotted keys."""
     start = Sections(method=MethodConfig(name=name, variant=variant))  # type: ignore[arg-type]
     return method_settings(replace_keys(start, values or {}))
 

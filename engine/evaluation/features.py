@@ -17,7 +17,7 @@ from engine.data import ImageList, clean_batches, clean_resize
 from engine.files import read_metadata
 from engine.pretrained import Run, weights_file
 from engine.training import gather_rows, precision
-from ppssl.ops import place, world
+from ppssl.ops import rank, world_size
 
 _VERSION = 1
 """Of what a kept file holds and of how an image becomes a feature; another one makes all features anew."""
@@ -32,8 +32,8 @@ def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.de
 
     Raises ``BrokenFile`` naming a file that no longer opens.
     """
-    each = -(-len(images) // (cfg.eval.batch_size * world(group))) * cfg.eval.batch_size  # whole batches
-    first = place(group) * each
+    each = -(-len(images) // (cfg.eval.batch_size * world_size(group))) * cfg.eval.batch_size  # whole batches
+    first = rank(group) * each
     mine = replace(images, names=images.names[first : first + each]) if group else images
     modes = [(module, module.training) for module in network.modules()]
     network.eval()

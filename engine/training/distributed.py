@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine.console import console
 from engine.errors import ConfigError
-from ppssl.ops import average, gather, group_name
+from ppssl.ops import all_reduce_mean, gather, group_name
 
 TIMEOUT = timedelta(hours=2)
 """How long processes wait for each other: the first may be checking or drawing a data set."""
@@ -201,7 +201,7 @@ def average_all(tensors: list[Tensor], group: str) -> list[Tensor]:
     means = list(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        flat = average(torch.cat([tensors[i].reshape(-1) for i in places]), group)
+        flat = all_reduce_mean(torch.cat([tensors[i].reshape(-1) for i in places]), group)
         for i, piece in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
             means[i] = torch.empty_like(tensors[i]).copy_(piece.view(tensors[i].shape))
     return means

@@ -18,7 +18,7 @@ from engine.training.guard import Guard
 from engine.training.precision import Precision
 from ppssl.encoder import Trunk
 from ppssl.method import Batch, Method, Output, StepContext
-from ppssl.ops import world
+from ppssl.ops import world_size
 from ppssl.span import span
 
 MODES = ("off", "encoder", "step")
@@ -89,7 +89,7 @@ class Step:
         graph: bool = False,
         max_bad_steps: int = 10,
     ):
-        choose(compile, "on" if graph else "off", precision, world(method.group))  # refuses what cannot be had
+        choose(compile, "on" if graph else "off", precision, world_size(method.group))  # refuses what cannot be had
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
@@ -101,7 +101,7 @@ class Step:
         self.online, self.target = method.ema_pairs()
         device = precision.device
         self.takes_context = len(inspect.signature(method.forward).parameters) > 1
-        self.context = StepContext(torch.zeros((), device=device), share=1 / world(method.group))
+        self.context = StepContext(torch.zeros((), device=device), share=1 / world_size(method.group))
         self.rate = torch.zeros((), device=device)
         self.guard = Guard(method, device, patience=max_bad_steps)
         for module in method.modules():

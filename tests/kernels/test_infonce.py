@@ -96,7 +96,7 @@ def test_own_rows_are_left_out_as_if_the_queue_did_not_hold_them(case, dtype, po
     index, queue_index = torch.arange(case.batch), torch.arange(case.size) % (case.batch + 2)
     queue = torch.where((queue_index < case.batch)[:, None], q[queue_index.clamp(max=case.batch - 1)], queue)  # stale twins win
     grad = upstream(q[:, 0], 1)
-    options = {"temperature": case.temperature, "own": (index, queue_index)}
+    options = {"temperature": case.temperature, "exclude": (index, queue_index)}
     ours = run(kernels.queue_infonce, q, k, queue, grad, impl="chunked", **options)
     eager = run(kernels.reference.infonce, q, k, queue, grad, **options)
     truths = []
@@ -105,7 +105,7 @@ def test_own_rows_are_left_out_as_if_the_queue_did_not_hold_them(case, dtype, po
         row = [t.double() for t in (q[one], k[one], kept)]
         if len(kept):
             truths.append(run(kernels.reference.infonce, *row, grad[one], temperature=case.temperature))
-        else:  # every row is the query's own: nothing is left to be told from
+        else:  # every row is the query's exclude: nothing is left to be told from
             truths.append([torch.zeros(1).double(), torch.zeros(1).long(), torch.zeros_like(row[0]), torch.zeros_like(row[0])])
     truth = [torch.cat(parts) for parts in zip(*truths, strict=True)]
     assert torch.equal(ours[1], truth[1])
@@ -116,18 +116,18 @@ def test_own_rows_are_left_out_as_if_the_queue_did_not_hold_them(case, dtype, po
 
 def test_own_rows_of_stacked_queries_in_a_graph_and_their_contract():
     q, k, queue = inputs(CASES[0], torch.float32, torch.device("cpu"))
-    own = torch.arange(5), torch.arange(100) % 7
-    loss = kernels.queue_infonce(torch.stack([q, q]), k, queue, temperature=0.2, own=own)
-    expected = kernels.queue_infonce(q, k, queue, temperature=0.2, own=own, impl="reference")
+    exclude = torch.arange(5), torch.arange(100) % 7
+    loss = kernels.queue_infonce(torch.stack([q, q]), k, queue, temperature=0.2, exclude=exclude)
+    expected = kernels.queue_infonce(q, k, queue, temperature=0.2, exclude=exclude, impl="reference")
     torch.testing.assert_close(loss, torch.stack([expected, expected]))
     compiled = torch.compile(kernels.queue_infonce, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, queue, temperature=0.2, own=own), expected)
-    with pytest.raises(TypeError, match="own must be int64"):
-        kernels.queue_infonce(q, k, queue, temperature=0.2, own=(own[0], own[1].int()))
-    with pytest.raises(ValueError, match="own must be"):
-        kernels.queue_infonce(q, k, queue, temperature=0.2, own=(own[0], own[1][1:]))
-    with pytest.raises(ValueError, match="own rows"):
-        kernels.queue_infonce(q, k, queue, temperature=0.2, own=own, impl="triton")
+    torch.testing.assert_close(compiled(q, k, queue, temperature=0.2, exclude=exclude), expected)
+    with pytest.raises(TypeError, match="exclude must be int64"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, exclude=(exclude[0], exclude[1].int()))
+    with pytest.raises(ValueError, match="exclude must be"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, exclude=(exclude[0], exclude[1][1:]))
+    with pytest.raises(ValueError, match="does not exclude rows"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, exclude=exclude, impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])

@@ -1,0 +1,33 @@
+"""The registry of fused ops: every ``<op>_triton.py`` beside this file is one, and says what tools need to know of it.
+
+Such a module offers ``variants(arch)``, the forms in which its kernels are shipped, and may offer ``EXCEPTIONS``: (variant pattern,
+architecture pattern, check) -> why the ahead-of-time check lets it through. Nothing else lists the ops.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from kernels.configs import Variant
+
+
+def ops() -> tuple[str, ...]:
+    """The names of the fused ops."""
+    return tuple(sorted(path.stem.removesuffix("_triton") for path in Path(__file__).parent.glob("*_triton.py")))
+
+
+def triton_modules() -> list[ModuleType]:
+    """The modules of the ops' Triton kernels. Raises ``ImportError`` where triton is not installed."""
+    return [importlib.import_module(f"kernels.{op}_triton") for op in ops()]
+
+
+def variants(arch: str) -> list[Variant]:
+    """Every form that is shipped for the architecture ``arch``, such as ``sm_90``."""
+    return [variant for module in triton_modules() for variant in module.variants(arch)]
+
+
+def exceptions() -> dict[tuple[str, str, str], str]:
+    """(variant pattern, architecture pattern, check) -> why it is let through, of all ops."""
+    return {key: why for module in triton_modules() for key, why in getattr(module, "EXCEPTIONS", {}).items()}
