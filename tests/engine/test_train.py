@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def recipe(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

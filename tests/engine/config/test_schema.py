@@ -263,6 +263,9 @@ def test_nearest_prefers_the_same_last_part():
 
 
 def test_a_method_without_variants_is_called_by_its_name_alone() -> None:
-    titles = {name: title(Config(method=MethodConfig(name=name, variant="guided"))) for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")}
+    titles = {
+        name: title(Config(method=MethodConfig(name=name, variant="guided")))
+        for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")
+    }
     assert titles.pop("ppssl") == "ppssl (guided)" and titles.pop("lcr") == "lcr (guided)"
     assert all(title == name for name, title in titles.items())
