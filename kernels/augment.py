@@ -1,4 +1,4 @@
-"""Views from decoded images: random resized crop, flip, colour jitter, grey, Gaussian blur and normalisation, fused.
+"""Views from decoded images: random resized crop, flip, colour jitter, grey, Gaussian blur and normalization, fused.
 
 What happens to each image comes in as values, so any path makes the same views. The crop is rounded to 8 bits, as
 torchvision's is; from there on everything is float and neither rounded nor truncated between two operators. On CUDA five
@@ -209,7 +209,7 @@ def _resized_crop(image: Tensor, box: list[int], side: int) -> Tensor:
 
 
 class _Colour:
-    """Jitter, grey, blur and normalisation of single views."""
+    """Jitter, grey, blur and normalization of single views."""
 
     def __init__(self, values: ViewValues, mean: Sequence[float], std: Sequence[float], device: torch.device):
         self.jitter, self.factors, self.order = values.jitter.tolist(), values.factors.tolist(), values.order.tolist()
@@ -285,7 +285,7 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     radius = min(BLUR_RADIUS, math.ceil(4 * sigma), h - 1, w - 1)
     if radius < 1:
         return x
-    taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the centre outwards
+    taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the center outwards
     total = 2 * sum(taps) - taps[0]
     for axis, size, margin in ((2, h, (0, 0, radius, radius)), (3, w, (radius, radius, 0, 0))):
         padded = F.pad(x, margin, mode="reflect")

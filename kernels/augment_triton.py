@@ -54,10 +54,10 @@ def _crop_kernel(
     scale_x = box_width.to(tl.float32) / side
     reach_y = tl.maximum(scale_y, 1.0)
     reach_x = tl.maximum(scale_x, 1.0)
-    centre_y = (row.to(tl.float32) + 0.5) * scale_y
-    centre_x = (tl.where(mirrored, side - 1 - column, column).to(tl.float32) + 0.5) * scale_x
-    first_y = tl.maximum(tl.floor(centre_y - reach_y + 0.5), 0.0).to(tl.int32)
-    first_x = tl.maximum(tl.floor(centre_x - reach_x + 0.5), 0.0).to(tl.int32)
+    center_y = (row.to(tl.float32) + 0.5) * scale_y
+    center_x = (tl.where(mirrored, side - 1 - column, column).to(tl.float32) + 0.5) * scale_x
+    first_y = tl.maximum(tl.floor(center_y - reach_y + 0.5), 0.0).to(tl.int32)
+    first_x = tl.maximum(tl.floor(center_x - reach_x + 0.5), 0.0).to(tl.int32)
     taps_y = tl.ceil(2 * reach_y).to(tl.int32) + 1
     taps_x = tl.ceil(2 * reach_x).to(tl.int32) + 1
 
@@ -69,18 +69,18 @@ def _crop_kernel(
     norm_x = tl.zeros([COLS], tl.float32)
     for j in tl.range(0, taps_x):
         x = first_x + j
-        weight = tl.maximum(1 - tl.abs(x.to(tl.float32) + 0.5 - centre_x) / reach_x, 0.0)
+        weight = tl.maximum(1 - tl.abs(x.to(tl.float32) + 0.5 - center_x) / reach_x, 0.0)
         norm_x += tl.where(x < box_width, weight, 0.0)
     for i in tl.range(0, taps_y):
         y = first_y + i
-        weight_y = tl.maximum(1 - tl.abs(y.to(tl.float32) + 0.5 - centre_y) / reach_y, 0.0)
+        weight_y = tl.maximum(1 - tl.abs(y.to(tl.float32) + 0.5 - center_y) / reach_y, 0.0)
         weight_y = tl.where(y < box_height, weight_y, 0.0)
         norm_y += weight_y
         inside_y = (row < side) & (y < box_height)
         line = base + ((top + y) * width + left) * 3
         for j in tl.range(0, taps_x):
             x = first_x + j
-            weight_x = tl.maximum(1 - tl.abs(x.to(tl.float32) + 0.5 - centre_x) / reach_x, 0.0)
+            weight_x = tl.maximum(1 - tl.abs(x.to(tl.float32) + 0.5 - center_x) / reach_x, 0.0)
             inside = inside_y[:, None] & ((column < side) & (x < box_width))[None, :]
             source = line[:, None] + x[None, :] * 3
             weight = weight_y[:, None] * weight_x[None, :]
@@ -234,7 +234,7 @@ def _reflected(i, side):
 def _blur_kernel(
     sigma_ptr,  # float32 [B]
     level_ptr,  # float32 [B, 3, side, side]
-    out_ptr,  # down the columns: float32 [B, 3, side, side]; along the rows, normalised: [B, side, side, 3]
+    out_ptr,  # down the columns: float32 [B, 3, side, side]; along the rows, normalized: [B, side, side, 3]
     side,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     ALONG_ROWS: tl.constexpr,
@@ -304,7 +304,7 @@ def crops(pixels: Tensor, offsets: Tensor, sizes: Tensor, values: ViewValues, si
 
 
 def recolour(views: Tensor, values: ViewValues, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
-    """Jitter, grey, blur and normalisation of uint8 [B, S, S, 3] into ``out`` [B, 3, S, S], channels_last."""
+    """Jitter, grey, blur and normalization of uint8 [B, S, S, 3] into ``out`` [B, 3, S, S], channels_last."""
     count, side = views.shape[:2]
     if not count:
         return

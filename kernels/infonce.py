@@ -48,7 +48,7 @@ def queue_infonce(
 
     Args:
         q: [B, D] queries, or [V, B, D] for V stacked queries that read the queue once. 16-bit floats, float32 or
-            float64. Rows are used as they come: normalise them outside (rows that are not normalised are legal).
+            float64. Rows are used as they come: normalize them outside (rows that are not normalized are legal).
         k: [B, D] keys of the positives; with stacked queries [B, D] (shared) or [V, B, D].
         queue: [K, D] negatives, any K >= 1 and any strides. Never receives a gradient. The Triton path rounds q and k
             to its dtype for the products.

@@ -4,7 +4,7 @@ With rows ``x_s`` of the feature, ``u = x W^T``, ``v = gamma (u - mean) / sqrt(v
 
     a_s = max_m relu(v_sm)      mask = (a - min a) / (1e-7 + max a - min a)      pooled = 1/S sum_s mask_s x_s
 
-Never in memory: the normalised projections, the product ``mask * feature``, nor anything else of the feature's size but
+Never in memory: the normalized projections, the product ``mask * feature``, nor anything else of the feature's size but
 its gradient. Saved: the feature (alive anyway), ``u`` [B S, M] and a few vectors. The backward pass recomputes ``v``:
 
     t      = dmask + 1/S x . dpooled
@@ -29,7 +29,7 @@ from kernels import reference
 from kernels.batch_statistics import merge_statistics, minmax_groups
 from kernels.group import gather, group_name, world_size
 from kernels.reference import MINMAX_EPS, MaxOut, MinMax
-from kernels.selection import check_floating, choose, refuse_double_backward
+from kernels.selection import check_projection, choose, compute_dtype, refuse_double_backward
 
 MAX_WIDTH = 64
 """Most projections M of the Triton kernels."""
@@ -56,7 +56,7 @@ def maxout(
         weight: [M, C], the 1x1 convolution without bias. Rounded to the feature's dtype by the Triton path.
         gamma, beta: [M], scale and shift of the batch-norm.
         running_mean, running_var: [M], used when ``training`` is false; never written.
-        training: normalise with the batch's mean and biased variance.
+        training: normalize with the batch's mean and biased variance.
         minmax: scale the mask to [0, 1] over each image, over the batch (the published form), or not at all.
         group: processes that share the batch, as with SyncBatchNorm: its statistics and the range of ``minmax="batch"``
             are theirs together. Gradients are those of the sum of their losses; each has its share of the parameters'.
@@ -96,45 +96,6 @@ def maxout(
         feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", name, chosen
     )
     return MaxOut(*outputs[:4])
-
-
-def check_projection(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    minmax: str | None,
-) -> None:
-    """The contract that the max-out of a feature map and of an image share; errors are those of :func:`maxout`."""
-    check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
-    if x.dim() != 4 or 0 in x.shape:
-        raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's")
-    width = weight.shape[0]
-    vectors = {"gamma": gamma, "beta": beta}
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError(f"{op}: training=False needs running_mean and running_var")
-        vectors |= {"running_mean": running_mean, "running_var": running_var}
-        check_floating(op, x=x, **vectors)
-    for name, vector in vectors.items():
-        if vector.shape != (width,):
-            raise ValueError(f"{op}: {name} must be [{width}], got {list(vector.shape)}")
-    if minmax not in (None, "image", "batch"):
-        raise ValueError(f"{op}: minmax must be None, 'image' or 'batch', got {minmax!r}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a fused op accumulates in and returns."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("ppssl::maxout", mutates_args=())
@@ -329,7 +290,7 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
         mean, var = merge_statistics(mean, var, group)
     else:
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype, copy=True)
-    a = torch.relu(_normalise(u, gamma, beta, mean, var, eps).amax(1)).view(batch, -1)
+    a = torch.relu(_normalize(u, gamma, beta, mean, var, eps).amax(1)).view(batch, -1)
     mask, den = a, a.new_empty(0)
     if minmax:
         grouped = a.view(minmax_groups(minmax, batch), -1)
@@ -343,7 +304,7 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
     return mask.view(batch, height, width), pooled, mean, var, u, den
 
 
-def _normalise(u, gamma, beta, mean, var, eps):
+def _normalize(u, gamma, beta, mean, var, eps):
     return (u - mean) * (gamma.to(u.dtype) * torch.rsqrt(var + eps)) + beta.to(u.dtype)
 
 
@@ -388,7 +349,7 @@ def _backward(
         t = t + torch.bmm(grad_pooled[:, None], x)[:, 0] / positions
     da = _minmax_backward(t, mask, den, group if minmax == "batch" else "") if minmax else t
 
-    top, winner = _normalise(u, gamma, beta, mean, var, eps).max(1, keepdim=True)
+    top, winner = _normalize(u, gamma, beta, mean, var, eps).max(1, keepdim=True)
     dv = torch.zeros_like(u).scatter_(1, winner, torch.where(top > 0, da.reshape(-1, 1), 0))
     rstd = torch.rsqrt(var + eps)
     xhat = (u - mean) * rstd

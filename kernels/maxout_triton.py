@@ -1,6 +1,6 @@
 """The max-out projection on CUDA: four launches forward, four and two sums backward, two reads of the feature in each.
 
-A tile is BLOCK_S positions of one image. Forward: projections and each tile's centred statistics (1), their merge by
+A tile is BLOCK_S positions of one image. Forward: projections and each tile's centered statistics (1), their merge by
 Chan's rule (2), the mask before scaling with its range (3), scaling and pooling (4). Backward: the gradient to the mask
 (5), through min-max, maximum and batch-norm's sums (6), then the gradients to feature and weight together (7). Every
 reduction over tiles is a buffer of partial results that is added up afterwards: no atomics, equal bits every time.

@@ -30,9 +30,9 @@ class MaxOut(NamedTuple):
     pooled: Tensor
     """[B, C] global average pool of mask * feature."""
     mean: Tensor
-    """[M] mean that normalised the projections (the batch's in training)."""
+    """[M] mean that normalized the projections (the batch's in training)."""
     var: Tensor
-    """[M] biased variance that normalised the projections."""
+    """[M] biased variance that normalized the projections."""
 
 
 class MaxOutImage(NamedTuple):
@@ -105,8 +105,8 @@ def _maxout_map(
     else:
         mean, var = running_mean.to(projected.dtype), running_var.to(projected.dtype)
     scale = gamma.to(projected.dtype) * torch.rsqrt(var + eps)
-    normalised = (projected - mean[:, None, None]) * scale[:, None, None] + beta.to(projected.dtype)[:, None, None]
-    return torch.relu(normalised).max(dim=1).values, mean.detach(), var.detach()
+    normalized = (projected - mean[:, None, None]) * scale[:, None, None] + beta.to(projected.dtype)[:, None, None]
+    return torch.relu(normalized).max(dim=1).values, mean.detach(), var.detach()
 
 
 def maxout(
@@ -213,7 +213,7 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random resized crop, flip, colour jitter, grey, Gaussian blur and normalisation of 8-bit images (MoCo v2's recipe).
+    """Random resized crop, flip, colour jitter, grey, Gaussian blur and normalization of 8-bit images (MoCo v2's recipe).
 
     Args:
         pixels: uint8 [total], images of [height, width, 3] one after the other.
@@ -238,7 +238,7 @@ def recolour(
     views: Tensor, values: ViewValues, *, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The second half of :func:`augment`, on views [B, S, S, 3] that are cropped and flipped: jitter in the order of the
-    values, grey, blur, normalisation."""
+    values, grey, blur, normalization."""
     compute = torch.promote_types(dtype, torch.float32)
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     results = []
@@ -258,16 +258,16 @@ def recolour(
 def resized_crop(image: Tensor, crop: Sequence[int], side: int) -> Tensor:
     """The box (top, left, height, width) of an image [H, W, 3], resized: float64 [side, side, 3], not rounded.
 
-    Antialiased bilinear as PIL's and torchvision's: a triangle around each output pixel's centre whose half width is one
+    Antialiased bilinear as PIL's and torchvision's: a triangle around each output pixel's center whose half width is one
     input pixel, or ``box / side`` of them where the image shrinks; pixels beyond the box do not count.
     """
     top, left, height, width = crop
 
     def weights(length: int) -> Tensor:
         scale = length / side
-        centre = (torch.arange(side, dtype=torch.float64, device=image.device) + 0.5) * scale
+        center = (torch.arange(side, dtype=torch.float64, device=image.device) + 0.5) * scale
         position = torch.arange(length, dtype=torch.float64, device=image.device) + 0.5
-        triangle = (1 - (position - centre[:, None]).abs() / max(scale, 1)).clamp(min=0)
+        triangle = (1 - (position - center[:, None]).abs() / max(scale, 1)).clamp(min=0)
         return triangle / triangle.sum(1, keepdim=True)
 
     box = image[top : top + height, left : left + width].double()

@@ -253,7 +253,7 @@ def validate(config: Config) -> None:
         raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
     if config.data.crop_banner and config.data.name != "aircraft":
-        refuse("data.crop_banner", f"must be false: only images of data.name=aircraft have a banner, not {config.data.name}'s")
+        refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
     if config.bn.sync and config.bn.groups > 1:

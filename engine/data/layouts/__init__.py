@@ -92,7 +92,7 @@ def expected(name: str) -> str:
     if name == "folder":
         return folders.EXPECTED
     if name == "birds":
-        return "the demo world (CUB-200-2011's layout), which is drawn where the folder is missing"
+        return "the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing"
     by_archive: dict[str, list[str]] = {}
     for piece in KNOWN[name].pieces:
         by_archive.setdefault(piece.archive, []).append(piece.path)
@@ -110,7 +110,7 @@ def remedy(name: str, root: Path, file: str) -> str:
 
 def _remedy(name: str, root: Path, piece: Piece) -> str:
     if name == "birds":
-        return f"remove {root} and the demo world is drawn again"
+        return f"remove {root} and the synthetic dataset is drawn again"
     if not piece.archive:
         return f"download {piece.path} into {root}"
     where = root.parent if root.name == KNOWN[name].makes else root
@@ -123,7 +123,7 @@ def _from(archive: str, *paths: str) -> tuple[Piece, ...]:
 
 _CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images/")
 KNOWN: dict[str, Known] = {
-    "birds": Known("the demo world", official.cub, _from("", *_CUB_FILES)),
+    "birds": Known("the synthetic dataset", official.cub, _from("", *_CUB_FILES)),
     "cub": Known("CUB-200-2011", official.cub, _from("CUB_200_2011.tgz", *_CUB_FILES), "CUB_200_2011", (5994, 5794, 200)),
     "cars": Known(
         "Stanford Cars",
