@@ -115,19 +115,19 @@ def parts_here(groups: int, group: str, *, sync: bool) -> int:
 
 @torch.no_grad()
 def update_running_statistics(bn: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves ``bn``'s buffers by its momentum towards a batch's mean and biased variance over ``count`` values a channel."""
+    """Moves ``bn``'s buffers by its momentum towards a batch's mean and biased variance over ``count`` values per channel."""
     if bn.training:
         bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
         bn.running_var.lerp_((var * (count / max(1, count - 1))).to(bn.running_var.dtype), bn.momentum)
 
 
 def shuffle(x: Tensor, groups: int, group: str) -> Tensor:
-    """Deals the images of the global batch, [B, ...] here or a share of it on every process, out to the ``groups`` parts that
+    """Deals the images of the global batch, [B, ...] here or a shard of it on every process, out to the ``groups`` parts that
     have batch statistics of their own: image i goes to part i mod ``groups``.
 
     A query and its key then share their statistics no more than any other two images do, so the statistics do not give the
     positive away (MoCo, section 3.3). MoCo draws the parts at random; the order of the images is random already. Only the
-    images that change places travel: B / processes a process, not the B that a gather would bring.
+    images that change places travel: B / processes per process, not the B that a gather would bring.
     """
     routes = _routes(len(x) * world_size(group), groups, world_size(group), rank(group), x.device)
     rows = x.movedim(1, -1)[routes.leave]  # the memory order of channels_last
@@ -149,18 +149,18 @@ class Routes(NamedTuple):
     received: list[int]
     """Images that come from each."""
     leave: Tensor
-    """[b] int64: the order in which its own leave."""
+    """[b] int64: the order in which this process's images leave."""
     arrive: Tensor
-    """[b] int64: the place among the arrived ones of each image of its new share."""
+    """[b] int64: the position among the arrived images of each image of its new shard."""
 
 
 @functools.cache
 def _routes(batch: int, groups: int, processes: int, me: int, device: torch.device) -> Routes:
-    share = batch // processes
+    size = batch // processes
     dealt = [i for part in range(groups) for i in range(part, batch, groups)]  # the images in their new order
-    wanted = [dealt[p * share : (p + 1) * share] for p in range(processes)]
-    leaving = [[i - me * share for i in images if i // share == me] for images in wanted]
-    sources = [i // share for i in wanted[me]]
+    wanted = [dealt[p * size : (p + 1) * size] for p in range(processes)]
+    leaving = [[i - me * size for i in images if i // size == me] for images in wanted]
+    sources = [i // size for i in wanted[me]]
     by_source = torch.tensor(sources).argsort(stable=True)
     return Routes(
         [len(images) for images in leaving],

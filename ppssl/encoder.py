@@ -170,9 +170,8 @@ class MaskBranch(nn.Module):
         update_running_statistics(self.bn, mean, var, parts[0].numel() // feature.shape[1])
         mask = torch.cat([o.mask for o in outs])
         if self.minmax == "batch":
-            mask = local_shard(
-                scale_to_unit(gather(mask, group), "batch"), group
-            )  # the scaling is global, over parts and processes
+            # the range is that of the global batch, over all parts and processes
+            mask = local_shard(scale_to_unit(gather(mask, group), "batch"), group)
         else:
             mask = scale_to_unit(mask, self.minmax)
         return Masked(mask, masked_average_pool(feature, mask))
@@ -182,7 +181,7 @@ class ImageMaskBranch(nn.Module):
     """IADM's image branch: the same mask from the image's three channels, pooled to the feature map's size.
 
     ``bn`` is the feature branch's own module when it is shared (published: two statistics mix in one buffer), a fresh one
-    otherwise. Its batch statistics are nine moments of the colours of the whole batch, over all parts and all processes of
+    otherwise. Its batch statistics are nine moments of the colors of the whole batch, over all parts and all processes of
     ``group``.
     """
 

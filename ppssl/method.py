@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ppssl.encoder import FeatureNet, Trunk
-from ppssl.settings import SETTINGS, Settings
+from ppssl.settings import SETTINGS, Sections, Settings
 from ppssl.teacher import Teacher
 
 
@@ -33,7 +34,7 @@ class Output(NamedTuple):
     """What a method's forward pass returns."""
 
     total: Tensor
-    """Scalar that is minimised."""
+    """Scalar to minimize."""
     terms: dict[str, Tensor]
     """Its parts by name, detached scalars, before weighting."""
     keys: Tensor | None = None
@@ -79,7 +80,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.distribute: this method runs in one process only")
 
     def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:
-        """The loss of one batch. A method that needs no context may leave it out of its signature."""
+        """The loss of one batch. The engine passes ``context`` by name; a method that needs none may leave that parameter out."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     @classmethod
@@ -152,10 +153,21 @@ def register(name: str, settings: type[Settings] | None = None) -> Callable[[Any
 
     settings: the class of what ``from_settings`` is given, for a method outside of this package; its fields name sections of the
     configuration. None takes that of the registered method that it extends. A method of this package has its settings class in
-    ``ppssl/settings.py``.
+    ``ppssl/settings.py``. Raises ``ValueError`` for a field of ``settings`` that is no section, and for the name of
+    a method of this package.
     """
+    sections = (*(entry.name for entry in fields(Sections)), "image_size")
+    for entry in fields(settings) if settings else ():
+        if entry.name not in sections:
+            raise ValueError(
+                f"{settings.__name__}.{entry.name}: not a section of the configuration; use {', '.join(sections)}, or add the "
+                f"section to ppssl/settings.py"
+            )
 
     def add(cls: AnyMethod) -> AnyMethod:
+        shipped = name in SETTINGS and SETTINGS[name].module.startswith("ppssl.")
+        if shipped and cls.__module__ != SETTINGS[name].module:  # whichever is imported last would win
+            raise ValueError(f"method.name: {name!r} is the name of {SETTINGS[name].module}; register {cls.__name__} under another")
         above = (METHODS.name_of(base) for base in cls.__mro__[1:])
         METHODS.classes[name] = cls
         if settings is not None or name not in SETTINGS:

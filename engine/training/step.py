@@ -100,7 +100,7 @@ class Step:
         self.momentum, self.weight_decay = group["momentum"], group["weight_decay"]
         self.online, self.target = method.ema_pairs()
         device = precision.device
-        self.takes_context = len(inspect.signature(method.forward).parameters) > 1
+        self.takes_context = "context" in inspect.signature(method.forward).parameters
         self.context = StepContext(torch.zeros((), device=device), share=1 / world_size(method.group))
         self.rate = torch.zeros((), device=device)
         self.guard = Guard(method, device, patience=max_bad_steps)
@@ -159,7 +159,7 @@ class Step:
                 weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
                 torch._foreach_lerp_(self.target, self.online, [weight] * len(self.target))
         with self.precision.autocast():
-            output = self.method(batch, self.context) if self.takes_context else self.method(batch)
+            output = self.method(batch, context=self.context) if self.takes_context else self.method(batch)
         scaled = output.total * self.context.loss_scale if self.precision.scales else output.total
         # not backward(): it would compute the gradient of the images a second time
         with span("backward"):
