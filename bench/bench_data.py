@@ -1,4 +1,4 @@
-"""The data path: images a second of every loader, two views of 224 px from 500 x 375 JPEGs.
+"""The data path: images per second of every loader, two views of 224 px from 500 x 375 JPEGs.
 
     pytest bench/bench_data.py --benchmark-only    ratios over the torchvision loader, guarded; both sides have two workers
     python bench/bench_data.py [IMAGES [NAME]]     the table: start-up, first epoch, steady state, memory, one process a loader;
@@ -212,7 +212,7 @@ def table(count: int, only: str = "") -> None:
 
 
 def data_wait() -> None:
-    """A real run of the demo by every loader: images a second and the share of the time that the loop waited for data."""
+    """A real run of the demo by every loader: images per second and the share of the time that the loop waited for data."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in filter(runs_here, LOADERS):
             out = Path(scratch, name.replace(" ", "_").replace(",", ""))

@@ -658,7 +658,7 @@ def backward(
 
 
 EXCEPTIONS = {
-    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes a thread keep the nine float64 sums at 112 registers",
+    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes per thread keep the nine float64 sums at 112 registers",
     ("maxout_image * nhwc", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
 }
 """See ``registry.exceptions``."""

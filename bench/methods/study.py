@@ -210,7 +210,7 @@ def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args:
     write(args.out / f"{study_name}.json", one_record_per_line(whole | {"rows": rows, "records": records}))
     commits = ", ".join(sorted({r["commit"] for r in records}))
     seen = " or ".join(f"{count:,}" for count in images) or "no"
-    head = f"# {study.title}\n\n`{command}`\n\n{seen} images a run; commit {commits}.\n\n"
+    head = f"# {study.title}\n\n`{command}`\n\n{seen} images per run; commit {commits}.\n\n"
     write(args.out / f"{study_name}.md", head + markdown(rows, study.reference) + "\n" + NOTE)
 
 

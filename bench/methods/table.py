@@ -51,7 +51,7 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
 
 
 def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -> list[dict[str, Any]]:
-    """One row a cell, in ``order``, of the cells that have records: per measure mean and sample standard deviation (None with one
+    """One row per cell, in ``order``, of the cells that have records: per measure mean and sample standard deviation (None with one
     seed), ``against`` the reference, the ``seeds`` that ended and those that ``failed``, with why."""
     by_cell = {name: [derived(r) for r in records if r["cell"] == name] for name in order}
 

@@ -72,7 +72,7 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
         assert record["specification"]["seed"] == seed and record["specification"]["world"]["train_per_species"] == 2
         assert record["cpu_seconds_per_epoch"] > 0 and record["peak_memory_mib"] > 10
         assert 0 <= record["rank1"] <= record["rank5"] <= 1 and 0 < record["mAP"] < 1 and 0 <= record["linear_100"] <= 1
-        assert ("mask_on_bird" in record) == (cell == "lcr guided") and "linear_20" not in record  # one image a class
+        assert ("mask_on_bird" in record) == (cell == "lcr guided") and "linear_20" not in record  # one image per class
         assert cell == "lcr guided" or record["plain_rank1"] == record["rank1"]
         assert str(tmp_path) not in json.dumps(record)
     text = (tmp_path / "out" / "main.md").read_text()
