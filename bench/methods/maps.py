@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.data import contact_sheet
 from engine.data.catalog import ImageList
-from engine.data.loaders.torch_loader import clean_batches, clean_view
+from engine.data.loaders.clean_batches import clean_batches
+from engine.data.loaders.torch_loader import clean_view
 from engine.data.views import clean_resize
 from engine.evaluation import attention_maps
 from engine.evaluation.features import extract
