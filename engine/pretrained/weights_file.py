@@ -19,8 +19,8 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
-    """The file with its metadata in order, so that equal weights are equal bytes: the library hashes it with a random key. A file is
-    the length of its header (8 bytes, little-endian), the header as JSON padded to 8 bytes, and the data."""
+    """The file with its metadata in order, so that equal weights are equal bytes (the library hashes it with a random key). A
+    file is the length of its header (8 bytes, little-endian), the header as JSON padded to 8 bytes, and the data."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     if "__metadata__" in header:
