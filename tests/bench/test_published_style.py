@@ -62,8 +62,7 @@ def test_several_steps_follow_the_engines() -> None:
     baseline = published_style.PublishedStyle(method).train()
     optimizer = published_style.default_sgd(baseline)
 
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
+    trained = method.trained_parameters()
     step = Step(
         method, optim.sgd(trained, lr=0.03, momentum=0.9, weight_decay=1e-4), lr=lambda _: 0.03, decay=0.999,
         precision=precision.resolve(None, torch.device("cpu")), total_steps=5,
