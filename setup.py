@@ -11,13 +11,25 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    keywords="self-supervised fine-grained contrastive MoCo CLIP GradCAM Triton DALI",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["engine", "engine.*", "ppssl", "ppssl.*", "kernels", "kernels.*"]),
     include_package_data=False,
     package_data={
-        "engine": ["config/recipes/*.yaml", "synthetic/*.safetensors", "synthetic/*.json", "report/page.*"],
-        "ppssl": ["prompts/*.yaml"],
-        "kernels": ["*.json"],
+        "engine": ["config/recipes/*.yaml", "synthetic/*.safetensors", "synthetic/*.json", "report/page.*", "py.typed"],
+        "ppssl": ["prompts/*.yaml", "py.typed"],
+        "kernels": ["*.json", "py.typed"],
     },
     install_requires=[
         "torch>=2.11",  # brings triton on Linux
@@ -28,7 +40,8 @@ setup(
         "pillow>=11",
         "scipy>=1.15",
         "safetensors>=0.5",
-        "jsonargparse>=4.49",
+        "pydantic>=2.11",
+        "annotated-types>=0.7",
         "pyyaml>=6.0",
         "rich>=13.9",
         "tensorboard>=2.19",
@@ -37,6 +50,7 @@ setup(
         "scikit-learn>=1.6",
     ],
     extras_require={
+        "dev": ["pre-commit>=4.0"],
         "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "report": ["umap-learn>=0.5.9"],  # the embedding map is t-SNE without it
         "test": [
@@ -48,6 +62,8 @@ setup(
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
             "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML>=6.0",
             # the wheel test builds without isolation, so that it needs no network
             "setuptools>=70.1",
         ],

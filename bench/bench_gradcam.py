@@ -58,7 +58,7 @@ def test_gradcam(benchmark, case, order, name):
     act, grad, size = inputs(case, order == "channels_last")
     function = provider(name)
     want = kernels.reference.gradcam(act.float(), grad.float(), size=size)
-    close(name, [function(act, grad, size)], [want], 1e-5 if DTYPE == torch.float32 else 2e-2)
+    close(name, [function(act, grad, size)], [want], 1e-5 if torch.float32 == DTYPE else 2e-2)
     measure(
         benchmark,
         lambda: function(act, grad, size),
@@ -72,9 +72,7 @@ def test_gradcam_guard(benchmark):
     for case in CASES:
         for order in ("nchw", "channels_last"):
             pair = inputs(case, order == "channels_last")
-            sides[f"over_eager_{case}_{order}"] = {
-                name: functools.partial(provider(name), *pair) for name in ("eager", "ours")
-            }
+            sides[f"over_eager_{case}_{order}"] = {name: functools.partial(provider(name), *pair) for name in ("eager", "ours")}
 
     def ratios() -> dict[str, float]:
         found = {}

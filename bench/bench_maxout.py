@@ -78,7 +78,7 @@ def test_maxout(benchmark, shape, name, mode):
     leaves = inputs(*shape)
     function = provider(name)
     want = kernels.reference.maxout(*[leaf.float() for leaf in leaves], minmax="batch")[:2]
-    close(name, function(*leaves), want, 1e-4 if DTYPE == torch.float32 else 5e-2)
+    close(name, function(*leaves), want, 1e-4 if torch.float32 == DTYPE else 5e-2)
     feature = leaves[0]
     passes = {"forward": 2, "backward": 3, "both": 5}[mode]
     products = {"forward": 1, "backward": 2, "both": 3}[mode]

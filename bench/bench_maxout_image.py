@@ -65,7 +65,7 @@ def test_maxout_image(benchmark, batch, name, mode):
     function = provider(name)
     with torch.no_grad():
         want = kernels.reference.maxout_image(image.float(), *leaves, cell=CELL, minmax="batch").mask
-        close(name, [function(image, *leaves)], [want], 1e-4 if DTYPE == torch.float32 else 5e-2)
+        close(name, [function(image, *leaves)], [want], 1e-4 if torch.float32 == DTYPE else 5e-2)
     pixels = image.numel() // 3
     measure(
         benchmark,

@@ -1,8 +1,8 @@
 """Result files: pytest-benchmark's output into one small JSON a GPU and commit, and those into a table and a plot.
 
-    python bench/summary.py collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
-    python bench/summary.py table [RESULT.json ...]          Markdown for the README, newest file a GPU
-    python bench/summary.py plot OUT.png [RESULT.json ...]   speed over eager, one bar a provider
+python bench/summary.py collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
+python bench/summary.py table [RESULT.json ...]          Markdown for the README, newest file a GPU
+python bench/summary.py plot OUT.png [RESULT.json ...]   speed over eager, one bar a provider
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def requirements() -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def tested_versions(path: Path = _ROOT / "constraints.txt") -> dict[str, str]:
+def tested_versions(path: Path = _ROOT / "constraints.txt") -> dict[str, str]:  # noqa: PT028  (no test)
     """The exact set that is tested, where the clone is at hand."""
     if not path.is_file():
         return {}

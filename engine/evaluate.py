@@ -37,7 +37,7 @@ def evaluate(
     split: str = "test",
     row0: bool = False,
 ) -> list[dict[str, Any]]:
-    """The records of ``engine.evaluation.evaluator.judge`` for a run folder, or for a weights file with the recipe ``cfg`` (data, arch, method).
+    """The records of an evaluation of a run folder, or of a weights file with the recipe ``cfg`` (data, architecture, method).
 
     overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; row0: also the untouched
     initial network and the teacher's own image features. Features are kept in RUN/features, those of a file in the cache folder.

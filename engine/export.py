@@ -167,8 +167,8 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
     """Writes the network of the run ``folder`` as ``to`` and its card (FILE.json, FILE.md) beside it; returns the file.
 
     out: a file with the format's suffix, or a folder; None is ``folder``/export.
-    minmax: scale the mask over each ``image`` instead of over the ``batch`` that variant ``published`` prescribes, so that no image's
-    feature depends on its batch mates (graphs of networks with a mask only).
+    minmax: scale the mask over each ``image`` instead of over the ``batch``, as variant ``published`` does, so that the feature
+    of an image does not depend on the rest of its batch (graphs of networks with a mask only).
     Raises ``FileNotFoundError`` for a folder that is no run, ``ValueError`` for a request that cannot be met, ``ImportError``
     without ONNX, ``RuntimeError`` when the graph's features are not the run's.
     """
@@ -191,7 +191,7 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
         )
     elif mask is not None and mask.minmax == "batch":
         notes.append(
-            "The mask is scaled by the smallest and largest value of the whole batch, as the published variant prescribes: an image's "
+            "The mask is scaled by the smallest and largest value of the whole batch, as the published variant does: an image's "
             "feature depends on the images it is computed with. Compare features of equal batches only, or export with "
             "--minmax image, which is another feature than the one that was judged."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Calls ``write(temporary name)``, flushes that file to the disk and renames it to ``path``: readers see the old file or the
     whole new one, and a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,15 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
 
     teacher = load_teacher(cfg, world)
     trainer = assemble(
-        cfg, images, device, teacher=teacher, out=out if world.first else None, cache=cache, embed=embed, profile=profile, world=world
+        cfg,
+        images,
+        device,
+        teacher=teacher,
+        out=out if world.first else None,
+        cache=cache,
+        embed=embed,
+        profile=profile,
+        world=world,
     )
     if world.first:
         for written in (folder.path, folder.checkpoints, folder.replay):

@@ -85,7 +85,7 @@ class RunFolder:
         return not self.path.is_dir() or all(entry.name == _LOCK for entry in self.path.iterdir())
 
     def move_aside(self) -> None:
-        """Renames a folder that is not empty to the first free ``NAME.<number>``; whoever holds the lock holds it on the new one."""
+        """Renames a folder that is not empty to the first free ``NAME.<number>``. A lock that is held moves to the new folder."""
         if self.is_empty():
             return
         number = next(n for n in range(1, 10**6) if not self.path.with_name(f"{self.path.name}.{n}").exists())

@@ -60,7 +60,9 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
             raise FileNotFoundError(f"there is no image {image}") from error
         raise ValueError(f"{image} cannot be read as an image ({error})") from error
     if network.mask is not None and network.mask.minmax == "batch":
-        say("the mask of this variant is scaled over a batch: alone, the image's feature differs a little from what it is in a list")
+        say(
+            "the mask of this variant is scaled over a batch: alone, the image's feature differs a little from what it is in a list"
+        )
     with torch.no_grad(), precision.resolve(cfg.amp, device).autocast():  # as the list's features are taken
         query = network(picture[None].to(device, memory_format=torch.channels_last))
     found = build.data(cfg, cache_dir=files.cache_folder())

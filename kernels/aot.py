@@ -72,9 +72,7 @@ def compile_variant(variant: Variant, arch: str) -> Report:
     }
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch[3:]), 32)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages}
-    )
+    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

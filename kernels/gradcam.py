@@ -56,9 +56,7 @@ def gradcam(
     """
     check_floating("gradcam", act=act, grad=grad)
     if act.dim() != 4 or 0 in act.shape or act.shape != grad.shape:
-        raise ValueError(
-            f"gradcam: act and grad must be one non-empty [B, C, H, W], got {list(act.shape)} and {list(grad.shape)}"
-        )
+        raise ValueError(f"gradcam: act and grad must be one non-empty [B, C, H, W], got {list(act.shape)} and {list(grad.shape)}")
     height, width = size
     if not (1 <= height <= act.shape[2] and 1 <= width <= act.shape[3]):
         raise ValueError(f"gradcam: size must lie between 1 and {list(act.shape[2:])}, got {tuple(size)}")
@@ -69,7 +67,10 @@ def gradcam(
     if sign not in (1, -1):
         raise ValueError(f"gradcam: sign must be 1 or -1, got {sign!r}")
     chosen = choose(
-        "gradcam", impl, act if act.dtype == torch.float64 else grad, fast="torch",
+        "gradcam",
+        impl,
+        act if act.dtype == torch.float64 else grad,
+        fast="torch",
         unsupported=_unsupported(act, height, width),
     )
     grad = grad.detach()
@@ -93,9 +94,7 @@ def _compute_dtype(act: Tensor, grad: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("ppssl::gradcam", mutates_args=())
-def _gradcam(
-    act: Tensor, grad: Tensor, height: int, width: int, weighting: str, pool: str, sign: int, impl: str
-) -> Tensor:
+def _gradcam(act: Tensor, grad: Tensor, height: int, width: int, weighting: str, pool: str, sign: int, impl: str) -> Tensor:
     if impl == "triton":
         from kernels import gradcam_triton  # here, because triton may not be installed
 
@@ -110,9 +109,7 @@ def _(act, grad, height, width, weighting, pool, sign, impl):
 
 
 @torch.library.custom_op("ppssl::gradcam_backward", mutates_args=())
-def _gradcam_backward(
-    grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: str, sign: int, impl: str
-) -> Tensor:
+def _gradcam_backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: str, sign: int, impl: str) -> Tensor:
     """dact, in the dtype and memory order of act."""
     if impl == "triton":
         from kernels import gradcam_triton  # here, because triton may not be installed

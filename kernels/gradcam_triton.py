@@ -56,15 +56,15 @@ def _image_kernel(
         # 2. cam = relu(+- sum_c a_c g_c) at every pixel; g_c is the gradient, or its mean as the channel's weight.
         total = tl.zeros([ROWS, BLOCK_W], tl.float32)
         for c in tl.static_range(CHANNELS):
-            a = tl.load(
-                act + c * stride_ac + row[:, None] * stride_ah + offs_w[None, :] * stride_aw, mask=mask, other=0.0
-            ).to(tl.float32)
+            a = tl.load(act + c * stride_ac + row[:, None] * stride_ah + offs_w[None, :] * stride_aw, mask=mask, other=0.0).to(
+                tl.float32
+            )
             if CHANNEL:
                 total += a * tl.load(grad + c * stride_gc)
             else:
-                g = tl.load(
-                    grad + c * stride_gc + row[:, None] * stride_gh + offs_w[None, :] * stride_gw, mask=mask, other=0.0
-                ).to(tl.float32)
+                g = tl.load(grad + c * stride_gc + row[:, None] * stride_gh + offs_w[None, :] * stride_gw, mask=mask, other=0.0).to(
+                    tl.float32
+                )
                 total += a * g
         cam = tl.maximum(total * SIGN, 0.0, propagate_nan=tl.PropagateNan.ALL)
         cam = tl.where(mask, cam, 0.0)
@@ -194,7 +194,11 @@ def _channel_weights(grad: Tensor) -> Tensor:
     means = torch.empty((batch, channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _mean_kernel[(batch, triton.cdiv(channels, config.cols))](
-            x, means, positions, channels, *x.stride(),
+            x,
+            means,
+            positions,
+            channels,
+            *x.stride(),
             BLOCK_S=config.rows,
             BLOCK_C=config.cols,
             num_warps=config.warps,
@@ -211,7 +215,13 @@ def _cam(act: Tensor, weights: Tensor, channel: bool, sign: int) -> Tensor:
     weights = weights[:, :, None] if channel else weights.flatten(2)
     with torch.cuda.device_of(act):
         _map_kernel[(batch, triton.cdiv(height * width, config.rows))](
-            x, weights, cam, height * width, channels, *x.stride(), *weights.stride(),
+            x,
+            weights,
+            cam,
+            height * width,
+            channels,
+            *x.stride(),
+            *weights.stride(),
             CHANNEL=channel,
             SIGN=sign,
             EVEN_C=channels % config.cols == 0,
@@ -241,7 +251,13 @@ def forward(act: Tensor, grad: Tensor, height: int, width: int, weighting: str, 
     strides = (*weights.stride(), 0, 0) if channel else weights.stride()
     with torch.cuda.device_of(act):
         _image_kernel[(batch, height)](
-            act, weights, out, act.shape[3], width, *act.stride(), *strides,
+            act,
+            weights,
+            out,
+            act.shape[3],
+            width,
+            *act.stride(),
+            *strides,
             CHANNEL=channel,
             POOL_MAX=pool == "max",
             SIGN=sign,
@@ -274,10 +290,14 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
     config = _config("scale", act)
     weights = weights[:, :, None] if channel else weights.flatten(2)
     with torch.cuda.device_of(act):
-        _scale_kernel[
-            (batch, triton.cdiv(height * width, config.rows), triton.cdiv(channels, config.cols))
-        ](
-            coefficient, weights, flat, height * width, channels, *weights.stride(), *flat.stride(),
+        _scale_kernel[(batch, triton.cdiv(height * width, config.rows), triton.cdiv(channels, config.cols))](
+            coefficient,
+            weights,
+            flat,
+            height * width,
+            channels,
+            *weights.stride(),
+            *flat.stride(),
             CHANNEL=channel,
             BLOCK_S=config.rows,
             BLOCK_C=config.cols,

@@ -94,8 +94,17 @@ def queue_infonce(
     index, queue_index = (None, None) if exclude is None else (exclude[0].expand(shape).reshape(-1), exclude[1])
     with_dq = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     loss, _, rank = torch.ops.ppssl.infonce(
-        q.reshape(-1, q.shape[-1]), k.expand(q.shape).reshape(-1, q.shape[-1]), queue.detach(), float(temperature),
-        with_dq, return_rank, chosen, precision, name, index, queue_index,
+        q.reshape(-1, q.shape[-1]),
+        k.expand(q.shape).reshape(-1, q.shape[-1]),
+        queue.detach(),
+        float(temperature),
+        with_dq,
+        return_rank,
+        chosen,
+        precision,
+        name,
+        index,
+        queue_index,
     )
     loss = loss.view(shape)
     if reduction != "none":
@@ -126,9 +135,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = 
     if pointer.dtype != torch.int64:
         raise TypeError(f"enqueue: pointer must be int64, got {pointer.dtype}")
     if pointer.dim() != 0 or pointer.device != queue.device:
-        raise ValueError(
-            f"enqueue: pointer must be a 0-d tensor on {queue.device}, got {list(pointer.shape)} on {pointer.device}"
-        )
+        raise ValueError(f"enqueue: pointer must be a 0-d tensor on {queue.device}, got {list(pointer.shape)} on {pointer.device}")
     size, count = queue.shape[0], keys.shape[0]
     kept = min(size, count)
     slots = (pointer + torch.arange(count - kept, count, device=queue.device)) % size
@@ -171,8 +178,17 @@ def _check_exclude(exclude: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> 
 
 @torch.library.custom_op("ppssl::infonce", mutates_args=())
 def _infonce(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, impl: str, precision: str,
-    group: str = "", index: Tensor | None = None, queue_index: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    with_dq: bool,
+    with_rank: bool,
+    impl: str,
+    precision: str,
+    group: str = "",
+    index: Tensor | None = None,
+    queue_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
     if impl == "triton":
@@ -250,7 +266,13 @@ _infonce.register_autograd(_backward, setup_context=_setup_context)
 
 
 def partial(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, index: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    with_dq: bool,
+    with_rank: bool,
+    index: Tensor | None = None,
     queue_index: Tensor | None = None,
 ) -> Partial:
     """The online softmax (Milakov and Gimelshein 2018) over blocks of queue rows; extra memory independent of K."""

@@ -102,16 +102,12 @@ def _split_kernel(
     # 1. Load the queries of this program. For their rank, the score of the positive: s_+ = q.k / T.
     q = _tile(q_ptr, row, n_rows, 0, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
     if PARTS == 2:
-        q_high = _tile(
-            q_ptr, row, n_rows, BLOCK_D, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D
-        ).to(dtype)
+        q_high = _tile(q_ptr, row, n_rows, BLOCK_D, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
     if WITH_RANK:
         k = _tile(k_ptr, row, n_rows, 0, dim, stride_kb, stride_kd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
         positive = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         if PARTS == 2:
-            k = _tile(
-                k_ptr, row, n_rows, BLOCK_D, dim, stride_kb, stride_kd, BLOCK_B, BLOCK_D, True, not EVEN_D
-            ).to(dtype)
+            k = _tile(k_ptr, row, n_rows, BLOCK_D, dim, stride_kb, stride_kd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
             positive += tl.sum(q_high.to(tl.float32) * k.to(tl.float32), 1)
         positive = positive * scale
         rank = tl.zeros([BLOCK_B], tl.int32)
@@ -130,9 +126,7 @@ def _split_kernel(
         )  # [BLOCK_K, BLOCK_D]
         scores = _dot(q, tl.trans(rows), tl.zeros([BLOCK_B, BLOCK_K], tl.float32), PRECISION, UPCAST)
         if PARTS == 2:
-            high = _tile(
-                queue_ptr, n, last, BLOCK_D, dim, stride_nk, stride_nd, BLOCK_K, BLOCK_D, not EVEN_K, not EVEN_D
-            )
+            high = _tile(queue_ptr, n, last, BLOCK_D, dim, stride_nk, stride_nd, BLOCK_K, BLOCK_D, not EVEN_K, not EVEN_D)
             scores = _dot(q_high, tl.trans(high), scores, PRECISION, UPCAST)
         scores = scores * scale
         if not EVEN_K:
@@ -275,9 +269,7 @@ class Splits(NamedTuple):
     """[S, B, D], or a placeholder."""
 
 
-def _splits(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
-) -> Splits:
+def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Splits:
     """Launches the split kernel over the whole queue."""
     batch, dim = q.shape
     size = queue.shape[0]
@@ -300,9 +292,24 @@ def _splits(
     with torch.cuda.device_of(q):
         for part in range(parts if with_dq else 1):
             _split_kernel[(triton.cdiv(batch, config.rows), splits)](
-                q, k, queue, m_i[part], l_i, ranks, acc,
-                batch, size, chunk, dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-                queue.stride(0), queue.stride(1), math.log2(math.e) / temperature,
+                q,
+                k,
+                queue,
+                m_i[part],
+                l_i,
+                ranks,
+                acc,
+                batch,
+                size,
+                chunk,
+                dim,
+                q.stride(0),
+                q.stride(1),
+                k.stride(0),
+                k.stride(1),
+                queue.stride(0),
+                queue.stride(1),
+                math.log2(math.e) / temperature,
                 PART=part,
                 PARTS=parts,
                 WITH_DQ=with_dq,
@@ -332,9 +339,24 @@ def forward(
     rank = torch.empty(batch if with_rank else 0, dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
         _merge_kernel[(batch,)](
-            q, k, m_i, l_i, ranks, acc, loss, dq, rank,
-            batch, l_i.shape[0], dim, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-            math.log2(math.e) / temperature, 1 / temperature,
+            q,
+            k,
+            m_i,
+            l_i,
+            ranks,
+            acc,
+            loss,
+            dq,
+            rank,
+            batch,
+            l_i.shape[0],
+            dim,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            math.log2(math.e) / temperature,
+            1 / temperature,
             OPERAND=OPERANDS[queue.dtype],
             PARTS=m_i.shape[0],
             WITH_DQ=with_dq,
@@ -347,9 +369,7 @@ def forward(
     return loss, dq, rank
 
 
-def partial(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
-) -> Partial:
+def partial(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Partial:
     """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
     m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
     if len(m_i) == 2:  # the upper half of acc is relative to the m_i of its own launch
@@ -392,23 +412,45 @@ def variants(arch: str) -> list[Variant]:
     return found
 
 
-def _split_variant(
-    operand: str, pointer: str, width: int, batch: str, config: Config, even: bool, part: int
-) -> Variant:
+def _split_variant(operand: str, pointer: str, width: int, batch: str, config: Config, even: bool, part: int) -> Variant:
     columns = block_d(width)
     name = f"infonce {operand} D{width} B{batch}" + ("" if even else " ragged") + (" high" if part else "")
     return Variant(
         name=name,
         kernel=_split_kernel,
         types=dict(
-            q_ptr=pointer, k_ptr=pointer, queue_ptr=pointer, m_ptr="*fp32", l_ptr="*fp32", rank_ptr="*i32",
-            acc_ptr="*fp32", n_rows="i32", n_queue="i32", chunk="i32", dim="i32", stride_qb="i32",
-            stride_kb="i32", stride_nk="i32", scale="fp32",
+            q_ptr=pointer,
+            k_ptr=pointer,
+            queue_ptr=pointer,
+            m_ptr="*fp32",
+            l_ptr="*fp32",
+            rank_ptr="*i32",
+            acc_ptr="*fp32",
+            n_rows="i32",
+            n_queue="i32",
+            chunk="i32",
+            dim="i32",
+            stride_qb="i32",
+            stride_kb="i32",
+            stride_nk="i32",
+            scale="fp32",
         ),
         constants=dict(
-            stride_qd=1, stride_kd=1, stride_nd=1, PART=part, PARTS=triton.cdiv(width, columns), WITH_DQ=True,
-            WITH_RANK=part == 0, EVEN_K=even, EVEN_D=even, PRECISION=operand if operand == "tf32" else "ieee",
-            UPCAST=False, BLOCK_B=config.rows, BLOCK_K=config.cols, BLOCK_D=columns, STAGES=config.stages,
+            stride_qd=1,
+            stride_kd=1,
+            stride_nd=1,
+            PART=part,
+            PARTS=triton.cdiv(width, columns),
+            WITH_DQ=True,
+            WITH_RANK=part == 0,
+            EVEN_K=even,
+            EVEN_D=even,
+            PRECISION=operand if operand == "tf32" else "ieee",
+            UPCAST=False,
+            BLOCK_B=config.rows,
+            BLOCK_K=config.cols,
+            BLOCK_D=columns,
+            STAGES=config.stages,
         ),
         aligned=("n_queue", "chunk", "dim", "stride_qb", "stride_kb", "stride_nk"),
         warps=config.warps,
@@ -422,13 +464,32 @@ def _merge_variant(width: int) -> Variant:
         name=f"infonce merge D{width}",
         kernel=_merge_kernel,
         types=dict(
-            q_ptr="*bf16", k_ptr="*bf16", m_ptr="*fp32", l_ptr="*fp32", rank_ptr="*i32", acc_ptr="*fp32",
-            loss_ptr="*fp32", dq_ptr="*fp32", rank_out_ptr="*i64", n_rows="i32", n_splits="i32", dim="i32",
-            stride_qb="i32", stride_kb="i32", scale="fp32", inverse_temperature="fp32",
+            q_ptr="*bf16",
+            k_ptr="*bf16",
+            m_ptr="*fp32",
+            l_ptr="*fp32",
+            rank_ptr="*i32",
+            acc_ptr="*fp32",
+            loss_ptr="*fp32",
+            dq_ptr="*fp32",
+            rank_out_ptr="*i64",
+            n_rows="i32",
+            n_splits="i32",
+            dim="i32",
+            stride_qb="i32",
+            stride_kb="i32",
+            scale="fp32",
+            inverse_temperature="fp32",
         ),
         constants=dict(
-            stride_qd=1, stride_kd=1, OPERAND=tl.bfloat16, PARTS=triton.cdiv(width, block_d(width)), WITH_DQ=True,
-            WITH_RANK=True, BLOCK_S=MERGE_SPLITS, BLOCK_D=max(32, triton.next_power_of_2(width)),
+            stride_qd=1,
+            stride_kd=1,
+            OPERAND=tl.bfloat16,
+            PARTS=triton.cdiv(width, block_d(width)),
+            WITH_DQ=True,
+            WITH_RANK=True,
+            BLOCK_S=MERGE_SPLITS,
+            BLOCK_D=max(32, triton.next_power_of_2(width)),
             PART_D=block_d(width),
         ),
         aligned=("n_rows", "dim", "stride_qb", "stride_kb"),

@@ -85,8 +85,15 @@ def maxout(
             raise ValueError("maxout: impl='reference' knows one process; use impl='torch' with a group")
         with torch.autocast(feature.device.type, enabled=False):
             return reference.maxout(
-                feature, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
-                eps=eps, minmax=minmax,
+                feature,
+                weight,
+                gamma,
+                beta,
+                running_mean=running_mean,
+                running_var=running_var,
+                training=training,
+                eps=eps,
+                minmax=minmax,
             )
     outputs = torch.ops.ppssl.maxout(
         feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", name, chosen
@@ -95,17 +102,23 @@ def maxout(
 
 
 def check_projection(
-    op: str, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, minmax: str | None,
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    minmax: str | None,
 ) -> None:
     """Checks the arguments that :func:`maxout` and ``maxout_image`` have in common, and raises what they document."""
     check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's"
-        )
+        raise ValueError(f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's")
     width = weight.shape[0]
     vectors = {"gamma": gamma, "beta": beta}
     if not training:
@@ -129,16 +142,23 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("ppssl::maxout", mutates_args=())
 def _maxout(
-    feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, minmax: str, group: str, impl: str,
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    minmax: str,
+    group: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B H W, M], den [groups]); minmax "" is None."""
     if impl == "triton":
         from kernels import maxout_triton  # here, because triton may not be installed
 
-        return maxout_triton.forward(
-            feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group
-        )
+        return maxout_triton.forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group)
     with torch.autocast(feature.device.type, enabled=False):
         return _forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group)
 
@@ -152,40 +172,103 @@ def _(feature, weight, gamma, beta, running_mean, running_var, training, eps, mi
         return feature.new_empty(shape, dtype=compute_dtype(feature))
 
     return (
-        new(batch, height, width), new(batch, channels), new(projections), new(projections),
-        new(batch * height * width, projections), new(minmax_groups(minmax, batch)),
+        new(batch, height, width),
+        new(batch, channels),
+        new(projections),
+        new(projections),
+        new(batch * height * width, projections),
+        new(minmax_groups(minmax, batch)),
     )
 
 
 @torch.library.custom_op("ppssl::maxout_backward", mutates_args=())
 def _maxout_backward(
-    grad_mask: Tensor | None, grad_pooled: Tensor | None, feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
-    mask: Tensor, mean: Tensor, var: Tensor, u: Tensor, den: Tensor, training: bool, eps: float, minmax: str,
-    need_feature: bool, group: str, impl: str,
+    grad_mask: Tensor | None,
+    grad_pooled: Tensor | None,
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    u: Tensor,
+    den: Tensor,
+    training: bool,
+    eps: float,
+    minmax: str,
+    need_feature: bool,
+    group: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dfeature or [0], dweight, dgamma, dbeta), each in the dtype of its tensor."""
     if impl == "triton":
         from kernels import maxout_triton  # here, because triton may not be installed
 
         return maxout_triton.backward(
-            grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
-            need_feature, group,
+            grad_mask,
+            grad_pooled,
+            feature,
+            weight,
+            gamma,
+            beta,
+            mask,
+            mean,
+            var,
+            u,
+            den,
+            training,
+            eps,
+            minmax,
+            need_feature,
+            group,
         )
     with torch.autocast(feature.device.type, enabled=False):
         return _backward(
-            grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax,
-            need_feature, group,
+            grad_mask,
+            grad_pooled,
+            feature,
+            weight,
+            gamma,
+            beta,
+            mask,
+            mean,
+            var,
+            u,
+            den,
+            training,
+            eps,
+            minmax,
+            need_feature,
+            group,
         )
 
 
 @_maxout_backward.register_fake
 def _(
-    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature,
-    group, impl,
+    grad_mask,
+    grad_pooled,
+    feature,
+    weight,
+    gamma,
+    beta,
+    mask,
+    mean,
+    var,
+    u,
+    den,
+    training,
+    eps,
+    minmax,
+    need_feature,
+    group,
+    impl,
 ):
     return (
         torch.empty_like(feature) if need_feature else feature.new_empty(0),
-        weight.new_empty(weight.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape),
+        weight.new_empty(weight.shape),
+        gamma.new_empty(gamma.shape),
+        beta.new_empty(beta.shape),
     )
 
 
@@ -202,8 +285,15 @@ def _autograd(ctx, grad_mask, grad_pooled, *_):
     grads = (None,) * 4
     if grad_mask is not None or grad_pooled is not None:
         grads = torch.ops.ppssl.maxout_backward(
-            grad_mask, grad_pooled, *ctx.saved_tensors, ctx.training, ctx.eps, ctx.minmax, ctx.needs_input_grad[0],
-            ctx.group, ctx.impl,
+            grad_mask,
+            grad_pooled,
+            *ctx.saved_tensors,
+            ctx.training,
+            ctx.eps,
+            ctx.minmax,
+            ctx.needs_input_grad[0],
+            ctx.group,
+            ctx.impl,
         )
         grads = tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False))
     return (
@@ -272,7 +362,21 @@ def _minmax_backward(t: Tensor, mask: Tensor, den: Tensor, group: str) -> Tensor
 
 
 def _backward(
-    grad_mask, grad_pooled, feature, weight, gamma, beta, mask, mean, var, u, den, training, eps, minmax, need_feature,
+    grad_mask,
+    grad_pooled,
+    feature,
+    weight,
+    gamma,
+    beta,
+    mask,
+    mean,
+    var,
+    u,
+    den,
+    training,
+    eps,
+    minmax,
+    need_feature,
     group,
 ):
     dtype = u.dtype

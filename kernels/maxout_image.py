@@ -98,8 +98,17 @@ def maxout_image(
             raise ValueError("maxout_image: impl='reference' and pool='mean' know one process; use pool='max'")
         with torch.autocast(image.device.type, enabled=False):
             return reference.maxout_image(
-                image, weight, gamma, beta, running_mean=running_mean, running_var=running_var, training=training,
-                eps=eps, cell=cell, minmax=minmax, pool=pool,
+                image,
+                weight,
+                gamma,
+                beta,
+                running_mean=running_mean,
+                running_var=running_var,
+                training=training,
+                eps=eps,
+                cell=cell,
+                minmax=minmax,
+                pool=pool,
             )
     outputs = torch.ops.ppssl.maxout_image(
         image, weight, gamma, beta, running_mean, running_var, training, float(eps), cell, minmax or "", name, chosen
@@ -109,8 +118,17 @@ def maxout_image(
 
 @torch.library.custom_op("ppssl::maxout_image", mutates_args=())
 def _maxout_image(
-    image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str, group: str,
+    image: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    cell: int,
+    minmax: str,
+    group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3]).
@@ -137,16 +155,34 @@ def _(image, weight, gamma, beta, running_mean, running_var, training, eps, cell
         return image.new_empty(shape, dtype=compute_dtype(image))
 
     return (
-        new(batch, rows, columns), new(weight.shape[0]), new(weight.shape[0]), new(batch * rows * columns, 3),
-        new(groups, 3), new(groups), image.new_empty((4, 3), dtype=torch.float64),
+        new(batch, rows, columns),
+        new(weight.shape[0]),
+        new(weight.shape[0]),
+        new(batch * rows * columns, 3),
+        new(groups, 3),
+        new(groups),
+        image.new_empty((4, 3), dtype=torch.float64),
     )
 
 
 @torch.library.custom_op("ppssl::maxout_image_backward", mutates_args=())
 def _maxout_image_backward(
-    grad_mask: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor, mean: Tensor, var: Tensor,
-    winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float, minmax: str,
-    group: str, impl: str,
+    grad_mask: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    winners: Tensor,
+    lowest: Tensor,
+    den: Tensor,
+    moments: Tensor,
+    training: bool,
+    eps: float,
+    minmax: str,
+    group: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dweight, dgamma, dbeta), each in the dtype of its tensor."""
     if impl == "triton":
@@ -162,9 +198,7 @@ def _maxout_image_backward(
 
 
 @_maxout_image_backward.register_fake
-def _(
-    grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group, impl
-):
+def _(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group, impl):
     return weight.new_empty(weight.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
 
 
@@ -253,8 +287,13 @@ def _forward(image, weight, gamma, beta, running_mean, running_var, training, ep
         mask = grouped / den[:, None]
         smallest = lowest
     return (
-        mask.view(batch, height // cell, width // cell).to(dtype), mean.to(dtype, copy=True), var.to(dtype, copy=True),
-        winners.reshape(-1, 3), smallest.reshape(-1, 3).clone(), den.to(dtype), moments,
+        mask.view(batch, height // cell, width // cell).to(dtype),
+        mean.to(dtype, copy=True),
+        var.to(dtype, copy=True),
+        winners.reshape(-1, 3),
+        smallest.reshape(-1, 3).clone(),
+        den.to(dtype),
+        moments,
     )
 
 
@@ -278,9 +317,7 @@ def _search(image: Tensor, slope: Tensor, shift: Tensor, cell: int) -> tuple[Ten
     return winners, lowest
 
 
-def _backward(
-    grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group
-):
+def _backward(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group):
     slope, shift, rstd = _affine(weight, gamma, beta, mean, var, eps)
     t = grad_mask.double().reshape(mask.shape[0], -1)
     colors = winners.double()

@@ -483,8 +483,16 @@ def _block_m(n_proj: int) -> int:
 
 
 def forward(
-    image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, cell: int, minmax: str,
+    image: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    cell: int,
+    minmax: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3])."""
@@ -508,15 +516,30 @@ def forward(
     with torch.cuda.device_of(image):
         config = _config("moments", image.device, cell)
         _moments_kernel[(batch, bands)](
-            image, partial, width, cell, *image.stride(),
+            image,
+            partial,
+            width,
+            cell,
+            *image.stride(),
             ROWS=config.rows,
             BLOCK_W=block_w,
             num_warps=config.warps,
         )
         partial = gather(partial, group)
         _affine_kernel[(1,)](
-            partial, weight, gamma, beta, mean, var, moments, slope,
-            partial.shape[0], batch * world_size(group) * height * width, n_proj, *weight.stride(), eps,
+            partial,
+            weight,
+            gamma,
+            beta,
+            mean,
+            var,
+            moments,
+            slope,
+            partial.shape[0],
+            batch * world_size(group) * height * width,
+            n_proj,
+            *weight.stride(),
+            eps,
             TRAINING=training,
             BLOCK_P=16 * BLOCK,
             BLOCK_M=_block_m(n_proj),
@@ -524,8 +547,16 @@ def forward(
         )
         config = _config("search", image.device, cell)
         _search_kernel[(batch, bands)](
-            image, slope, value, winners, low, lowest,
-            width, columns, n_proj, *image.stride(),
+            image,
+            slope,
+            value,
+            winners,
+            low,
+            lowest,
+            width,
+            columns,
+            n_proj,
+            *image.stride(),
             WITH_LOW=bool(minmax),
             CELL=cell,
             ROWS=config.rows,
@@ -537,8 +568,15 @@ def forward(
                 value, low, lowest = (gather(tensor, group) for tensor in (value, low, lowest))
                 mask = torch.empty_like(value)
             _scale_kernel[(value.shape[0],)](
-                value, low, lowest, mask, den, lowest_out,
-                value.shape[0], bands * columns, bands,
+                value,
+                low,
+                lowest,
+                mask,
+                den,
+                lowest_out,
+                value.shape[0],
+                bands * columns,
+                bands,
                 BATCH=minmax == "batch",
                 BLOCK_N=4 * BLOCK,
                 num_warps=4,
@@ -549,9 +587,21 @@ def forward(
 
 
 def backward(
-    grad_mask: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor, mean: Tensor, var: Tensor,
-    winners: Tensor, lowest: Tensor, den: Tensor, moments: Tensor, training: bool, eps: float,
-    minmax: str, group: str,
+    grad_mask: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    winners: Tensor,
+    lowest: Tensor,
+    den: Tensor,
+    moments: Tensor,
+    training: bool,
+    eps: float,
+    minmax: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dweight, dgamma, dbeta)."""
     batch, cells = mask.shape[0], mask[0].numel()
@@ -565,8 +615,22 @@ def backward(
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     with torch.cuda.device_of(mask):
         _grad_cells_kernel[(batch,)](
-            grad_mask, mask, winners, lowest, den, weight, gamma, beta, mean, var, partial,
-            batch, cells, n_proj, *weight.stride(), eps,
+            grad_mask,
+            mask,
+            winners,
+            lowest,
+            den,
+            weight,
+            gamma,
+            beta,
+            mean,
+            var,
+            partial,
+            batch,
+            cells,
+            n_proj,
+            *weight.stride(),
+            eps,
             MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
             BLOCK_N=BLOCK,
             BLOCK_M=_block_m(n_proj),
@@ -574,8 +638,19 @@ def backward(
         )
         partial = local_shard(partial, shared)
         _grad_affine_kernel[(1,)](
-            partial, weight, gamma, mean, var, moments, dweight, dgamma, dbeta,
-            partial.shape[0], n_proj, *weight.stride(), eps,
+            partial,
+            weight,
+            gamma,
+            mean,
+            var,
+            moments,
+            dweight,
+            dgamma,
+            dbeta,
+            partial.shape[0],
+            n_proj,
+            *weight.stride(),
+            eps,
             TRAINING=training,
             BLOCK_N=16,
             BLOCK_M=_block_m(n_proj),

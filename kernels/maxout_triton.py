@@ -282,9 +282,9 @@ def _grad_mask_kernel(
             if not EVEN_C:
                 wanted = wanted & (offs_c < n_channels)[None, :]
             x = tl.load(rows + offs_c[None, :] * stride_xc, mask=wanted, other=0.0).to(tl.float32)
-            grad = tl.load(
-                grad_pooled_ptr + image * stride_gb + offs_c * stride_gc, mask=offs_c < n_channels, other=0.0
-            ).to(tl.float32)
+            grad = tl.load(grad_pooled_ptr + image * stride_gb + offs_c * stride_gc, mask=offs_c < n_channels, other=0.0).to(
+                tl.float32
+            )
             t += tl.sum(x * grad[None, :], 1)
         t = t / n_positions
     if HAS_MASK:
@@ -363,9 +363,7 @@ def _grad_projection_kernel(
         da = da / den
     # 2. It goes to the largest projection, unless the ReLU zeroed that: dv = [v_max > 0] dL/da.
     mean, rstd, scale, shift = _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M)
-    u = tl.load(
-        u_ptr + row[:, None] * n_proj + offs_m[None, :], mask=mask_s[:, None] & mask_m[None, :], other=0.0
-    )
+    u = tl.load(u_ptr + row[:, None] * n_proj + offs_m[None, :], mask=mask_s[:, None] & mask_m[None, :], other=0.0)
     v = u * scale[None, :] + shift[None, :]
     top_v, winner = tl.max(v, 1, return_indices=True)
     dv = tl.where(mask_s & (top_v > 0.0), da, 0.0)
@@ -422,7 +420,8 @@ def _grad_feature_kernel(
         mean_dv = tl.load(sums_ptr + offs_m, mask=mask_m, other=0.0) / n_rows
         mean_dv_xhat = tl.load(sums_ptr + n_proj + offs_m, mask=mask_m, other=0.0) / n_rows
     w = tl.load(
-        w_ptr + offs_m[:, None] * stride_wm + offs_c[None, :] * stride_wc, mask=mask_m[:, None] & mask_c[None, :],
+        w_ptr + offs_m[:, None] * stride_wm + offs_c[None, :] * stride_wc,
+        mask=mask_m[:, None] & mask_c[None, :],
         other=0.0,
     ).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_C]
     dw = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -475,8 +474,16 @@ def _configs(device: torch.device, dtype: torch.dtype, channels: int) -> dict[st
 
 
 def forward(
-    feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, training: bool, eps: float, minmax: str, group: str,
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    minmax: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B S, M], den [groups])."""
     batch, channels, height, width = feature.shape
@@ -498,8 +505,16 @@ def forward(
     with torch.cuda.device_of(feature):
         config = configs["project"]
         _project_kernel[(tiles,)](
-            x, weight, u, partial,
-            positions, channels, n_proj, tiles_per_image, *x.stride(), *weight.stride(),
+            x,
+            weight,
+            u,
+            partial,
+            positions,
+            channels,
+            n_proj,
+            tiles_per_image,
+            *x.stride(),
+            *weight.stride(),
             EVEN_C=channels % config.cols == 0,
             UPCAST=interpreting(),
             BLOCK_S=rows,
@@ -511,8 +526,13 @@ def forward(
         )
         if training:
             _statistics_kernel[(1,)](
-                partial, mean, var,
-                tiles, positions, n_proj, tiles_per_image,
+                partial,
+                mean,
+                var,
+                tiles,
+                positions,
+                n_proj,
+                tiles_per_image,
                 TILE_ROWS=rows,
                 BLOCK_T=MERGE_TILES,
                 BLOCK_M=block_m,
@@ -523,8 +543,17 @@ def forward(
             mean.copy_(running_mean)
             var.copy_(running_var)
         _activate_kernel[(batch,)](
-            u, gamma, beta, mean, var, a, extent,
-            batch, positions, n_proj, eps,
+            u,
+            gamma,
+            beta,
+            mean,
+            var,
+            a,
+            extent,
+            batch,
+            positions,
+            n_proj,
+            eps,
             BLOCK_S=rows,
             BLOCK_M=block_m,
             num_warps=4,
@@ -535,8 +564,16 @@ def forward(
             images = extent.shape[1]
         config = configs["pool"]
         _pool_kernel[(batch, triton.cdiv(channels, config.cols))](
-            x, a, extent, mask, den, pooled,
-            images, positions, channels, *x.stride(),
+            x,
+            a,
+            extent,
+            mask,
+            den,
+            pooled,
+            images,
+            positions,
+            channels,
+            *x.stride(),
             MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
             EVEN_C=channels % config.cols == 0,
             BLOCK_S=rows,
@@ -548,9 +585,22 @@ def forward(
 
 
 def backward(
-    grad_mask: Tensor | None, grad_pooled: Tensor | None, feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor,
-    mask: Tensor, mean: Tensor, var: Tensor, u: Tensor, den: Tensor, training: bool, eps: float, minmax: str,
-    need_feature: bool, group: str,
+    grad_mask: Tensor | None,
+    grad_pooled: Tensor | None,
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    u: Tensor,
+    den: Tensor,
+    training: bool,
+    eps: float,
+    minmax: str,
+    need_feature: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dfeature or [0], dweight, dgamma, dbeta)."""
     batch, channels, height, width = feature.shape
@@ -576,8 +626,17 @@ def backward(
     with torch.cuda.device_of(feature):
         config = configs["grad_mask"]
         _grad_mask_kernel[(tiles,)](
-            x, t if grad_mask is None else grad_mask, pooled, mask, t, tile_sums,
-            positions, channels, tiles_per_image, *x.stride(), *pooled.stride(),
+            x,
+            t if grad_mask is None else grad_mask,
+            pooled,
+            mask,
+            t,
+            tile_sums,
+            positions,
+            channels,
+            tiles_per_image,
+            *x.stride(),
+            *pooled.stride(),
             HAS_MASK=grad_mask is not None,
             HAS_POOLED=grad_pooled is not None,
             MINMAX=minmax_code,
@@ -591,8 +650,22 @@ def backward(
         if minmax == "batch":
             tile_sums = gather(tile_sums, group)
         _grad_projection_kernel[(tiles,)](
-            u, gamma, beta, mean, var, mask, den, t, tile_sums, dv, partial,
-            tile_sums.shape[0], positions, n_proj, tiles_per_image, eps,
+            u,
+            gamma,
+            beta,
+            mean,
+            var,
+            mask,
+            den,
+            t,
+            tile_sums,
+            dv,
+            partial,
+            tile_sums.shape[0],
+            positions,
+            n_proj,
+            tiles_per_image,
+            eps,
             MINMAX=minmax_code,
             BLOCK_S=rows,
             BLOCK_M=block_m,
@@ -608,9 +681,30 @@ def backward(
         splits = triton.cdiv(tiles, per_program)
         weight_parts = new(splits, n_proj, channels)
         _grad_feature_kernel[(parts, splits)](
-            x, weight, u, gamma, beta, mean, var, mask, dv, shared, pooled, dx, weight_parts,
-            tiles, per_program, positions, channels, n_proj, tiles_per_image,
-            *x.stride(), *weight.stride(), *pooled.stride(), *dx.stride(), eps,
+            x,
+            weight,
+            u,
+            gamma,
+            beta,
+            mean,
+            var,
+            mask,
+            dv,
+            shared,
+            pooled,
+            dx,
+            weight_parts,
+            tiles,
+            per_program,
+            positions,
+            channels,
+            n_proj,
+            tiles_per_image,
+            *x.stride(),
+            *weight.stride(),
+            *pooled.stride(),
+            *dx.stride(),
+            eps,
             TRAINING=training,
             HAS_POOLED=grad_pooled is not None,
             WITH_DX=need_feature,

@@ -47,7 +47,13 @@ class MaxOutImage(NamedTuple):
 
 
 def infonce(
-    q: Tensor, k: Tensor, queue: Tensor, *, temperature: float, reduction: Reduction = "mean", return_rank: bool = False,
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    reduction: Reduction = "mean",
+    return_rank: bool = False,
     exclude: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the positive ``<q, k> / temperature`` against the negatives ``<q, queue_j> / temperature`` (MoCo).
@@ -82,8 +88,14 @@ def minmax(z: Tensor, over: MinMax) -> Tensor:
 
 
 def _maxout_map(
-    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    training: bool, eps: float,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max over M of relu(batch_norm(conv1x1(x))): [B, H, W], and the mean and variance that were used: [M] each."""
     projected = F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
@@ -98,8 +110,16 @@ def _maxout_map(
 
 
 def maxout(
-    feature: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, training: bool = True, eps: float = 1e-5, minmax: MinMax = None,
+    feature: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    minmax: MinMax = None,
 ) -> MaxOut:
     """Max-out projection: ``mask = minmax(max_m relu(bn(conv1x1(feature))))``, ``pooled = gap(mask * feature)``.
 
@@ -116,8 +136,17 @@ def maxout(
 
 
 def maxout_image(
-    image: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, training: bool = True, eps: float = 1e-5, cell: int = 32, minmax: MinMax = None,
+    image: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    cell: int = 32,
+    minmax: MinMax = None,
     pool: Literal["max", "mean"] = "max",
 ) -> MaxOutImage:
     """The same mask of an image [B, 3, H, W]: min-max over pixels, then pooling over cells."""
@@ -128,8 +157,13 @@ def maxout_image(
 
 
 def gradcam(
-    act: Tensor, grad: Tensor, *, size: tuple[int, int], weighting: Literal["elementwise", "channel"] = "elementwise",
-    pool: Literal["max", "mean"] = "max", sign: int = 1,
+    act: Tensor,
+    grad: Tensor,
+    *,
+    size: tuple[int, int],
+    weighting: Literal["elementwise", "channel"] = "elementwise",
+    pool: Literal["max", "mean"] = "max",
+    sign: int = 1,
 ) -> Tensor:
     """``relu(sign * sum_c act * grad)``, or with ``mean_hw(grad)`` as the weight of each channel, pooled to ``size``.
 
@@ -147,7 +181,6 @@ def gradcam(
     cam = torch.relu(sign * (act.to(dtype) * grad).sum(1))
     pooling = F.adaptive_max_pool2d if pool == "max" else F.adaptive_avg_pool2d
     return pooling(cam[:, None], size)[:, 0]
-
 
 
 class ViewValues(NamedTuple):
@@ -170,8 +203,15 @@ class ViewValues(NamedTuple):
 
 
 def augment(
-    pixels: Tensor, offsets: Tensor, sizes: Tensor, values: ViewValues, *, side: int, mean: Sequence[float],
-    std: Sequence[float], dtype: torch.dtype = torch.float32,
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    values: ViewValues,
+    *,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Random resized crop, flip, color jitter, grayscale, Gaussian blur and normalization of 8-bit images (as MoCo v2).
 
@@ -212,8 +252,8 @@ def recolour(
             x = grey(x).expand_as(x)
         results.append(gaussian_blur(x, values.blur_sigma[b].item()))
     x = torch.stack(results) / 255
-    mean, std = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))
-    return ((x - mean) / std).to(dtype=dtype, memory_format=torch.channels_last)
+    center, spread = (torch.tensor(v, dtype=compute, device=x.device).view(3, 1, 1) for v in (mean, std))
+    return ((x - center) / spread).to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def resized_crop(image: Tensor, crop: Sequence[int], side: int) -> Tensor:

@@ -107,7 +107,7 @@ def parts_here(groups: int, group: str, *, sync: bool) -> int:
         return 1
     if groups % world_size(group):
         raise ValueError(
-            f"bn.groups: {groups} parts of the batch cannot be spread over {world_size(group)} processes; use a multiple of them, or "
+            f"bn.groups: {groups} parts of the batch do not divide among {world_size(group)} processes; use a multiple of them, or "
             f"bn.sync=true"
         )
     return groups // world_size(group)

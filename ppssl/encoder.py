@@ -170,7 +170,9 @@ class MaskBranch(nn.Module):
         update_running_statistics(self.bn, mean, var, parts[0].numel() // feature.shape[1])
         mask = torch.cat([o.mask for o in outs])
         if self.minmax == "batch":
-            mask = local_shard(scale_to_unit(gather(mask, group), "batch"), group)  # the scaling is global, over parts and processes
+            mask = local_shard(
+                scale_to_unit(gather(mask, group), "batch"), group
+            )  # the scaling is global, over parts and processes
         else:
             mask = scale_to_unit(mask, self.minmax)
         return Masked(mask, masked_average_pool(feature, mask))

@@ -13,9 +13,7 @@ from ppssl.method import StepContext
 from ppssl.settings import IadmConfig
 
 
-def contrast_gradients(
-    losses: Tensor, by: Sequence[Tensor], *, of: Literal["sum", "mean"], context: StepContext
-) -> list[Tensor]:
+def contrast_gradients(losses: Tensor, by: Sequence[Tensor], *, of: Literal["sum", "mean"], context: StepContext) -> list[Tensor]:
     """d(losses)/d(x) for each x of ``by``, float32, without a graph of their own.
 
     losses: [B]. of: ``sum``, every sample's own gradient, or ``mean``, that of the mean over the global batch.

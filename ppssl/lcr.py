@@ -2,10 +2,11 @@
 
     L = L_con + beta * KL(softmax(cam) || softmax(A)),    cam = relu(sum_c F_c * dL_con/dF_c)         (CVPR 2023)
 
-The mask A is the maximum over 32 projections of the feature map; being so small it can only keep the rationale that many images
-share. Retrieval uses gap(A * F). The variant ``published`` computes what the authors' code computes: a softmax over rows of
-gradients of size 1e-5, a cam that is itself pulled towards the mask (F in it carries gradient), and a batch-norm that moves three
-times a step, once for the key's map. ``guided`` computes what the text aims at. They differ in named switches only (``LCRSettings.variants``).
+The mask A is the maximum over 32 projections of the feature map; with so little capacity it can only keep the rationale that many
+images share. Retrieval uses gap(A * F). The variant ``published`` computes what the authors' code computes: a softmax over rows of
+gradients of size 1e-5, a cam that is itself pulled towards the mask (F in it carries gradient), and a batch-norm that is updated
+three times a step, once for the map of the key. ``guided`` computes what the text aims at. They differ in named switches only
+(``LCRSettings.variants``).
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class LCR(MoCo):
         return scale_cam(gradcam(act, gradient, size=tuple(feature.shape[2:]), sign=sign), iadm.cam_scale)
 
     def attention(self, images: Tensor) -> dict[str, Tensor]:
-        """``mask``: A, by which the feature is pooled; ``cam``: the rationale it is drawn to, in this variant, whatever its weight."""
+        """``mask``: A, by which the feature is pooled; ``cam``: the rationale that it is fitted to, whatever ``iadm.weight``."""
         feature = self.encoder_q.trunk(images)
         losses = self.mirror_losses(self.encoder_q.project(global_average_pool(feature)), images)
         return {"mask": self.mask(feature).mask.detach(), "cam": self.cam(losses, feature).detach()}

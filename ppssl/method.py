@@ -58,9 +58,8 @@ NO_CONTEXT = StepContext()
 
 
 class Method(nn.Module):
-    """One self-supervised method. ``forward`` has no side effects but statistics in 1-d buffers; the engine moves the key network
-    (``ema_pairs``) before it and calls ``enqueue`` after the optimizer. What differs between methods stands in the class attributes.
-    """
+    """One self-supervised method. ``forward`` has no side effects but statistics in 1-d buffers; the engine updates the key network
+    (``ema_pairs``) before it and calls ``enqueue`` after the optimizer. The class attributes say what a method needs."""
 
     needs_image_grad: tuple[str, ...] = ()
     """Fields of the batch that the engine hands over as leaves that require grad, made outside any compiled region."""
@@ -85,7 +84,7 @@ class Method(nn.Module):
 
     @classmethod
     def from_settings(cls, settings: Settings, network: FeatureNet, teacher: Teacher | None = None) -> Method:
-        """Builds the method around ``network`` (from ``build_network``); ``settings`` is of the class that it is registered with."""
+        """Builds the method around ``network`` (from ``build_network``). settings: of the class that it is registered with."""
         raise NotImplementedError(f"{cls.__name__}.from_settings")
 
     @classmethod
@@ -118,7 +117,8 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor, skip: Tensor | None = None) -> None:
-        """Called after the optimizer with ``Output.keys`` and ``Batch.index``; changes nothing where the 0-d bool ``skip`` is true."""
+        """Called after the optimizer with ``Output.keys`` and ``Batch.index``. Must change nothing where the 0-d bool ``skip`` is
+        true."""
 
 
 class _Methods(Mapping[str, type[Method]]):

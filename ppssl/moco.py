@@ -21,9 +21,9 @@ from ppssl.teacher import Teacher
 class MoCo(Method):
     """``L = mean_b[ lse(q.k / T, q.queue / T) - q.k / T ]`` with ``q = l2(g(gap(f(x_q))))`` and ``k`` the momentum network's.
 
-    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. exclude_same_image: the sum over the queue leaves out
-    keys of the query's own image from earlier epochs (about K / N of them among N images), which are no negatives. ``bn_groups`` parts of
-    the global batch have batch statistics of their own; the key network then sees other parts than the query network does.
+    ``network`` holds the trunk; ``head`` maps its ``channels`` to D = ``dim``. exclude_same_image: the sum over the queue excludes
+    keys of the query's image from earlier epochs (about K / N of them among N images), which are no negatives. bn_groups: parts of
+    the global batch with separate batch statistics; the key network sees other parts than the query network (shuffled BN).
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class MoCo(Method):
         """InfoNCE per sample [B] and the rank of the positive among all logits [B] (0 is first); ``index`` [B] the images."""
         with span("infonce"):
             return queue_infonce(
-                q, k, self.queue.held, temperature=self.temperature, reduction="none", return_rank=True, exclude=self.queue.same_image(index),
-                group=self.queue.group,
+                q, k, self.queue.held, temperature=self.temperature, reduction="none", return_rank=True,
+                exclude=self.queue.same_image(index), group=self.queue.group,
             )  # fmt: skip
 
     def forward(self, batch: Batch, context: StepContext = NO_CONTEXT) -> Output:

@@ -21,6 +21,6 @@ from kernels.group import all_reduce_mean, all_to_all, gather, group_name, local
 from kernels.reference import ViewValues  # noqa: E402
 
 __all__ = [
-    "ViewValues", "augment", "all_reduce_mean", "enqueue", "all_to_all", "gather", "gradcam", "group_name", "maxout", "maxout_image", "local_shard",
-    "rank", "queue_infonce", "recolour", "world_size",
+    "ViewValues", "all_reduce_mean", "all_to_all", "augment", "enqueue", "gather", "gradcam", "group_name", "local_shard", "maxout",
+    "maxout_image", "queue_infonce", "rank", "recolour", "world_size",
 ]  # fmt: skip

@@ -3,11 +3,11 @@
     L = L_con + beta * L_IADM + alpha * L_AIS                                            (arXiv 2412.00134)
 
 The variant ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
-switches only (``PPSSLSettings.variants``), and each switch can be turned alone. In ``published``, the CAM is a softmax over rows of seven
-gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so IADM sends
-no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own, and what is contrasted is the feature that is
-kept, gap(A * F), on both sides: k = l2(g_k(gap(A_k * F_k))) with a momentum copy of the mask branch. Its defaults were chosen on
-tuning seeds of the synthetic dataset (bench/results/methods/choice.md).
+switches only (``PPSSLSettings.variants``), and each switch can be set alone. In ``published``, the CAM is a softmax over rows
+of seven gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so
+IADM sends no gradient into the encoder. In ``guided`` the fitted mask is the encoder's own, and the contrasted feature is the
+one that is kept, gap(A * F), on both sides: k = l2(g_k(gap(A_k * F_k))) with a momentum copy of the mask branch. Its defaults
+were chosen on tuning seeds of the synthetic dataset (bench/results/methods/choice.md).
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ class PPSSL(MoCo):
 
         return Output(total, terms, k, contrast_accuracy(rank))
 
-    def cam(
-        self, losses: Tensor, activations: dict[str, Tensor], size: Sequence[int], context: StepContext = NO_CONTEXT
-    ) -> Tensor:
+    def cam(self, losses: Tensor, activations: dict[str, Tensor], size: Sequence[int], context: StepContext = NO_CONTEXT) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
         iadm = self.settings.iadm
         sources = [activations[name] for name in iadm.sources]
@@ -178,7 +176,7 @@ class PPSSL(MoCo):
         return cam.detach()
 
     def attention(self, images: Tensor) -> dict[str, Tensor]:
-        """``mask``: A, by which the feature is pooled; ``cam``: what IADM would draw it to, in this variant, whatever its weight."""
+        """``mask``: A, by which the feature is pooled; ``cam``: what IADM fits it to, whatever ``iadm.weight``."""
         x = images.detach().requires_grad_()
         maps = self.encoder_q.trunk.maps(x)
         mask, _ = self.mask(maps["layer4"])

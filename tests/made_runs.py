@@ -41,7 +41,9 @@ def exported_run(path: Path, *, arch: str, method: str = "ppssl", variant: str =
     weights_file.save_weights(path / "weights.safetensors", network.weights(), {"step": "46", "epoch": "1"})
     run_folder.append_metrics(path, {"kind": "start", "step": 0, "commit": "0123456789ab", "torch": "2.11.0"})
     for epoch, rank1 in enumerate((0.25, 0.5)):
-        run_folder.append_metrics(path, {"kind": "eval", "step": 46 * epoch, "epoch": epoch, "rank1": rank1, "protocol": "leave-one-out"})
+        run_folder.append_metrics(
+            path, {"kind": "eval", "step": 46 * epoch, "epoch": epoch, "rank1": rank1, "protocol": "leave-one-out"}
+        )
     return path
 
 
@@ -75,8 +77,12 @@ def reported_run(path: Path, root: Path, *, maps: bool = True, **change: object)
         about = {"protocol": "retrieval: leave-one-out", "feature": "l2(gap(A * F)), 64-d", "queries": 12, "classes": 3}
         run_folder.append_metrics(path, {"kind": "eval", "step": step, "epoch": step // 3} | judged | about)
         terms = {"loss": 6 - step / 12, "contrast": 5 - step / 12, "contrast_top1": step / 20, "lr": 0.06 - step / 250}
-        run_folder.append_metrics(path, {"kind": "train", "step": step + 1, "epoch": step // 3, "images_per_s": 90.0, "data_wait": 0.03} | terms)
-    run_folder.append_metrics(path, {"kind": "summary", "step": 12, "steps": 12, "seconds": 3.0, "images_per_s": 90.0, "data_wait": 0.03})
+        run_folder.append_metrics(
+            path, {"kind": "train", "step": step + 1, "epoch": step // 3, "images_per_s": 90.0, "data_wait": 0.03} | terms
+        )
+    run_folder.append_metrics(
+        path, {"kind": "summary", "step": 12, "steps": 12, "seconds": 3.0, "images_per_s": 90.0, "data_wait": 0.03}
+    )
     if maps:
         shown = torch.randint(0, 255, (2, attention_maps.SIDE, attention_maps.SIDE, 3), dtype=torch.uint8)
         about = {"names": '["a.png", "b.png"]', "split": "test"}

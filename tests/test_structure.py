@@ -46,7 +46,11 @@ def imports(name: str) -> list[tuple[str, str]]:
     """(module, name) of every import of ours in module ``name``, inside functions and for types too."""
     found = []
     for node in ast.walk(ast.parse(ALL[name].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("engine", "ppssl", "kernels", "bench"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] in ("engine", "ppssl", "kernels", "bench")
+        ):
             found += [(node.module, entry.name) for entry in node.names]
         elif isinstance(node, ast.Import):
             found += [(entry.name, "") for entry in node.names if entry.name in ALL]
@@ -96,7 +100,9 @@ def test_others_use_only_what_a_room_offers() -> None:
             if part(name) != part(module):
                 assert module.count(".") == 1, f"{name}: take {taken} from engine.{part(module)}, not from {module}"
                 offered = ast.parse(ALL[module].read_text(encoding="utf-8"))
-                names = [ast.literal_eval(n.value) for n in offered.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
+                names = [
+                    ast.literal_eval(n.value) for n in offered.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+                ]
                 assert taken in names[0], f"{name}: engine.{part(module)} does not offer {taken}"
             else:
                 assert module.count(".") > 1 or f"{module}.{taken}" in ALL, f"{name} imports its own room's face"
@@ -108,7 +114,7 @@ def test_what_reads_settings_and_files_loads_no_torch(name: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("folder, most", [("engine", 22), ("ppssl", 18), ("kernels", 24), ("bench", 26)])
+@pytest.mark.parametrize(("folder", "most"), [("engine", 22), ("ppssl", 18), ("kernels", 24), ("bench", 26)])
 def test_a_folder_can_be_taken_in_at_a_glance(folder: str, most: int) -> None:
     def entries(where: Path) -> list[str]:
         tracked = subprocess.run(["git", "ls-files", "--", str(where)], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")

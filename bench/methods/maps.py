@@ -83,7 +83,9 @@ def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
         tiles.append(contact_sheet.Tile(kept[0][1].pictures[i], Path(file).stem))
         for name, found in kept:
             for kind in sorted(found.looks[-1].maps, reverse=True):  # mask, feature map, CAM, as in a report
-                tiles.append(contact_sheet.Tile(overlay(found.pictures[i], found.looks[-1].maps[kind][i]), f"{name}\n{MAP_NAMES[kind]}"))
+                tiles.append(
+                    contact_sheet.Tile(overlay(found.pictures[i], found.looks[-1].maps[kind][i]), f"{name}\n{MAP_NAMES[kind]}")
+                )
     drawn = contact_sheet.draw(tiles, columns=columns, side=96, title=title)
     write_atomically(path, lambda temporary: drawn.save(temporary, "JPEG", quality=88))
 

@@ -211,6 +211,9 @@ def _help() -> str:
 @functools.cache
 def _documentation(owner: type) -> dict[str, str]:
     """The text under each field of a dataclass, which Python does not keep."""
-    (body,) = ast.parse(inspect.getsource(owner)).body
-    pairs = pairwise(body.body)
-    return {ast.unparse(e.target): ast.literal_eval(t.value) for e, t in pairs if isinstance(e, ast.AnnAssign) and isinstance(t, ast.Expr)}
+    pairs = pairwise(next(n for n in ast.walk(ast.parse(inspect.getsource(owner))) if isinstance(n, ast.ClassDef)).body)
+    return {
+        ast.unparse(e.target): ast.literal_eval(t.value)
+        for e, t in pairs
+        if isinstance(e, ast.AnnAssign) and isinstance(t, ast.Expr)
+    }

@@ -48,7 +48,9 @@ def new_name(key: str, value: Any) -> str | None:
 def translate(values: dict[str, Any]) -> dict[str, Any]:
     """{dotted key: value} of a run in today's names; an old run's nulls with the values that they had."""
     old = "method.form" in values
-    values = {KEYS.get(key, key): VALUES.get((key, value), value) if isinstance(value, str) else value for key, value in values.items()}
+    values = {
+        KEYS.get(key, key): VALUES.get((key, value), value) if isinstance(value, str) else value for key, value in values.items()
+    }
     if old:
         meant = NULLS.get((values.get("method.name", "ppssl"), values["method.variant"]), {})
         values |= {key: value for key, value in meant.items() if values.get(key) is None}

@@ -20,7 +20,7 @@ class YamlLoader(yaml.SafeLoader):
     """Safe YAML with the core schema of YAML 1.2 (PyYAML's 1.1 reads ``off`` as false and ``1e-4`` as text), in which a
     key that is given twice, a tag and an alias are errors: a recipe needs none, and nested aliases can grow beyond any memory."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()

@@ -228,7 +228,8 @@ def _plain(value: Any) -> Any:
 
 def _range(key: Key) -> str:
     """The range of a key in words that follow "must"."""
-    low, high = (next((m for m in key.marks if isinstance(m, kinds)), None) for kinds in ((Ge, Gt), (Le, Lt)))
+    low = next((m for m in key.marks if isinstance(m, (Ge, Gt))), None)
+    high = next((m for m in key.marks if isinstance(m, (Le, Lt))), None)
     if low is None:
         return f"name at least one of {key.expected}" if any(isinstance(m, MinLen) for m in key.marks) else "not be empty"
     least = low.ge if isinstance(low, Ge) else low.gt

@@ -301,9 +301,7 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
     if labels is not None:
         present = set(labels.tolist())
         bad.extend(
-            BadFile(text, "empty class: no readable image")
-            for label, text in split.expected.items()
-            if label not in present
+            BadFile(text, "empty class: no readable image") for label, text in split.expected.items() if label not in present
         )
     used = [checks[n] for n in names]
     digest = hashlib.sha256(f"cut {cut}\n".encode() if cut else b"")

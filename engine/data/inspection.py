@@ -133,7 +133,9 @@ def class_sheet(catalog: Catalog) -> Image.Image:
         for split, images in splits(catalog).items():
             name = images.classes[label]
             members = np.flatnonzero(images.labels == label)[:each].tolist()
-            row = [_tile(images, i, f"{name}\n{split} ") for i in members] or [contact_sheet.Tile(None, f"{name}\n{split}: no image")]
+            row = [_tile(images, i, f"{name}\n{split} ") for i in members] or [
+                contact_sheet.Tile(None, f"{name}\n{split}: no image")
+            ]
             tiles += row + [contact_sheet.Tile(None)] * (each - len(row))
     return contact_sheet.draw(tiles, columns=_COLUMNS, side=_SIDE, title=title)
 

@@ -48,10 +48,7 @@ def initialise(trunk: nn.Module, weights: str) -> str:
     """
     if weights == "none":
         return "random initial weights"
-    if Path(weights).suffix or "/" in weights:
-        tree = read(Path(weights))
-    else:
-        tree = _torchvision(trunk.arch, weights)
+    tree = read(Path(weights)) if Path(weights).suffix or "/" in weights else _torchvision(trunk.arch, weights)
     own = trunk.state_dict()
     matches = [match_names(own, tensors, path) for path, tensors in _containers(tree)]
     if not matches:

@@ -25,5 +25,3 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         raise ValueError(f"{path} is not a safetensors file ({error})") from error
-
-

@@ -30,6 +30,8 @@ _PAIRS = 12
 _CONFUSED = 8
 _BARS = 60
 _PICTURES_ON_MAP = 70
+
+
 class Picture(NamedTuple):
     source: str
     alt: str

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from engine.synthetic.plumage import COATS, ellipse
+
 SIDE = 128
 """Width and height of a finished image, in pixels."""
 
@@ -34,14 +36,6 @@ def shade(colour: Sequence[float], factor: float) -> tuple[int, int, int]:
 def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
     """The colour ``t`` of the way from ``a`` to ``b``."""
     return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
-
-
-def ellipse(x: float, y: float, a: float, b: float, angle: float = 0.0, start: float = 0.0, stop: float = 2 * np.pi) -> np.ndarray:
-    """Outline of an ellipse (or of the sector ``start..stop``) with half axes a and b, turned by ``angle`` radians: [28, 2]."""
-    t = np.linspace(start, stop, 28)
-    u, v = a * np.cos(t), b * np.sin(t)
-    c, s = np.cos(angle), np.sin(angle)
-    return np.stack([x + c * u - s * v, y + s * u + c * v], 1)
 
 
 def turned(points: Sequence[Sequence[float]], angle: float, origin: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -139,49 +133,15 @@ def random_pose(rng: np.random.Generator, size: int) -> Pose:
 
 def _coat(brush: Brush, outline: np.ndarray, axis: float, half: tuple[float, float], kind: str, dark: Sequence[float]) -> None:
     """Fill ``outline`` (around zero, half axes ``half``, turned by ``axis``) with a plumage pattern."""
-    a, b = half
+    if kind not in COATS:
+        raise ValueError(f"unknown coat {kind!r}")
 
     def paint(layer: Brush) -> None:
-        def bar(points: Sequence[Sequence[float]], width: float) -> None:
-            layer.line(turned(points, axis), dark, width)
-
-        def blob(u: float, v: float, x: float, y: float, angle: float = 0.0) -> None:
-            layer.polygon(turned(ellipse(u, v, x, y, angle), axis), dark)
-
-        if kind == "streaked":
-            for v in np.arange(-b, b, 0.26):
-                bar([(-a, v), (a, v)], 0.13)
-        elif kind == "barred":
-            for u in np.arange(-a, a, 0.27):
-                bar([(u, -b), (u, b)], 0.135)
-        elif kind == "slanted":
-            for u in np.arange(-2 * a, 2 * a, 0.36):
-                bar([(u - b, -b), (u + b, b)], 0.13)
-        elif kind == "chevrons":
-            for u in np.arange(-a - 0.3, a + 0.4, 0.3):
-                bar([(u - 0.3, -b), (u + 0.1, 0.05), (u - 0.3, b)], 0.14)
-        elif kind == "spotted":
-            for i, v in enumerate(np.arange(-b, b, 0.21)):
-                for u in np.arange(-a, a, 0.28) + (i % 2) * 0.14:
-                    blob(u, v, 0.09, 0.09)
-        elif kind == "blotched":
-            for i, v in enumerate(np.arange(-b, b + 0.3, 0.42)):
-                for u in np.arange(-a, a + 0.3, 0.5) + (i % 2) * 0.25:
-                    blob(u, v, 0.19, 0.15)
-        elif kind == "scaled":
-            for i, v in enumerate(np.arange(-b, b + 0.1, 0.22)):
-                for u in np.arange(-a, a + 0.1, 0.34) + (i % 2) * 0.17:
-                    bar(ellipse(u, v, 0.17, 0.15, 0, -1.4, 1.4), 0.08)
-        elif kind == "checked":
-            for i, v in enumerate(np.arange(-b, b + 0.1, 0.22)):
-                for u in np.arange(-a, a + 0.44, 0.44) + (i % 2) * 0.22:
-                    layer.polygon(turned([(u, v), (u + 0.22, v), (u + 0.22, v + 0.22), (u, v + 0.22)], axis), dark)
-        elif kind == "saddled":
-            layer.polygon(turned([(-2 * a, -2 * b), (2 * a, -2 * b), (2 * a, 0), (-2 * a, 0)], axis), dark)
-        elif kind == "pied":
-            layer.polygon(turned([(-2 * a, -2 * b), (0.05 * a, -2 * b), (0.05 * a, 2 * b), (-2 * a, 2 * b)], axis), dark)
-        else:
-            raise ValueError(f"unknown coat {kind!r}")
+        for points, width in COATS[kind](*half):
+            if width:
+                layer.line(turned(points, axis), dark, width)
+            else:
+                layer.polygon(turned(points, axis), dark)
 
     brush.clipped(outline, paint)
 
@@ -279,15 +239,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     outline = turned(_tail(plan.tail, plan.tail_length), axis, root)
     brush.polygon(outline, dark)
 
-    def tail_marks(layer: Brush) -> None:
-        n = plan.tail_length
-        if "tailtip" in parts:
-            layer.polygon(turned([(-n * 0.66, -0.5), (-n * 1.2, -0.5), (-n * 1.2, 0.5), (-n * 0.66, 0.5)], axis, root), accent)
-        if "tailbars" in parts:
-            for u in np.arange(0.22, n * 1.1, 0.2):
-                layer.polygon(turned([(-u, -0.5), (-u - 0.1, -0.5), (-u - 0.1, 0.5), (-u, 0.5)], axis, root), accent)
-
-    brush.clipped(outline, tail_marks)
+    brush.clipped(outline, lambda layer: _mark_tail(layer, plan, parts, axis, root, accent))
     # neck, body, underside
     width, reach = b * 0.72, np.hypot(*(head - front * 0.5)) + 1e-6
     normal = np.array([-(head - front * 0.5)[1], (head - front * 0.5)[0]]) / reach
@@ -343,15 +295,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     brush.polygon(skull, shade(crown, 1.06))
     eye = head + (r * 0.35, -r * 0.12)
 
-    def head_marks(layer: Brush) -> None:
-        if "cap" in parts:
-            layer.polygon(np.array([(-1.2, -0.28), (1.2, -0.28), (1.2, -1.2), (-1.2, -1.2)]) * r + head, accent)
-        if "mask" in parts:
-            layer.polygon(np.array([(-1.2, -0.34), (1.2, -0.34), (1.2, 0.22), (-1.2, 0.34)]) * r + head, INK)
-        if "throat" in parts:
-            layer.polygon(np.array([(-0.5, 0.3), (1.2, 0.2), (1.2, 1.2), (-0.5, 1.2)]) * r + head, accent)
-
-    brush.clipped(skull, head_marks)
+    brush.clipped(skull, lambda layer: _mark_head(layer, parts, head, r, accent))
     if "throat" in parts:
         brush.polygon(ellipse(head[0] + r * 0.1, head[1] + r * 0.85, r * 0.6, r * 0.55), accent)
     if "collar" in parts:
@@ -362,6 +306,26 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
         brush.polygon(ellipse(*eye, 0.155, 0.155), accent)
     brush.polygon(ellipse(*eye, 0.07, 0.07), INK)
     brush.polygon(ellipse(eye[0] + 0.02, eye[1] - 0.025, 0.024, 0.024), (250, 250, 250))
+
+
+def _mark_tail(
+    layer: Brush, plan: Plan, parts: frozenset[str], axis: float, root: tuple[float, float], accent: Sequence[float]
+) -> None:
+    n = plan.tail_length
+    if "tailtip" in parts:
+        layer.polygon(turned([(-n * 0.66, -0.5), (-n * 1.2, -0.5), (-n * 1.2, 0.5), (-n * 0.66, 0.5)], axis, root), accent)
+    if "tailbars" in parts:
+        for u in np.arange(0.22, n * 1.1, 0.2):
+            layer.polygon(turned([(-u, -0.5), (-u - 0.1, -0.5), (-u - 0.1, 0.5), (-u, 0.5)], axis, root), accent)
+
+
+def _mark_head(layer: Brush, parts: frozenset[str], head: np.ndarray, r: float, accent: Sequence[float]) -> None:
+    if "cap" in parts:
+        layer.polygon(np.array([(-1.2, -0.28), (1.2, -0.28), (1.2, -1.2), (-1.2, -1.2)]) * r + head, accent)
+    if "mask" in parts:
+        layer.polygon(np.array([(-1.2, -0.34), (1.2, -0.34), (1.2, 0.22), (-1.2, 0.34)]) * r + head, INK)
+    if "throat" in parts:
+        layer.polygon(np.array([(-0.5, 0.3), (1.2, 0.2), (1.2, 1.2), (-0.5, 1.2)]) * r + head, accent)
 
 
 def _rounded(points: np.ndarray) -> np.ndarray:

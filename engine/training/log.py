@@ -123,5 +123,3 @@ class RunLog:
         for name, value in record.items():
             if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                 self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-

@@ -49,8 +49,8 @@ def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Says in the log which keys have another value that is allowed to change. Raises ``ConfigError`` naming the first key whose value
-    must not change and did (``Key.resume``)."""
+    """Compares the settings of a checkpoint with those of the run that continues it (``Key.resume``): says in the log what may
+    change and did. Raises ``ConfigError`` naming the first key that must not change and did."""
     for key, value in now.items():
         if key not in then or then[key] == value or keys()[key].resume == "free":
             continue

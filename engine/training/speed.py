@@ -32,6 +32,7 @@ def copy_tb_s(device: torch.device, seconds: float = 0.5) -> float:
 
 def _fastest(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Seconds of the fastest of the calls that fit into ``seconds``, after one that does not count."""
+
     def once() -> float:
         start = time.perf_counter()
         for _ in range(repeats):

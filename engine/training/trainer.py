@@ -61,8 +61,8 @@ class Trainer:
         Trainer(method, loader, epochs=100, amp="bf16", out="runs/mine").fit()
 
     method: a ``ppssl.Method``. loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
-    ``ppssl.Batch``. optim, run: the sections ``optim`` and ``run`` of a config. teacher: [N, E] embeddings by image index for methods
-    with ``needs_teacher_embeddings``. hooks: called with the trainer after every epoch. profile: steady steps to profile.
+    ``ppssl.Batch``. optim, run: the sections ``optim`` and ``run`` of a config. teacher: [N, E] embeddings by image index, for
+    methods with ``needs_teacher_embeddings``. hooks: called with the trainer after every epoch. profile: steady steps to profile.
     out: run folder, None keeps nothing. One process at a time trains there. A run that is already in it is continued where it is
     this one (``resume="auto"``) and moved aside with ``resume="none"``; a run with other settings is refused. ``engine.load(out)``
     gives the trained network.
@@ -100,7 +100,13 @@ class Trainer:
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
         self.step = Step(
             method,
-            sgd(method.trained_parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, backend=optim.backend),
+            sgd(
+                method.trained_parameters(),
+                lr=optim.lr,
+                momentum=optim.momentum,
+                weight_decay=optim.weight_decay,
+                backend=optim.backend,
+            ),
             lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule),
             decay=ema_decay,
             precision=self.precision,
@@ -322,7 +328,9 @@ def known_settings(
     method is registered, and to refuse another run's folder."""
     sections = {"optim": optim, "run": run}
     known = {"epochs": trainer.epochs, "amp": amp, "ema.decay": ema_decay}
-    known |= {f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)}
+    known |= {
+        f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)
+    }
     known["method.name"] = METHODS.name_of(type(method)) or type(method).__name__
     network = method.network if type(method).network is not Method.network else None
     if network is not None:

@@ -11,8 +11,6 @@ import torch
 from PIL import Image
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parents[2]
-
 import engine
 from bench.methods import __main__ as command
 from bench.methods import study as studies
@@ -46,7 +44,7 @@ class Inline:
         self.exitcode = 0
 
 
-@pytest.fixture()
+@pytest.fixture
 def arguments(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -138,7 +136,7 @@ def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) ->
 def test_class_names_are_descriptions_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
     from ppssl.teacher import load_descriptions
 
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(studies.ROOT)
     cells = {cell.name: cell.overrides for cell in STUDIES["prompts"].cells}
     assert load_descriptions(cells["8 class names"]["ais.prompts"], 8)[0] == "a bird"
     for count in (2, 4, 6, 8, 10):

@@ -24,10 +24,20 @@ from engine.training.trainer import Stopped
 from ppssl import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*official split")
-TINY = (
-    "encoder.arch=resnet18_w8_s16 encoder.weights=none encoder.dim=8 queue.size=20 batch_size=8 epochs=1 data.image_size=32 "
-    "data.loader=torch data.workers=0 eval.batch_size=40 teacher.model=birds teacher.weights=birds"
-).split()
+TINY = [
+    "encoder.arch=resnet18_w8_s16",
+    "encoder.weights=none",
+    "encoder.dim=8",
+    "queue.size=20",
+    "batch_size=8",
+    "epochs=1",
+    "data.image_size=32",
+    "data.loader=torch",
+    "data.workers=0",
+    "eval.batch_size=40",
+    "teacher.model=birds",
+    "teacher.weights=birds",
+]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +213,7 @@ def test_dry_runs_on_miniatures_of_all_seven_sets(
         miniatures.make(name, tmp_path / "sets" / name)
     table = exhibits()["table 1"]
     everywhere = replace(table, data=tuple(miniatures.MAKERS), rows=(Row("PP-SSL"),), claims=())
-    small = "batch_size=2 queue.size=4 encoder.arch=resnet18_w4_s16 data.image_size=16 method.maxout_width=4".split()
+    small = ["batch_size=2", "queue.size=4", "encoder.arch=resnet18_w4_s16", "data.image_size=16", "method.maxout_width=4"]
     for chosen, runs in ((everywhere, 7), (replace(table, data=("cub",), rows=table.rows[:-1], claims=()), 2)):
         monkeypatch.setattr(command, "exhibits", lambda chosen=chosen: {"table 1": chosen})
         assert main(["--table", "1", "--data-root", str(tmp_path / "sets"), "--dry-run", *TINY, *small]) == 0

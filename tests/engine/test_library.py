@@ -61,14 +61,18 @@ class Noise:
 def test_the_trainer_runs_anybody_s_method(tmp_path: Path) -> None:
     torch.manual_seed(0)
     method = Spread(Trunk("resnet18_w8_s16"))
-    trainer = Trainer(method, Noise(), epochs=3, optim=OptimConfig(lr=0.1), run=RunConfig(log_every=8), device="cpu", out=tmp_path / "mine")
+    trainer = Trainer(
+        method, Noise(), epochs=3, optim=OptimConfig(lr=0.1), run=RunConfig(log_every=8), device="cpu", out=tmp_path / "mine"
+    )
     summary = trainer.fit()
     assert summary.steps == 24
     losses = [r["loss"] for r in run_folder.read_metrics(tmp_path / "mine") if r["kind"] == "train"]
     assert len(losses) == 3 and losses[-1] < losses[0]
     assert (tmp_path / "mine" / "weights.safetensors").is_file()
 
-    again = Trainer(Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, optim=OptimConfig(lr=0.1), device="cpu", out=tmp_path / "mine")
+    again = Trainer(
+        Spread(Trunk("resnet18_w8_s16")), Noise(), epochs=4, optim=OptimConfig(lr=0.1), device="cpu", out=tmp_path / "mine"
+    )
     again.resume(checkpoint.list_checkpoints(tmp_path / "mine" / "checkpoints")[-1])
     assert again.fit().steps == 8
 

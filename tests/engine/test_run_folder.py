@@ -43,7 +43,10 @@ def end(process: subprocess.Popen) -> None:
 def test_another_process_is_named(tmp_path: Path) -> None:
     holder = hold(tmp_path / "run")
     try:
-        with pytest.raises(RunFolderInUse, match=rf"pid {holder.pid} on .*since .*--out") as refused, RunFolder(tmp_path / "run").locked():
+        with (
+            pytest.raises(RunFolderInUse, match=rf"pid {holder.pid} on .*since .*--out") as refused,
+            RunFolder(tmp_path / "run").locked(),
+        ):
             pass
         assert str(tmp_path / "run") in str(refused.value)
     finally:
@@ -89,7 +92,9 @@ def test_a_folder_that_is_moved_aside_stays_locked(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("old")
-    check = "import sys; from pathlib import Path; from engine.run_folder import *\nwith RunFolder(Path(sys.argv[1])).locked(): pass"
+    check = (
+        "import sys; from pathlib import Path; from engine.run_folder import *\nwith RunFolder(Path(sys.argv[1])).locked(): pass"
+    )
     with RunFolder(run).locked():
         RunFolder(run).move_aside()
         assert (tmp_path / "run.1" / "config.yaml").read_text() == "old" and RunFolder(run).is_empty()
@@ -108,7 +113,9 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path: Path) -> None:
     assert RunFolder(tmp_path / "mine").is_empty()
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     def none(*_: object) -> None:
         raise OSError(37, "No locks available")
 

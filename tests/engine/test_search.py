@@ -12,7 +12,7 @@ from PIL import Image
 from engine.search import main, search
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     return reported_run(tmp_path / "run", photos)

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -42,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def recipe(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -273,3 +275,16 @@ def test_a_page_that_fails_costs_the_run_nothing(
     told = capsys.readouterr().err
     assert "no report (RuntimeError: no ink)" in told and "python -m engine.report runs/tiny" in told
     assert run_folder.read_metrics(Path("runs/tiny"))[-1]["kind"] == "summary"
+
+
+def test_a_second_process_is_refused_while_one_trains(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; from pathlib import Path; from engine.run_folder import RunFolder\n"
+    code += "with RunFolder(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main(["--cfg", str(recipe), "--out", str(tmp_path / "run")]) == 1
+        assert f"pid {other.pid}" in capsys.readouterr().err
+        other.communicate(b"")
+    assert not (tmp_path / "run").exists()
+    assert main(["--cfg", str(recipe), "--out", str(tmp_path / "run"), "epochs=1"]) == 0

@@ -37,7 +37,7 @@ def source_files(root: Path) -> set[str]:
         path.relative_to(root).as_posix()
         for package in PACKAGES
         for path in (root / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".md", ".svg")  # for readers of the source
     }
 
 
@@ -79,7 +79,8 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path):
 def test_recipes_prompts_and_demo_weights_are_package_data(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"engine/config/recipes/demo.yaml", "ppssl/prompts/birds.yaml", "kernels/configs.json"} <= set(names)
-    assert any(name.startswith("engine/data/") and name.endswith(".safetensors") for name in names)
+    assert {"engine/synthetic/teacher.safetensors", "engine/synthetic/teacher.json", "engine/report/page.html"} <= set(names)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
 
 
 def test_apex_of_pypi_is_never_required(wheel: Path):
@@ -108,3 +109,14 @@ def test_the_demo_dry_runs_from_an_empty_folder_and_writes_nothing(python: Path,
     assert list((tmp_path / "empty").iterdir()) == []
     assert list((tmp_path / "cache").iterdir()) == []
     assert not list((tmp_path / "scratch").rglob("*.jpg"))
+
+
+def test_an_epoch_and_its_report_from_an_empty_folder(python: Path, tmp_path: Path):
+    said = run(
+        *(python, "-m", "engine.train", "--cfg", "demo.yaml", "epochs=1", "eval.every=0", "run.log_every=100"),
+        cwd=tmp_path,
+        PPSSL_CACHE=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert "report: runs/demo/report.html" in said
+    assert {"config.yaml", "weights.safetensors", "report.html"} <= {path.name for path in (tmp_path / "runs" / "demo").iterdir()}

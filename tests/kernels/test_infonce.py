@@ -287,8 +287,8 @@ def test_bad_input_is_named(change, error, message):
 
 
 def test_explicit_triton_is_never_replaced(monkeypatch):
+    wide = torch.ones(2, 520)
     with pytest.raises(ValueError, match="at most 512, got 520"):
-        wide = torch.ones(2, 520)
         kernels.queue_infonce(wide, wide, wide, temperature=0.2, impl="triton")
     with pytest.raises(ValueError, match="float64"):
         kernels.queue_infonce(**(GOOD | {"q": torch.ones(2, 4, dtype=torch.float64)}), impl="triton")

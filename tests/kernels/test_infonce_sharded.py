@@ -25,9 +25,7 @@ def unit_rows(*shape: int, seed: int) -> torch.Tensor:
 def whole(q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float = T) -> tuple[torch.Tensor, ...]:
     """The specification: (loss, dq, rank) of the unsharded op's eager reference."""
     q = q.clone().requires_grad_()
-    loss, rank = kernels.queue_infonce(
-        q, k, queue, temperature=temperature, reduction="none", return_rank=True, impl="reference"
-    )
+    loss, rank = kernels.queue_infonce(q, k, queue, temperature=temperature, reduction="none", return_rank=True, impl="reference")
     return loss.detach(), torch.autograd.grad(loss.sum(), q)[0], rank
 
 

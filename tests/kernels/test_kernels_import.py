@@ -30,9 +30,7 @@ LAZY = "import sys, torch, kernels; print('kernels.infonce_triton' in sys.module
 
 
 def run(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=FOLDER.parent, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=FOLDER.parent, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

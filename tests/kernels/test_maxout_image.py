@@ -59,9 +59,7 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, to
 def run(function, tensors, case, **options):
     leaves = [tensors[name].detach().requires_grad_() for name in ("weight", "gamma", "beta")]
     running = {name: tensors[name] for name in ("running_mean", "running_var")}
-    out = function(
-        tensors["image"], *leaves, **running, training=case.training, cell=case.cell, minmax=case.minmax, **options
-    )
+    out = function(tensors["image"], *leaves, **running, training=case.training, cell=case.cell, minmax=case.minmax, **options)
     return [*out, *torch.autograd.grad((out.mask * upstream(out.mask, 1).to(out.mask)).sum(), leaves)]
 
 

@@ -185,7 +185,9 @@ def test_config_switches_override_the_variant() -> None:
     from engine.config import Config, IadmConfig, LcrConfig, MethodConfig, from_yaml
 
     assert method_settings(Config(method=MethodConfig(name="lcr"))) == PUBLISHED
-    cfg = Config(method=MethodConfig(name="lcr", variant="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False))
+    cfg = Config(
+        method=MethodConfig(name="lcr", variant="guided", minmax="batch"), iadm=IadmConfig(sign="plus"), lcr=LcrConfig(detach=False)
+    )
     assert method_settings(cfg) == having(GUIDED, minmax="batch", sign="plus", detach=False)
     cfg = from_yaml("method: {name: lcr}\nlcr: {updates: one}\niadm: {weight: 3}")
     assert method_settings(cfg) == having(PUBLISHED, updates="one", weight=3.0)

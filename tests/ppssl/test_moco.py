@@ -101,7 +101,9 @@ def test_a_method_trains_as_a_library_without_files() -> None:
     method = build(queue_size=16)
     before = copy.deepcopy(method.state_dict())
     epochs = []
-    summary = Trainer(method, Noise(), epochs=2, optim=OptimConfig(lr=0.1), ema_decay=0.5, hooks=[lambda t: epochs.append(t.epoch)]).fit()
+    summary = Trainer(
+        method, Noise(), epochs=2, optim=OptimConfig(lr=0.1), ema_decay=0.5, hooks=[lambda t: epochs.append(t.epoch)]
+    ).fit()
     assert summary.steps == 10 and epochs == [1, 2]
     after = method.state_dict()
     for name in ("encoder_q.trunk.conv1.weight", "encoder_k.trunk.conv1.weight", "queue.rows", "encoder_k.trunk.bn1.running_mean"):

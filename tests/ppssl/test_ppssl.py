@@ -20,7 +20,9 @@ GUIDED, PUBLISHED = variant("ppssl", "guided"), variant("ppssl", "published")
 def having(settings: PPSSLSettings, **switches) -> PPSSLSettings:
     """``settings`` with switches by the last part of their key; those of the text guidance and the teacher by ``ais_`` and
     ``teacher_``."""
-    keys = {name: f"iadm.{name}" for name in ("weight", "sources", "image", "sign", "temperature", "softmax", "cam_scale", "cam_loss")}
+    keys = {
+        name: f"iadm.{name}" for name in ("weight", "sources", "image", "sign", "temperature", "softmax", "cam_scale", "cam_loss")
+    }
     keys |= {name: f"iadm.{name}" for name in ("pool", "mask", "image_bn", "reduction")}
     keys |= {name: f"method.{name}" for name in ("minmax", "contrast_mask", "mask_reach")} | {"teacher_view": "teacher.view"}
     keys |= {f"ais_{name}": f"ais.{name}" for name in ("weight", "temperature", "scale", "warmup")}

@@ -41,16 +41,13 @@ def build_loader(
     if choice == "dali":
         problem = dali_problem()
         if problem is not None:
-            raise ImportError(
-                f"data.loader=dali: {problem}; install nvidia-dali-cuda130 (Linux) or use data.loader=torch"
-            )
+            raise ImportError(f"data.loader=dali: {problem}; install nvidia-dali-cuda130 (Linux) or use data.loader=torch")
         from engine.data.loaders.dali_loader import DaliLoader  # DALI may be missing
 
         return DaliLoader(images, cfg, device, with_clean=with_clean, share=share)
     if cfg.data.aug == "dali":
         raise ValueError(
-            f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the torchvision loader here; "
-            "use data.aug=parity"
+            f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the torchvision loader here; use data.aug=parity"
         )
     return TorchLoader(images, cfg, device, with_clean=with_clean, share=share)
 

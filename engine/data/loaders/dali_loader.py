@@ -91,7 +91,9 @@ class DaliLoader:
             else:
                 x_q, x_k = (self._colour(o, v) for o, v in zip(outputs, values, strict=True))
             self._pipeline, self._next = pipeline, step + 1
-            yield Batch(x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_clean=original)
+            yield Batch(
+                x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_clean=original
+            )
 
     def _run(self, pipeline, step: int) -> list[Tensor]:
         """One iteration's outputs as tensors that share DALI's memory (and keep it)."""
@@ -171,9 +173,7 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
     view_inputs = 11 if dali_colour else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_clean else 0)
     position, *fed = fn.external_source(source=feed, num_outputs=1 + count, batch=True)
-    if all_plain:
-        image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
-    elif fed[1]:
+    if all_plain or fed[1]:
         image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
     else:
         image = fn.reshape(fed[2].gpu() if gpu else fed[2], layout="HWC")

@@ -181,9 +181,7 @@ class ResidentLoader:
             stream.wait_event(ready)
             for tensor in (position, offsets, sizes, pixels, *values):
                 tensor.record_stream(stream)  # made on the other stream: not reused before this one is done with it
-            views = augment(
-                pixels, offsets, sizes, values, side=side, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16
-            )
+            views = augment(pixels, offsets, sizes, values, side=side, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16)
             original = None
             if self._with_clean:
                 images = (pixels[o : o + 3 * h * w].view(h, w, 3) for o, (h, w) in host)

@@ -146,9 +146,7 @@ def test_help_lists_every_key_with_its_documentation(capsys):
         assert any(name in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate", "search", "export", "replay", "doctor", "report.__main__", "check"]
-)
+@pytest.mark.parametrize("command", ["train", "evaluate", "search", "export", "replay", "doctor", "report.__main__", "check"])
 def test_every_command_explains_itself_in_plain_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"engine.{command}").main(["--help"])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, MethodConfig, flatten, from_yaml, keys, nearest, to_yaml, validate
+from engine.config import Config, IadmConfig, MethodConfig, flatten, from_yaml, keys, nearest, to_yaml, validate
 from engine.errors import ConfigError
-from ppssl.settings import title
+from ppssl.settings import SETTINGS, resolve_variant, title
 
 # The whole configuration and its defaults, the paper's settings. A key is added here on purpose or not at all.
 FROZEN = {
@@ -257,12 +257,48 @@ def test_null_stands_for_a_later_choice():
     validate(from_yaml("iadm: {weight: null, temperature: null}\ndata: {workers: null}\nrun: {save_every_steps: null}"))
 
 
+FREE = {"out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers"}
+"""What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
+
+
+def test_what_a_resumed_run_may_change_is_frozen():
+    free = FREE | {key for key in keys() if key.startswith(("run.", "eval."))}
+    assert {key for key, kind in keys().items() if kind.resume == "free"} == free
+    assert {key for key, kind in keys().items() if kind.resume != "free"} == {k for k, v in keys().items() if v.resume == "refused"}
+
+
+@pytest.mark.parametrize("text", ["out: runs/${USER}", "data: {root: '${oc.env:HOME}/cub'}", "encoder: {weights: '${a.b}'}"])
+def test_interpolation_is_refused(text: str):
+    with pytest.raises(ConfigError, match=r"interpolation.*\$\{.*refused; write the value out"):
+        from_yaml(text)
+
+
+def test_a_suggestion_is_of_the_same_kind():
+    assert nearest("data.csv") == "--help lists every key"
+    assert nearest("data.image_sise") == "did you mean data.image_size?"
+    assert nearest("loader") == "did you mean data.loader?"
+
+
+@pytest.mark.parametrize("name", ["ppssl", "lcr"])
+@pytest.mark.parametrize("variant", ["published", "guided"])
+def test_every_switch_of_a_variant_is_decided_before_a_run(name: str, variant: str):
+    config = resolve_variant(Config(method=MethodConfig(name=name, variant=variant)))
+    values = flatten(config)
+    assert {key: values[key] for key in SETTINGS[name].variants[variant]} == dict(SETTINGS[name].variants[variant])
+    assert from_yaml(to_yaml(config)) == config
+    mine = resolve_variant(Config(method=MethodConfig(name=name, variant=variant), iadm=IadmConfig(temperature=7.0)))
+    assert mine.iadm.temperature == 7.0
+
+
 def test_nearest_prefers_the_same_last_part():
     assert nearest("optimizer.weight_decay") == "did you mean optim.weight_decay?"
     assert nearest("image_size") == "did you mean data.image_size?"
 
 
 def test_a_method_without_variants_is_called_by_its_name_alone() -> None:
-    titles = {name: title(Config(method=MethodConfig(name=name, variant="guided"))) for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")}
+    titles = {
+        name: title(Config(method=MethodConfig(name=name, variant="guided")))
+        for name in ("ppssl", "lcr", "moco", "simclr", "byol", "ldfs")
+    }
     assert titles.pop("ppssl") == "ppssl (guided)" and titles.pop("lcr") == "lcr (guided)"
     assert all(title == name for name, title in titles.items())

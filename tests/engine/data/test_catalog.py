@@ -158,7 +158,7 @@ def test_damage_at_any_byte_is_a_reason_or_a_picture(tmp_path):
 
 NAMES = [
     "a b.png",
-    "it's \"quoted\".png",
+    'it\'s "quoted".png',
     "größe 鳥 \U0001f426.png",
     "line\nbreak\ttab.png",
     "back\\slash.png",

@@ -83,9 +83,7 @@ def test_crops_are_distributed_as_torchvision_draws_them(height, width):
         assert stats.ks_2samp(measure(crop), measure(theirs)).pvalue > 1e-3, name
 
 
-@given(
-    seed=st.integers(0, 2**64 - 1), sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1)
-)
+@given(seed=st.integers(0, 2**64 - 1), sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1))
 def test_every_crop_lies_inside_its_image(seed, sizes):
     sizes = np.array(sizes, np.int32)
     crop = view_values(seed, 0, np.arange(len(sizes)), 1, sizes).crop

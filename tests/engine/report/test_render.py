@@ -196,7 +196,7 @@ def test_a_long_line_keeps_its_shape_in_few_points() -> None:
     assert line.path.count("L") < 250 and chart.lines[1] is None
     xs = [float(p.split()[0]) for p in line.path[1:].split("L")]
     ys = [float(p.split()[1]) for p in line.path[1:].split("L")]
-    assert xs == sorted(xs) and 0 <= min(xs) and max(xs) <= charts.WIDTH and 0 <= min(ys) < 20 and 150 < max(ys) <= charts.HEIGHT
+    assert xs == sorted(xs) and min(xs) >= 0 and max(xs) <= charts.WIDTH and 0 <= min(ys) < 20 and 150 < max(ys) <= charts.HEIGHT
     assert charts.line_chart("nothing", {"run": [(0.0, 1.0)]}, x_name="step") is None
 
 

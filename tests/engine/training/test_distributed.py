@@ -248,7 +248,8 @@ def test_one_process_continues_what_two_with_a_queue_in_parts_began(pair: Path, 
 
 def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(pair: Path) -> None:
     script = pair / "killed.py"
-    script.write_text(textwrap.dedent("""\
+    script.write_text(
+        textwrap.dedent("""\
         import os, signal, sys
         import torch
         from engine.train import main
@@ -264,7 +265,8 @@ def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothin
 
         Trainer.save = save_then_die
         sys.exit(main(sys.argv[1:]))
-    """))
+    """)
+    )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", "--max-restarts=1",
          f"--master-port={free_ports(1)[0]}", "--monitor-interval=0.1", str(script), "--cfg", "tiny.yaml", "--out", "killed",

@@ -104,9 +104,7 @@ def contrast(**options) -> tuple[Contrast, Step]:
     optimizer = optim.sgd(method.trained_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     whole = options.pop("whole", False)
     exact = precision.resolve(None, CPU)
-    step = Step(
-        method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=options.pop("precision", exact), total_steps=9, **options
-    )
+    step = Step(method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=options.pop("precision", exact), total_steps=9, **options)
     if whole:  # what a CUDA graph replays, as it is
         step.run = step._whole
     return method, step
