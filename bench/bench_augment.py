@@ -15,7 +15,7 @@ from torchvision.transforms import functional as F
 
 import kernels
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import Normalise, execute_view
+from engine.data.loaders.torch_loader import Normalize, execute_view
 from engine.data.views import view_values
 from kernels.reference import ViewValues
 
@@ -39,7 +39,7 @@ class Case:
         self.offsets = (torch.arange(COUNT) % 8 * 3 * HEIGHT * WIDTH).to(DEVICE)
         self.sizes = torch.from_numpy(sizes).to(DEVICE)
         self.dtype = torch.float16 if CUDA else torch.float32
-        self.normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, DEVICE, self.dtype)
+        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, DEVICE, self.dtype)
 
     def ours(self, impl: str = "auto") -> torch.Tensor:
         given = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "dtype": self.dtype, "impl": impl}
@@ -48,7 +48,7 @@ class Case:
     def torchvision(self) -> torch.Tensor:
         if not CUDA:
             views = [np.asarray(execute_view(Image.fromarray(self.images[b % 8]), self.values, b, SIDE)) for b in range(COUNT)]
-            return self.normalise(torch.from_numpy(np.stack(views)))
+            return self.normalize(torch.from_numpy(np.stack(views)))
         stored = self.pixels.view(8, HEIGHT, WIDTH, 3).permute(0, 3, 1, 2)
         return torch.stack([self.on_tensors(stored[b % 8], b) for b in range(COUNT)])
 

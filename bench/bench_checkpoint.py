@@ -37,7 +37,7 @@ def measure(argv: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         trainer = Trainer(build.method(cfg, None), SimpleNamespace(steps_per_epoch=1000), epochs=9, out=folder, device=CPU)
         for step in range(1, ROUNDS + 2):
-            trainer.step.step = step
+            trainer.step.steps_done = step
             used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
             trainer.save()
             stalled = time.perf_counter()

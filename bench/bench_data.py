@@ -3,7 +3,7 @@
     pytest bench/bench_data.py --benchmark-only    ratios over the torchvision loader, guarded; both sides have two workers
     python bench/bench_data.py [IMAGES [NAME]]     the table: start-up, first epoch, steady state, memory, one process a loader;
                                                    of the loaders whose names begin with NAME
-    python bench/bench_data.py wait                the share of a training run that waits for data, by loader (demo world)
+    python bench/bench_data.py wait                the share of a training run that waits for data, by loader (synthetic dataset)
 
 The ratios are of one process, sides in turns on the same values, the fastest of nine turns. The table's start-up is from the
 checked list to the first batch, and again in a second process that finds the decoded set; memory is the most that the process

@@ -20,8 +20,8 @@ def features(n: int, dim: int, classes: int, noise: float = 6.0) -> tuple[Tensor
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, dim + 1).float() ** -0.6
     labels = torch.randint(classes, (n,), generator=generator)
-    centres = torch.randn(classes, dim, generator=generator) * spectrum
-    x = centres[labels] + noise * torch.randn(n, dim, generator=generator) * spectrum + spectrum.norm() / 2
+    centers = torch.randn(classes, dim, generator=generator) * spectrum
+    x = centers[labels] + noise * torch.randn(n, dim, generator=generator) * spectrum + spectrum.norm() / 2
     return F.normalize(x, dim=1), labels
 
 

@@ -16,8 +16,8 @@ from engine.evaluation.retrieval import Retrieval, retrieval
 def features(n: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % classes
-    centres = torch.randn(classes, dim, generator=generator)
-    return 0.3 * centres[labels] + torch.randn(n, dim, generator=generator), labels
+    centers = torch.randn(classes, dim, generator=generator)
+    return 0.3 * centers[labels] + torch.randn(n, dim, generator=generator), labels
 
 
 def loop(x: Tensor, labels: Tensor) -> tuple[float, float, float]:

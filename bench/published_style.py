@@ -2,7 +2,7 @@
 
 ``1 + K`` logits are materialised from a copy of the queue, the key network moves parameter by parameter, the teacher
 sees the view in every step, the image branch makes its whole [B, 32, H, W] map, ``total.backward()`` differentiates by
-everything that is kept (the image a second time), the optimiser is torch's default, the losses are read every step.
+everything that is kept (the image a second time), the optimizer is torch's default, the losses are read every step.
 tests/test_published_style.py proves that it computes the same losses as PPSSL in variant ``published``.
 """
 

@@ -223,10 +223,10 @@ def main() -> int:
         process = run.start()
         if process.wait():
             wrong.append(f"the last process ended with code {process.returncode}: {run.said()[-500:]}")
-        (state, losses, judged), (state_2, losses_2, judged_2) = results(alone.folder), results(run.folder)
+        (state, losses, evaluated), (state_2, losses_2, evaluated_2) = results(alone.folder), results(run.folder)
         wrong += [] if same(state, state_2) else ["the last checkpoints differ"]
         wrong += [] if losses == losses_2 and len(losses) == STEPS else ["the losses differ"]
-        wrong += [] if judged == judged_2 else [f"the evaluations differ: {judged}, {judged_2}"]
+        wrong += [] if evaluated == evaluated_2 else [f"the evaluations differ: {evaluated}, {evaluated_2}"]
         temporaries = [p.name for p in run.folder.rglob("*.tmp")]
         wrong += [f"left over: {temporaries}"] if temporaries else []
         wrong += [f"{n} processes left behind"] if (n := run.left_behind()) else []

@@ -1,7 +1,7 @@
 """The engine that runs a method: data, step, checkpoints, evaluation.
 
 ``from engine import Trainer, load``: ``Trainer(method, loader, epochs=100).fit()`` trains anybody's ``ppssl.Method``;
-``load(RUN).features(images)`` maps normalised images to a trained network's unit features.
+``load(RUN).features(images)`` maps normalized images to a trained network's unit features.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
 
 
 def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
-    """The checked image lists of ``data.name`` under ``data.root``; the demo world is drawn there first if it is missing
+    """The checked image lists of ``data.name`` under ``data.root``; the synthetic dataset is drawn there first if it is missing
     or of another version."""
     if cfg.data.root is None:
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
@@ -122,7 +122,7 @@ def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
     network = initial_network(cfg, world)
     method = METHODS[cfg.method.name].from_settings(settings_of(cfg), network, model)
     if world.group:
-        world.spread(method)
+        world.broadcast_module(method)
         method.distribute(world.group, sync_bn=cfg.bn.sync, shard_queue=cfg.queue.sharded)
     return method
 
@@ -136,15 +136,15 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     """The inference network of ``cfg`` as training finds it, a function of ``seed`` and ``encoder.weights``."""
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
-    with world.first_then_others():
-        say(f"encoder: {cfg.encoder.arch}, {third_party.initialise(trunk, cfg.encoder.weights)}")
+    with world.main_process_first():
+        say(f"encoder: {cfg.encoder.arch}, {third_party.initialize(trunk, cfg.encoder.weights)}")
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
     """The trained network of a run folder, in eval mode.
 
-    ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalised images to unit rows [B, C]; its ``transform`` makes one such
+    ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalized images to unit rows [B, C]; its ``transform`` makes one such
     image [3, S, S] from a PIL image or a file, as evaluation does.
 
     network: takes the weights of a method of your own; None builds that of a registered one.
@@ -156,8 +156,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", *, network: Fea
 
 
 def load_teacher(cfg: Config, world: World) -> Teacher | None:
-    """The method's teacher, if it has one; the first process fetches its weights where they are not at hand."""
-    with world.first_then_others():
+    """The method's teacher, if it has one; the first process fetches its weights where they are not available."""
+    with world.main_process_first():
         return teacher(cfg, world.device)
 
 
@@ -175,9 +175,9 @@ def assemble(
 ) -> Trainer:
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
     trained = method(cfg, teacher, world)
-    share = sampler.Share(world.rank, world.size)
-    with world.first_then_others():
-        loader = build_loader(images.train, cfg, device, with_clean=trained.needs_clean, cache_dir=cache, share=share)
+    shard = sampler.Shard(world.rank, world.size)
+    with world.main_process_first():
+        loader = build_loader(images.train, cfg, device, with_clean=trained.needs_clean, cache_dir=cache, shard=shard)
     rows = embed(teacher) if trained.needs_teacher_embeddings else None
     trainer = Trainer(
         trained,

@@ -138,7 +138,7 @@ def requirements() -> dict[str, str]:
 
 
 def tested_versions(path: Path = _ROOT / "constraints.txt") -> dict[str, str]:  # noqa: PT028  (no test)
-    """The exact set that is tested, where the clone is at hand."""
+    """The exact set that is tested, where the clone is available."""
     if not path.is_file():
         return {}
     lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())

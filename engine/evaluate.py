@@ -1,4 +1,4 @@
-"""``python -m engine.evaluate RUN|WEIGHTS``: features of a run or of a weights file, judged by retrieval, kNN and linear probes."""
+"""``python -m engine.evaluate RUN|WEIGHTS``: evaluates a run or a weights file by retrieval, kNN and linear probes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.command import command
 from engine.config import parse
 from engine.console import console, say
 from engine.errors import ConfigError
-from engine.evaluation import Candidate, check, feature_name, judge, keep, of_run, of_teacher
+from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
 from engine.pretrained import Run, load_run, third_party, weights_file
 from ppssl.encoder import FeatureNet, Trunk
@@ -35,28 +35,28 @@ def evaluate(
     protocols: Sequence[str] | None = None,
     fractions: Sequence[float] = (100.0,),
     split: str = "test",
-    row0: bool = False,
+    baselines: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of an evaluation of a run folder, or of a weights file with the recipe ``cfg`` (data, architecture, method).
 
-    overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; row0: also the untouched
+    overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; baselines: also the untouched
     initial network and the teacher's own image features. Features are kept in RUN/features, those of a file in the cache folder.
-    Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be judged.
+    Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be evaluated.
     """
     run, model, folder = _open(source, cfg, overrides, device)
     protocols = protocols or run.config.eval.protocols
     images = build.data(run.config, cache_dir=files.cache_folder())
     check(images, protocols, split)
     found = [(model, run)]
-    if row0:
+    if baselines:
         untouched = build.initial_network(run.config).to(device, memory_format=torch.channels_last).eval()
         found.append(("initial", Run(run.config, untouched, 0, 0)))
     candidates = [_candidate(name, of, folder, device) for name, of in found]
-    if row0 and (teacher := build.teacher(run.config, device)):
+    if baselines and (teacher := build.teacher(run.config, device)):
         candidates.append(of_teacher(teacher, device, run.config.data.workers))
     records: list[dict[str, Any]] = []
     for candidate in candidates:
-        records += judge(
+        records += evaluate_features(
             candidate, images, run.config, device,
             protocols=protocols, fractions=fractions, solvers=("convex", "sgd"), split=split,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
         if cfg is not None:
             raise ValueError(f"--cfg {cfg}: {source} is a run folder and brings its own config; --cfg goes with a weights file")
         if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
-            raise ValueError(f"{foreign[0]}: a run is judged as it was trained; only data.* and eval.* and amp can be set")
+            raise ValueError(f"{foreign[0]}: a run is evaluated as it was trained; only data.* and eval.* and amp can be set")
         run = load_run(source, device)
         config = parse(["--cfg", str(source / "config.yaml"), *overrides]).config
         return run._replace(config=config), "run", source
@@ -103,7 +103,7 @@ def _network_of_file(path: Path, config: Any) -> FeatureNet:
                 raise ValueError(f"{path} does not fit encoder.arch={config.encoder.arch}: {error}") from error
             return network
     trunk = Trunk(config.encoder.arch)
-    say(f"encoder: {config.encoder.arch}, {third_party.initialise(trunk, str(path.resolve()))}")
+    say(f"encoder: {config.encoder.arch}, {third_party.initialize(trunk, str(path.resolve()))}")
     return FeatureNet(trunk)
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the numbers and adds them to a JSON file; returns the exit code: 0 done, 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         "python -m engine.evaluate",
-        description="features of a run or of a weights file, judged; key=value overrides the config",
+        description="features of a run or of a weights file, evaluated; key=value overrides the config",
         allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, metavar="RUN|WEIGHTS", help="run folder, or a .safetensors/.pth file with --cfg")
@@ -172,15 +172,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fractions", type=_fractions, default=[100.0], metavar="LIST",
                         help="percent of the training labels that linear probes see, e.g. 100,50,20 (default: 100)")  # fmt: skip
     parser.add_argument("--split", choices=("test", "train"), default="test", help="train: retrieval among the training images")
-    parser.add_argument("--row0", action="store_true", help="also the untouched initial network and the teacher's own features")
+    parser.add_argument("--baselines", action="store_true", help="also the untouched network and the teacher's own features")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that is added to (default: RUN/evaluation.json)")
     args, overrides = parser.parse_known_args(argv)
+    if "--row0" in overrides:
+        parser.error("--row0 is called --baselines now")
     if wrong := [text for text in overrides if "=" not in text]:
         parser.error(f"unexpected argument {wrong[0]!r}; overrides are given as key=value")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = evaluate(
         args.source, device, cfg=args.cfg, overrides=overrides, protocols=args.protocol, fractions=args.fractions,
-        split=args.split, row0=args.row0,
+        split=args.split, baselines=args.baselines,
     )  # fmt: skip
     show(records)
     beside = args.source / "evaluation.json" if args.source.is_dir() else args.source.with_suffix(".evaluation.json")

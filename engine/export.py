@@ -193,7 +193,7 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
         notes.append(
             "The mask is scaled by the smallest and largest value of the whole batch, as the published variant does: an image's "
             "feature depends on the images it is computed with. Compare features of equal batches only, or export with "
-            "--minmax image, which is another feature than the one that was judged."
+            "--minmax image, which is another feature than the one that was evaluated."
         )
     elif minmax == "image":
         notes.append("The mask is scaled per image (--minmax image). The metrics below may be of the run's own scaling.")

@@ -69,7 +69,7 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     )  # fmt: skip
     try:
         trainer.resume(bundle, state)
-        step = trainer.step.step
+        step = trainer.step.steps_done
         batch = trainer.with_teacher(next(iter(trainer.loader.batches(step, step + 1))))
     finally:
         trainer.loader.close()

@@ -17,7 +17,7 @@ from engine.build import assemble, load_teacher
 from engine.config import Config, flatten, to_yaml
 from engine.console import say
 from engine.data import catalog, sampler, teacher_cache
-from engine.evaluation import Judge, attention_maps
+from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_atomically
 from engine.run_folder import RunFolder, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
@@ -46,11 +46,11 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
     source, state = _checkpoint(cfg, folder, world)
-    with world.first_then_others():
+    with world.main_process_first():
         images = build.data(cfg, cache_dir=cache)
 
     def embed(teacher: Teacher) -> torch.Tensor:
-        with world.first_then_others():
+        with world.main_process_first():
             return teacher_cache.embeddings(teacher, images.train, device=device, cache_dir=cache, workers=cfg.data.workers)
 
     teacher = load_teacher(cfg, world)
@@ -70,35 +70,35 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
             remove_temporary_files(written)
         write_atomically(folder.config, lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
         catalog.write_bad_files(images, folder.bad_files)
-    judge = Judge(out, cfg, images, device, world)
+    evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
     if source is not None:
         trainer.resume(source, state)
-        judge.resume(trainer.step.step)
+        evaluator.resume(trainer.step.steps_done)
     else:
         if world.first:
             append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
-        judge(trainer)
-        judge.teacher(teacher)
+        evaluator(trainer)
+        evaluator.teacher(teacher)
         watch(trainer)
     if cfg.eval.every:
-        trainer.hooks.append(judge.after_epoch)
+        trainer.hooks.append(evaluator.after_epoch)
     trainer.hooks.append(watch.after_epoch)
     cold = time.perf_counter() - started
     try:
         summary = trainer.fit()
     finally:
         trainer.loader.close()
-    if world.share(world.first and is_finished(out, trainer.step.step)):
-        say(f"{out} was finished before: nothing is trained or judged again, the report is made anew")
+    if world.broadcast_object(world.first and is_finished(out, trainer.step.steps_done)):
+        say(f"{out} was finished before: nothing is trained or evaluated again, the report is regenerated")
     else:
-        judge(trainer)
+        evaluator(trainer)
         watch(trainer)
         if world.first:
             record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
-            append_metrics(out, {"kind": "summary", "step": trainer.step.step} | record)
+            append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
             closing_lines(out, record)
-            if share := judge.closing(summary.seconds - judge.spent):
+            if share := evaluator.closing(summary.seconds - evaluator.spent):
                 say(share)
     if world.first:
         write_report(folder, device)
@@ -114,14 +114,14 @@ def _checkpoint(cfg: Config, folder: RunFolder, world: World) -> tuple[Path | No
         if found is None:
             folder.move_aside()
     source, state = found or (None, None)
-    source = world.share(source)
+    source = world.broadcast_object(source)
     if source is not None and state is None:
         state = checkpoint.load(source)
     return source, state
 
 
 def is_finished(out: Path, step: int) -> bool:
-    """Whether the run in ``out`` came to its end, the judging after training included, at ``step``."""
+    """Whether the run in ``out`` came to its end, the evaluation after training included, at ``step``."""
     return any(record["kind"] == "summary" and record["step"] == step for record in read_metrics(out))
 
 
@@ -180,9 +180,9 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
 
 def closing_lines(out: Path, record: dict[str, float]) -> None:
     """The closing lines: before and after, and where the time went."""
-    judged = [r for r in read_metrics(out) if r["kind"] == "eval"]
-    if judged:
-        first, last = judged[0], judged[-1]
+    evaluated = [r for r in read_metrics(out) if r["kind"] == "eval"]
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
         say(f"{last['protocol']}, epoch {first['epoch']} -> epoch {last['epoch']}:")
         for name in _SHOWN:
             if name in first and name in last:

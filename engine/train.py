@@ -1,4 +1,4 @@
-"""``python -m engine.train --cfg cub.yaml --amp``: from a recipe to a trained, judged network in a run folder."""
+"""``python -m engine.train --cfg cub.yaml --amp``: from a recipe to a trained, evaluated network in a run folder."""
 
 from __future__ import annotations
 

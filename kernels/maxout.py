@@ -30,7 +30,7 @@ from kernels import reference
 from kernels.batch_statistics import merge_statistics, minmax_groups
 from kernels.group import gather, group_name, world_size
 from kernels.reference import MINMAX_EPS, MaxOut, MinMax
-from kernels.selection import check_floating, choose, refuse_double_backward
+from kernels.selection import check_projection, choose, compute_dtype, refuse_double_backward
 
 MAX_WIDTH = 64
 """The largest number of projections M that the Triton kernels take."""
@@ -99,45 +99,6 @@ def maxout(
         feature, weight, gamma, beta, running_mean, running_var, training, float(eps), minmax or "", name, chosen
     )
     return MaxOut(*outputs[:4])
-
-
-def check_projection(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    minmax: str | None,
-) -> None:
-    """Checks the arguments that :func:`maxout` and ``maxout_image`` have in common, and raises what they document."""
-    check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
-    if x.dim() != 4 or 0 in x.shape:
-        raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's")
-    width = weight.shape[0]
-    vectors = {"gamma": gamma, "beta": beta}
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError(f"{op}: training=False needs running_mean and running_var")
-        vectors |= {"running_mean": running_mean, "running_var": running_var}
-        check_floating(op, x=x, **vectors)
-    for name, vector in vectors.items():
-        if vector.shape != (width,):
-            raise ValueError(f"{op}: {name} must be [{width}], got {list(vector.shape)}")
-    if minmax not in (None, "image", "batch"):
-        raise ValueError(f"{op}: minmax must be None, 'image' or 'batch', got {minmax!r}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the max-out ops accumulate, and which they return."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("ppssl::maxout", mutates_args=())

@@ -31,9 +31,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.batch_statistics import minmax_groups
 from kernels.group import gather, group_name, is_first, local_shard
-from kernels.maxout import check_projection, compute_dtype
 from kernels.reference import MINMAX_EPS, MaxOutImage, MinMax
-from kernels.selection import choose, refuse_double_backward
+from kernels.selection import check_projection, choose, compute_dtype, refuse_double_backward
 
 
 def maxout_image(

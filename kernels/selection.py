@@ -87,3 +87,42 @@ def refuse_double_backward(op: str) -> None:
     """Raises under ``create_graph=True``, where the gradient of a backward formula would silently lack terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: no second derivative; use impl='reference' for create_graph=True")
+
+
+def check_projection(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    minmax: str | None,
+) -> None:
+    """Checks the arguments that ``maxout`` and ``maxout_image`` have in common, and raises what they document."""
+    check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: weight must be [M, {x.shape[1]}], got {list(weight.shape)}; take [:, :, 0, 0] of a convolution's")
+    width = weight.shape[0]
+    vectors = {"gamma": gamma, "beta": beta}
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(f"{op}: training=False needs running_mean and running_var")
+        vectors |= {"running_mean": running_mean, "running_var": running_var}
+        check_floating(op, x=x, **vectors)
+    for name, vector in vectors.items():
+        if vector.shape != (width,):
+            raise ValueError(f"{op}: {name} must be [{width}], got {list(vector.shape)}")
+    if minmax not in (None, "image", "batch"):
+        raise ValueError(f"{op}: minmax must be None, 'image' or 'batch', got {minmax!r}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the max-out ops accumulate, and which they return."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

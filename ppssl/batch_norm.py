@@ -65,10 +65,10 @@ class SyncBatchNorm(_BatchNorm):
         rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # [..., C]
         dims = tuple(range(rows.dim() - 1))
         mean = all_reduce_mean(rows.mean(dims), self.group)
-        centred = rows - mean
-        var = all_reduce_mean(centred.square().mean(dims), self.group)
+        centered = rows - mean
+        var = all_reduce_mean(centered.square().mean(dims), self.group)
         update_running_statistics(self, mean, var, x.numel() // x.shape[1] * world_size(self.group))
-        return (centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).movedim(-1, 1).to(x.dtype)
+        return (centered * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).movedim(-1, 1).to(x.dtype)
 
 
 def convert(module: nn.Module, make: type[_BatchNorm], **attributes: int | str) -> nn.Module:

@@ -238,21 +238,21 @@ class FeatureNet(nn.Module):
         self.trunk, self.mask = trunk, mask
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] normalised images -> unit rows [B, C] float32: l2(gap(F)), or l2(gap(A * F)) with a mask branch."""
+        """[B, 3, S, S] normalized images -> unit rows [B, C] float32: l2(gap(F)), or l2(gap(A * F)) with a mask branch."""
         feature = self.trunk(images)
         pooled = global_average_pool(feature) if self.mask is None else self.mask(feature).pooled
         return F.normalize(pooled.float(), dim=1)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The call without gradients, on the network's device: [B, 3, S, S] normalised images -> unit rows [B, C] float32.
+        """The call without gradients, on the network's device: [B, 3, S, S] normalized images -> unit rows [B, C] float32.
 
         Raises ``ValueError`` for anything else, or in training mode, in which features depend on the batch and move its statistics.
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
-                f"features: expected normalised images [B, 3, S, S], got {given}; for PIL images or files: "
+                f"features: expected normalized images [B, 3, S, S], got {given}; for PIL images or files: "
                 f"torch.stack([network.transform(image) for image in images]), with network = engine.load(RUN)"
             )
         if self.training:

@@ -136,7 +136,7 @@ class LDFS(MoCo):
 
 
 class Decoder(nn.Module):
-    """y [B, C] -> image [B, 3, side, side], normalised like the trunk's input: a map of the trunk's size, then doublings with a
+    """y [B, C] -> image [B, 3, side, side], normalized like the trunk's input: a map of the trunk's size, then doublings with a
     residual block each, whose width halves from C / 16 (at least 32) down to 16."""
 
     def __init__(self, channels: int, side: int, stride: int):
@@ -178,7 +178,7 @@ class _Residual(nn.Module):
 
 @contextmanager
 def real_statistics(*networks: nn.Module) -> Iterator[None]:
-    """Inside, batch-norm in training mode normalises by the batch as always but leaves its running statistics where they are."""
+    """Inside, batch-norm in training mode normalizes by the batch as always but leaves its running statistics where they are."""
     norms = [m for network in networks for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

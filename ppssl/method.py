@@ -100,7 +100,7 @@ class Method(nn.Module):
     def attention(self, images: Tensor) -> dict[str, Tensor]:
         """Optional: where the method looks, as maps [B, h, w] by name, detached, for pictures; nothing unless overridden.
 
-        images: [B, 3, S, S] float32, normalised, un-augmented. Called in eval mode, without autocast and outside any compiled
+        images: [B, 3, S, S] float32, normalized, clean. Called in eval mode, without autocast and outside any compiled
         region. Must leave the method as it was: no random numbers, no buffer moved, nothing enqueued. A method that contrasts
         takes the mirrored image as the second view. Values are any non-negative numbers; a reader scales them.
         """

@@ -18,7 +18,7 @@ class Teacher(nn.Module):
     """Image encoder of an image-text model plus the embeddings of P descriptions.
 
     Attributes: ``text_features`` [P, E] float32 unit rows; ``logit_scale`` the model's own factor on cosine similarities;
-    ``dim`` E; ``image_size`` pixels; ``mean``, ``std`` the model's normalisation; ``name`` for logs.
+    ``dim`` E; ``image_size`` pixels; ``mean``, ``std`` the model's normalization; ``name`` for logs.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images -> [B, E] float32 unit rows; resized when they are not of the model's size."""
+        """[B, 3, H, W] normalized images -> [B, E] float32 unit rows; resized when they are not of the model's size."""
         size = (self.image_size, self.image_size)
         with torch.no_grad():  # not the decorator: torch.compile cannot follow a decorated bound method
             if images.shape[-2:] != size:

@@ -73,9 +73,9 @@ def reported_run(path: Path, root: Path, *, maps: bool = True, **change: object)
     weights_file.save_weights(path / "weights.safetensors", network.weights(), {"step": "12", "epoch": "4"})
     run_folder.append_metrics(path, {"kind": "start", "step": 0, "steps_per_epoch": 3, "torch": "2.11.0"})
     for step in range(0, 13, 3):
-        judged = {"rank1": 0.2 + step / 40, "rank5": 0.5 + step / 40, "mAP": 0.1 + step / 40}
+        evaluated = {"rank1": 0.2 + step / 40, "rank5": 0.5 + step / 40, "mAP": 0.1 + step / 40}
         about = {"protocol": "retrieval: leave-one-out", "feature": "l2(gap(A * F)), 64-d", "queries": 12, "classes": 3}
-        run_folder.append_metrics(path, {"kind": "eval", "step": step, "epoch": step // 3} | judged | about)
+        run_folder.append_metrics(path, {"kind": "eval", "step": step, "epoch": step // 3} | evaluated | about)
         terms = {"loss": 6 - step / 12, "contrast": 5 - step / 12, "contrast_top1": step / 20, "lr": 0.06 - step / 250}
         run_folder.append_metrics(
             path, {"kind": "train", "step": step + 1, "epoch": step // 3, "images_per_s": 90.0, "data_wait": 0.03} | terms

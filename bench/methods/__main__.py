@@ -1,4 +1,4 @@
-"""The methods on one engine: every cell trained at the same budget of images on the demo world, several seeds, one table.
+"""The methods on one engine: every cell trained at the same budget of images on the synthetic dataset, several seeds, one table.
 
     python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both forms, 5 seeds
     python -m bench.methods --study parts                at half the budget: parts, layers, weights, prompts, teacher

@@ -75,7 +75,7 @@ STUDIES = {
         ],
         share=1.0,
     ),
-    # its evidence chose guided's defaults: to be run with --world 2 --first-seed 0, apart from what the others are judged on
+    # its evidence chose guided's defaults: to be run with --world 2 --first-seed 0, apart from what the others are evaluated on
     "choice": Study(
         "Candidates for the variant guided",
         "moco",

@@ -1,4 +1,4 @@
-"""Where a trained network looks, held against where the bird of a drawn world really is."""
+"""Where a trained network looks, held against where the bird of a synthetic dataset really is."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
 
 def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device: torch.device, cache: Path) -> dict[str, Any]:
     """``silhouette_rank1`` (``SilhouettePool``), and ``share_on_bird`` of the maps, as ``feature_on_bird``, ``mask_on_bird`` and
-    ``cam_on_bird``; nothing where the images are no demo world's."""
+    ``cam_on_bird``; nothing where the images are no synthetic dataset's."""
     covered = coverage(images, cfg.data.image_size, cache)
     if covered is None:
         return {}

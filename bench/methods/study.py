@@ -50,9 +50,9 @@ PERCENTS = (100, 50, 20)
 NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
 number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
 pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
-bird" is the share of a map's mass that lies on the bird over the share of the image that is bird: 1 is blind. A drawn world shows
-how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained weights or hundreds of
-epochs.
+bird" is the share of a map's mass that lies on the bird over the share of the image that is bird: 1 is blind. A synthetic
+dataset shows how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained weights or
+hundreds of epochs.
 """
 
 
@@ -91,7 +91,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
     if cell.kind == "teacher":
         teacher = build.teacher(cfg, device)
         rows = [teacher_cache.embeddings(teacher, part, **cache).float() for part in (images.train, images.test)]
-        found |= judge(*rows, images)
+        found |= measure_features(*rows, images)
     elif cell.kind == "untrained":
         found |= measure(build.method(cfg, None).to(device), cfg, images, device)
     else:
@@ -138,21 +138,21 @@ def altered(rows: Tensor, how: str, seed: int, labels: Tensor) -> Tensor:
 
 
 def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
-    """Retrieval and linear probes of the method's network, retrieval without its mask, and, on a drawn world, where it looks
+    """Retrieval and linear probes of the method's network, retrieval without its mask, and, on a synthetic dataset, where it looks
     (``bench.methods.maps``). Raises ``FloatingPointError``."""
     network = method.network
     train, test = (extract(network, part, cfg, device) for part in (images.train, images.test))
     if not all(torch.isfinite(features).all() for features in (train, test)):
         raise FloatingPointError("the features are not finite: the network has diverged")
     labels = labels_of(images.test, device)
-    found = judge(train, test, images)
+    found = measure_features(train, test, images)
     plain = test if network.mask is None else extract(FeatureNet(network.trunk), images.test, cfg, device)
     unmasked = retrieval(plain, labels)
     found |= {"plain_rank1": unmasked.rank1, "plain_mAP": unmasked.mAP}
     return found | look(method, cfg, images.test, labels, device, cache_folder())
 
 
-def judge(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
+def measure_features(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
     """rank1, rank5, mAP inside the test split; accuracy of probes fitted on shares of the training labels. Fractions."""
     of_train, of_test = (labels_of(part, test.device) for part in (images.train, images.test))
     ranked = retrieval(test, of_test)
@@ -195,7 +195,7 @@ def write(path: Path, text: str) -> None:
 
 
 def world_of(args: argparse.Namespace) -> Path:
-    """The folder of images: ``data.root`` from the command line, or the demo world of --world, drawn where it is missing."""
+    """The folder of images: ``data.root`` from the command line, or the synthetic dataset of --world, drawn where it is missing."""
     if root := args.overrides.get("data.root"):
         return Path(root)
     root = cache_folder() / f"birds-{args.world}"

@@ -5,7 +5,7 @@
     python -m bench.paper --figure 5 --dry-run                        # one step of every cell, nothing kept
 
 What the exhibits consist of is data: bench/paper.yaml. A cell is a run folder below --out, named by what differs from the recipe:
-exhibits share their runs, a stopped command continues where it was, a finished run is neither trained nor judged again. Reported
+exhibits share their runs, a stopped command continues where it was, a finished run is neither trained nor evaluated again. Reported
 is the last epoch. A cell without its data set or method is left empty, with the reason.
 """
 

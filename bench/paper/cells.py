@@ -16,7 +16,7 @@ from engine import build, files, run, run_folder
 from engine.command import FAILURES
 from engine.config import to_yaml
 from engine.console import say
-from engine.evaluation.evaluator import Candidate, feature_name, judge, of_teacher
+from engine.evaluation.evaluator import Candidate, evaluate_features, feature_name, of_teacher
 from engine.evaluation.evaluator import keep as keep_records
 from engine.evaluation.features import of_run
 from engine.files import read_metadata, write_atomically
@@ -27,7 +27,7 @@ from ppssl.encoder import FeatureNet, Trunk
 
 
 def run_cell(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
-    """Trains and judges a cell, or what is left of it, and returns its measures as fractions in [0, 1]. Raises what training and
+    """Trains and evaluates a cell, or what is left of it, and returns its measures as fractions in [0, 1]. Raises what training and
     evaluation raise, ``Stopped`` after a signal."""
     path = cell.folder / "measures.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -53,7 +53,7 @@ def keep_initial(cell: Cell) -> None:
     """A run folder of the network that training would start from."""
     torch.manual_seed(cell.config.seed)
     trunk = Trunk(cell.config.encoder.arch)
-    say(f"encoder: {third_party.initialise(trunk, cell.config.encoder.weights)}")
+    say(f"encoder: {third_party.initialize(trunk, cell.config.encoder.weights)}")
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         cell.folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cell.config), encoding="utf-8")
@@ -76,7 +76,7 @@ def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
     fractions = [float(name.split()[1]) for name in measures if name.startswith("linear")]
     protocols = ("retrieval", "linear") if fractions else ("retrieval",)
     images = build.data(cfg, cache_dir=files.cache_folder())
-    records = judge(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
+    records = evaluate_features(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
     keep_records(cell.folder / "evaluation.json", records)
     found = {name: records[0][name] for name in ("rank1", "rank5", "mAP")}
     return found | {f"linear {record['fraction']:g} %": record["top1"] for record in records[1:]}

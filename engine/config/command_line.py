@@ -22,11 +22,8 @@ import yaml
 
 from engine.config import history
 from engine.config.recipe import NUMBER, YamlDumper, YamlLoader, nearest, read, resolve
-from engine.config.schema import Config, flatten, keys
+from engine.config.schema import RECIPES, Config, flatten, keys
 from engine.errors import ConfigError
-
-RECIPES = Path(__file__).parent / "recipes"
-"""Folder of the shipped recipes."""
 
 # Spellings of MoCo, LCR and timm where they mean the same; hyphens and underscores are equal in all of them.
 _ALIASES = {

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,6 +25,22 @@ from engine.errors import ConfigError
 from ppssl.settings import FREE, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
+RECIPES = Path(__file__).parent / "recipes"
+"""Folder of the shipped recipes."""
+
+
+@functools.cache
+def layout_names() -> tuple[str, ...]:
+    """The layouts of data sets by name: each has a shipped recipe that names it."""
+    texts = (path.read_text(encoding="utf-8") for path in RECIPES.glob("*.yaml"))
+    return tuple(sorted({match[1] for text in texts if (match := re.search(r"^data: \{name: (\w+)", text, re.M))}))
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Values that are known only where the package is installed."""
+
+    choices: Callable[[], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class OptimConfig:
 class DataConfig:
     """Images and views."""
 
-    name: Literal["birds", "cub", "cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs", "folder"] = "cub"
+    name: Annotated[str, OneOf(layout_names)] = "cub"
     """Layout of the data set; birds is the synthetic dataset, folder is anybody's photos."""
     root: Annotated[str | None, FREE] = None
     """Folder of the unpacked data set."""
@@ -149,7 +166,8 @@ class Key(NamedTuple):
     @property
     def expected(self) -> str:
         """Its type in the words of a recipe."""
-        return expected_type(self.options)
+        named = next((mark for mark in self.marks if isinstance(mark, OneOf)), None)
+        return expected_type((Literal[named.choices()],) if named else self.options)
 
 
 def _bare(annotation: Any) -> Any:
@@ -214,6 +232,8 @@ def checked(key: str, value: Any) -> Any:
             raise ConfigError(f"{key}: got {_plain(value)!r}, must {_range(keys()[key])}") from None
         shown = "null" if value is None else f"{_plain(value)!r} ({type(_plain(value)).__name__})"
         raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}") from None
+    if any(isinstance(mark, OneOf) and found not in mark.choices() for mark in keys()[key].marks):
+        raise ConfigError(f"{key}: got {value!r}, expected {keys()[key].expected}")
     if isinstance(found, tuple) and len(set(found)) < len(found):
         raise ConfigError(f"{key}: got {list(found)!r}, must name {keys()[key].expected}, each once")
     return found
@@ -253,7 +273,7 @@ def validate(config: Config) -> None:
         raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
     if config.data.crop_banner and config.data.name != "aircraft":
-        refuse("data.crop_banner", f"must be false: only images of data.name=aircraft have a banner, not {config.data.name}'s")
+        refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
     if config.bn.sync and config.bn.groups > 1:

@@ -1,34 +1,39 @@
-"""Image data: what a folder holds (catalog, layouts), its order (sampler), its views (views), and the loaders that execute them."""
+"""Image data: what a folder holds (catalog, layouts), its order (sampler), its views (views), and the loaders that execute them.
 
-from engine.data import catalog, contact_sheet, inspection, sampler, teacher_cache, views_sheet
-from engine.data.catalog import Catalog, ImageList, read_image
-from engine.data.loaders.choose import build_loader, dali_problem
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
-from engine.data.loaders.torch_loader import Normalise, clean_batches, clean_view
-from engine.data.machine import HARDWARE_DECODER_SHARE, cores
-from engine.data.transform import Transform
-from engine.data.views import clean_resize
+Importing this package loads neither torch nor DALI: what is taken from it is imported then.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.data import catalog, contact_sheet, inspection, sampler, teacher_cache, views_sheet
+    from engine.data.catalog import Catalog, ImageList, read_image
+    from engine.data.loaders.choose import build_loader, dali_problem
+    from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
+    from engine.data.loaders.torch_loader import Normalize, clean_batches, clean_view
+    from engine.data.machine import HARDWARE_DECODER_SHARE, cores
+    from engine.data.transform import Transform
+    from engine.data.views import clean_resize
+
+_HOME = {
+    "Catalog": "catalog", "ImageList": "catalog", "read_image": "catalog", "build_loader": "loaders.choose",
+    "dali_problem": "loaders.choose", "IMAGENET_MEAN": "loaders.interface", "IMAGENET_STD": "loaders.interface",
+    "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.torch_loader",
+    "clean_view": "loaders.torch_loader", "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "Transform": "transform",
+    "clean_resize": "views",
+}  # fmt: skip
 
 __all__ = [
-    "Catalog",
-    "HARDWARE_DECODER_SHARE",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "ImageList",
-    "Loader",
-    "Normalise",
-    "Transform",
-    "build_loader",
-    "catalog",
-    "clean_batches",
-    "clean_resize",
-    "clean_view",
-    "contact_sheet",
-    "cores",
-    "dali_problem",
-    "inspection",
-    "read_image",
-    "sampler",
-    "teacher_cache",
-    "views_sheet",
-]
+    "HARDWARE_DECODER_SHARE", "IMAGENET_MEAN", "IMAGENET_STD", "Catalog", "ImageList", "Loader", "Normalize", "Transform",
+    "build_loader", "catalog", "clean_batches", "clean_resize", "clean_view", "contact_sheet", "cores", "dali_problem",
+    "inspection", "read_image", "sampler", "teacher_cache", "views_sheet",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"engine.data.{_HOME[name]}"), name)

@@ -11,14 +11,14 @@ import numpy.typing as npt
 from engine.data.views import ORDER_STREAM, philox4x32, seed_key
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Which part of every batch one of several processes executes: equal stretches in the order of the ranks."""
 
     rank: int
     processes: int
 
 
-ALL = Share(0, 1)
+ALL = Shard(0, 1)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -38,13 +38,13 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return _order(int(seed), int(epoch), int(n))
 
 
-def batch_at(seed: int, step: int, n: int, batch_size: int, share: Share = ALL) -> tuple[int, npt.NDArray[np.int64]]:
-    """(epoch, positions [batch_size]) of global step ``step`` (from 0, counted over all epochs); of them ``share``."""
+def batch_at(seed: int, step: int, n: int, batch_size: int, shard: Shard = ALL) -> tuple[int, npt.NDArray[np.int64]]:
+    """(epoch, positions [batch_size]) of global step ``step`` (from 0, counted over all epochs); of them those of ``shard``."""
     if step < 0:
         raise ValueError(f"step={step} must not be negative")
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, batch_size))
-    each = batch_size // share.processes
-    first = step_in_epoch * batch_size + share.rank * each
+    each = batch_size // shard.processes
+    first = step_in_epoch * batch_size + shard.rank * each
     return epoch, epoch_order(seed, epoch, n)[first : first + each]
 
 

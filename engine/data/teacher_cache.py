@@ -27,8 +27,8 @@ def embeddings(
     workers: int | None = None,
     batch_size: int = 128,
 ) -> Tensor:
-    """[N, E] float16 unit rows on ``device``: the teacher's view of ``images``, un-augmented, with the teacher's own resize, crop
-    and normalisation, in list order.
+    """[N, E] float16 unit rows on ``device``: the teacher's view of ``images``, clean, with the teacher's own resize, crop
+    and normalization, in list order.
 
     Kept in ``cache_dir`` (None: nowhere) under a key made of the files' names, sizes and mtimes, the teacher's weights and its
     preprocessing: change any of them and it is computed anew.

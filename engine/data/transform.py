@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 
 from engine.data import catalog
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import Normalise, clean_view
+from engine.data.loaders.torch_loader import Normalize, clean_view
 from engine.data.views import clean_resize
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What evaluation does to an image: upright RGB, short side 256/224 of ``image_size``, centre crop, ImageNet normalisation."""
+    """What evaluation does to an image: upright RGB, short side 256/224 of ``image_size``, center crop, ImageNet normalization."""
 
     image_size: int
 
@@ -29,4 +29,4 @@ class Transform:
             upright = catalog.read_image(Path(image))[0]
         view = clean_view(upright, clean_resize(self.image_size), self.image_size, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(view))
-        return Normalise(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]
+        return Normalize(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]

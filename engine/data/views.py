@@ -1,7 +1,7 @@
 """Every random number of a view as a value: pure functions of (seed, epoch, index, view) for loaders to execute.
 
 The recipe is MoCo v2's: random resized crop, colour jitter p 0.8, grey p 0.2, Gaussian blur p 0.5, horizontal flip
-p 0.5, in this order. The un-augmented view, which has no random numbers, has its geometry here too.
+p 0.5, in this order. The clean view, which has no random numbers, has its geometry here too.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def view_values(
     colour, coins, rest = uniform[CROP_TRIES:]
 
     jitter = coins[:, 0] < JITTER_PROBABILITY
-    centre = np.array([1.0, 1.0, 1.0, 0.0])
-    factors = np.where(jitter[:, None], centre + np.array(JITTER) * (2 * colour - 1), centre)
+    center = np.array([1.0, 1.0, 1.0, 0.0])
+    factors = np.where(jitter[:, None], center + np.array(JITTER) * (2 * colour - 1), center)
     sigma = (BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * rest[:, 0]) * (side / BLUR_SIDE)
     return ViewValues(
         crop=_random_resized_crop(uniform[:CROP_TRIES], np.asarray(sizes, np.int64)),
@@ -111,7 +111,7 @@ def view_values(
 
 
 def clean_resize(image_size: int) -> int:
-    """Short side of the un-augmented image before its centre crop: 256 for 224."""
+    """Short side of the clean image before its center crop: 256 for 224."""
     return round(image_size * 256 / 224)
 
 
@@ -124,7 +124,7 @@ def resized(size: tuple[int, int], short: int) -> tuple[int, int]:
     return int(short * height / width), short
 
 
-def centre_crop(size: tuple[int, int], crop: int) -> tuple[int, int]:
+def center_crop(size: tuple[int, int], crop: int) -> tuple[int, int]:
     """(top, left) of torchvision's CenterCrop of side ``crop``."""
     return round((size[0] - crop) / 2), round((size[1] - crop) / 2)
 

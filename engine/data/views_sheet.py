@@ -78,7 +78,7 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
 
 
 def levels(x: Tensor) -> Tensor:
-    """Normalised [B, 3, S, S] -> [B, S, S, 3] in 0..255 on the CPU."""
+    """Normalized [B, 3, S, S] -> [B, S, S, 3] in 0..255 on the CPU."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((x.cpu().float() * std + mean) * 255).clamp(0, 255).permute(0, 2, 3, 1)
 

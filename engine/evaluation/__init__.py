@@ -2,7 +2,7 @@
 
 from engine.evaluation import attention_maps, features, linear, neighbours
 from engine.evaluation.attention_maps import Attention
-from engine.evaluation.evaluator import Candidate, Judge, check, feature_name, judge, keep, of_teacher
+from engine.evaluation.evaluator import Candidate, Evaluator, check, evaluate_features, feature_name, keep, of_teacher
 from engine.evaluation.features import extract, of_run
 from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours, most_similar
 from engine.evaluation.retrieval import Retrieval, retrieval
@@ -12,7 +12,7 @@ __all__ = [
     "Candidate",
     "ClassScore",
     "Confusion",
-    "Judge",
+    "Evaluator",
     "Neighbours",
     "Retrieval",
     "attention_maps",
@@ -20,7 +20,7 @@ __all__ = [
     "extract",
     "feature_name",
     "features",
-    "judge",
+    "evaluate_features",
     "keep",
     "linear",
     "most_similar",

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import Config
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, Catalog, Normalise, clean_resize, clean_view
+from engine.data import IMAGENET_MEAN, IMAGENET_STD, Catalog, Normalize, clean_resize, clean_view
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder
@@ -23,7 +23,7 @@ from ppssl.method import Method
 COUNT = 8
 """Images that are watched, spread evenly over the list so that they are of different classes."""
 SIDE = 160
-"""Pixels of a side of the kept picture, which shows what the network sees (the centre crop), larger where its input is small."""
+"""Pixels of a side of the kept picture, which shows what the network sees (the center crop), larger where its input is small."""
 
 
 class Look(NamedTuple):
@@ -67,7 +67,7 @@ class Watch:
             return
         if self.loaded is None:
             self.loaded = self._load()
-        maps, step = attention(trainer.method, self.loaded), trainer.step.step
+        maps, step = attention(trainer.method, self.loaded), trainer.step.steps_done
         if self.out is None:
             return
         for path in _files(self.out):
@@ -94,7 +94,7 @@ class Watch:
             about = {"names": json.dumps([self.images.names[i] for i in self.chosen]), "split": self.split}
             weights_file.save_weights(RunFolder(self.out).maps / "images.safetensors", {"pictures": pictures}, about)
         pixels = torch.stack([_view(image, self.cfg.data.image_size) for image in read])
-        return Normalise(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
+        return Normalize(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
 
 
 def has_maps(method: Method) -> bool:
@@ -103,7 +103,7 @@ def has_maps(method: Method) -> bool:
 
 
 def attention(method: Method, images: Tensor) -> dict[str, Tensor]:
-    """Non-negative maps [B, h, w] float32 by name, of [B, 3, S, S] normalised images in float32 and eval mode: ``method.attention``
+    """Non-negative maps [B, h, w] float32 by name, of [B, 3, S, S] normalized images in float32 and eval mode: ``method.attention``
     and, where there is an inference network, ``feature``, the mean of its feature map over the channels. Leaves the method as it
     was, and compiles nothing."""
     modes = [(module, module.training) for module in method.modules()]

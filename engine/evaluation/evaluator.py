@@ -1,4 +1,4 @@
-"""Features judged by protocols, as plain records: once for a command, again and again beside a training run."""
+"""Features evaluated by protocols, as plain records: once for a command, again and again beside a training run."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def feature_name(network: nn.Module) -> str:
 
 
 def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> None:
-    """Raises ``ValueError`` where ``protocols`` cannot judge this data, saying what can be done with it."""
+    """Raises ``ValueError`` where ``protocols`` cannot evaluate this data, saying what can be done with it."""
     root = images.train.root
     if images.train.labels is None:
         raise ValueError(
-            f"data.root: {root} has no labels, so that {', '.join(protocols)} cannot judge anything. What works without labels: "
+            f"data.root: {root} has no labels, so that {', '.join(protocols)} cannot evaluate anything. What works without labels: "
             f"python -m engine.report RUN (neighbours and near-duplicates), python -m engine.search RUN IMAGE"
         )
     if split == "train":
@@ -78,7 +78,7 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
         )
 
 
-def judge(
+def evaluate_features(
     candidate: Candidate,
     images: Catalog,
     cfg: Config,
@@ -92,13 +92,13 @@ def judge(
     """One plain record for every number of every protocol, each naming protocol, feature, split, epoch and step.
 
     protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd).
-    Raises ``ValueError`` for data that they cannot judge.
+    Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
-    judged = images.test if split == "test" else images.train
-    labels = torch.from_numpy(judged.labels).to(device)
+    evaluated = images.test if split == "test" else images.train
+    labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
-    features = candidate.features(judged, split)
+    features = candidate.features(evaluated, split)
     about = {
         "model": candidate.model,
         "feature": f"{candidate.feature}, {features.shape[1]}-d",
@@ -106,8 +106,8 @@ def judge(
         "step": candidate.step,
         "data": cfg.data.name,
         "split": split,
-        "images": len(judged),
-        "classes": len(np.unique(judged.labels)),
+        "images": len(evaluated),
+        "classes": len(np.unique(evaluated.labels)),
         "image_size": cfg.data.image_size,
         "batch_size": cfg.eval.batch_size,
     }
@@ -209,11 +209,11 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
 _ABOUT = ("feature", "data", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
 
 
-class Judge:
-    """Judges a trainer's network into ``out``: a line ``eval`` of metrics.jsonl and the records of evaluation.json.
+class Evaluator:
+    """Evaluates a trainer's network into ``out``: a line ``eval`` of metrics.jsonl and the records of evaluation.json.
 
-    Calling it judges now. As a hook, ``after_epoch`` judges when ``eval.every`` says so: every n epochs, or, with ``auto``, as
-    often as keeps it below 2 % of the training time, by what the last one took. Where there are no labels it says so, once.
+    Calling it evaluates now. As a hook, ``after_epoch`` evaluates when ``eval.every`` says so: every n epochs, or, with ``auto``,
+    as often as keeps it below 2 % of the training time, by what the last one took. Where there are no labels it says so, once.
     The processes of ``world`` share the features; the first one decides when, and writes.
     """
 
@@ -223,19 +223,19 @@ class Judge:
         self.times = 0
         self.possible = images.test is not None and images.test.labels is not None and np.bincount(images.test.labels).max() > 1
         if not self.possible:
-            say("no test split with two labelled images of a class: nothing to judge the features by")
+            say("no test split with two labelled images of a class: nothing to evaluate the features by")
 
     def __call__(self, trainer: Trainer) -> None:
         if not self.possible:
             return
         started = time.perf_counter()
-        network, step, epoch = trainer.method.network, trainer.step.step, trainer.epoch
+        network, step, epoch = trainer.method.network, trainer.step.steps_done, trainer.epoch
         candidate = Candidate(
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
         protocols = self.cfg.eval.protocols
-        records = judge(candidate, self.images, self.cfg, self.device, protocols=protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=protocols)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)
@@ -249,11 +249,11 @@ class Judge:
         say(f"epoch {epoch}: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items()))
 
     def teacher(self, teacher: Teacher | None) -> None:
-        """Judges the teacher's own image features, where the method has one: what the student could take over."""
+        """Evaluates the teacher's own image features, where the method has one: what the student could take over."""
         if teacher is None or not self.possible or not self.world.first:
             return
         candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
-        records = judge(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
         keep(RunFolder(self.out).evaluation, records)
         say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))
 
@@ -267,25 +267,25 @@ class Judge:
             keep(RunFolder(self.out).evaluation, [], until=step)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """A hook of the trainer; the last epoch is judged after training."""
+        """A hook of the trainer; the last epoch is evaluated after training."""
         if not self.possible or trainer.epoch >= trainer.epochs:
             return
         trained = time.perf_counter() - trainer.log.opened - self.spent
-        if self.world.share(self.is_due(trainer.epoch, trained)):  # it depends on the clock
+        if self.world.broadcast_object(self.is_due(trainer.epoch, trained)):  # it depends on the clock
             started = time.perf_counter()
             self(trainer)
             self.spent += time.perf_counter() - started
             self.times += 1
 
     def is_due(self, epoch: int, trained: float) -> bool:
-        """Whether to judge after ``epoch`` epochs and ``trained`` seconds of training."""
+        """Whether to evaluate after ``epoch`` epochs and ``trained`` seconds of training."""
         every = self.cfg.eval.every
         if every == "auto":
             return self.spent + self.cost <= SHARE * trained
         return every > 0 and epoch % every == 0
 
     def closing(self, trained: float) -> str | None:
-        """The share of ``trained`` seconds of training that was spent on judging between the epochs; None without any."""
+        """The share of ``trained`` seconds of training that was spent on evaluation between the epochs; None without any."""
         if not self.times:
             return None
         share = self.spent / max(trained, 1e-9)

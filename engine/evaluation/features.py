@@ -1,4 +1,4 @@
-"""Features of an image list under a network: what every protocol judges; made once and kept in the run folder."""
+"""Features of an image list under a network: what every protocol evaluates; made once and kept in the run folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERSION = 1
 
 @torch.no_grad()
 def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.device, group: str = "") -> Tensor:
-    """[N, C] float32 features on ``device``: short side 256/224 of ``data.image_size``, centre crop, under the run's
+    """[N, C] float32 features on ``device``: short side 256/224 of ``data.image_size``, center crop, under the run's
     ``amp``, modules in eval mode meanwhile. In file order at ``eval.batch_size``: in variant ``published`` the mask is
     scaled over the batch, so that both are part of the result. The processes of ``group`` do some batches each, and all
     get all features.
@@ -62,7 +62,7 @@ def of_run(run: Run, images: ImageList, split: str, folder: Path, device: torch.
     """``extract`` of a run's (or any other) network on ``images``, kept as ``folder``/features/``split``.safetensors and read
     from there while nothing that it depends on has changed: weights, method, image list, image size, batch size, precision.
 
-    A kept file that is of something else or damaged is made anew, and said so when it is damaged; a folder that cannot be written
+    A kept file that is of something else or damaged is regenerated, and said so when it is damaged; a folder that cannot be written
     to is said so, and nothing kept.
     """
 
@@ -111,7 +111,7 @@ def kept(path: Path, key: str, compute: Callable[[], Tensor]) -> Tensor:
                     return tensors["features"]
                 raise ValueError(f"{path} is damaged")
         except ValueError as error:
-            say(f"{error}; the features are made anew")
+            say(f"{error}; the features are regenerated")
     features = compute()
     tensors = {"features": features.detach().cpu()}
     try:

@@ -71,15 +71,15 @@ def sgd(
     with torch.no_grad():
         layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=generator))
         layer.bias.zero_()
-    optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9, fused=True)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [round(0.6 * epochs), round(0.8 * epochs)], gamma=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9, fused=True)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.6 * epochs), round(0.8 * epochs)], gamma=0.1)
     with full_precision(device.type), torch.enable_grad():
         for epoch in range(epochs):
             for index in torch.randperm(len(features), generator=generator).to(device).split(batch_size):
                 loss = F.cross_entropy(layer(features[index]), labels[index])
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
             schedule.step()
             progress(epoch + 1)
     if not torch.isfinite(layer.weight).all():
@@ -174,7 +174,7 @@ def shuffled_position(labels: Tensor, seed: int) -> Tensor:
 
 
 class Basis(NamedTuple):
-    """Coordinates in which the features are centred, of mean squared length 1 and uncorrelated."""
+    """Coordinates in which the features are centered, of mean squared length 1 and uncorrelated."""
 
     mean: Tensor
     """[D] float64."""

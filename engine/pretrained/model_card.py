@@ -54,7 +54,7 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
             "colour": "RGB in [0, 1], upright by EXIF",
             "resize_short_side": clean_resize(cfg.data.image_size),
             "interpolation": "bilinear, antialiased",
-            "centre_crop": cfg.data.image_size,
+            "center_crop": cfg.data.image_size,
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         },
@@ -77,8 +77,8 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
 
 def metrics(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What the run's log and its evaluation files say: ``before`` and ``last`` from the log, the rest by file name."""
-    judged = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in records if r["kind"] == "eval"]
-    found: dict[str, Any] = {"before": judged[0], "last": judged[-1]} if judged else {}
+    evaluated = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in records if r["kind"] == "eval"]
+    found: dict[str, Any] = {"before": evaluated[0], "last": evaluated[-1]} if evaluated else {}
     for name in ("evaluation", "retrieval"):
         if (file := folder / f"{name}.json").is_file():
             found[name] = _without_paths(json.loads(file.read_text(encoding="utf-8")))
@@ -101,7 +101,7 @@ def _short(value: Any) -> Any:
 def _licence(run: Run) -> str:
     cfg = run.config
     if cfg.data.name == "birds":
-        return "Trained on the demo world, which this project draws: MIT, as the code."
+        return "Trained on the synthetic dataset, which this project draws: MIT, as the code."
     sources = [f"the images of {cfg.data.name}"]
     if cfg.encoder.weights != "none":
         sources.append(f"the initial weights {_short(cfg.encoder.weights)}")
@@ -132,9 +132,9 @@ def markdown(facts: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| feature | {network['feature']}, {network['dimension']}-d |",
-        f"| images | {images['colour']}; short side to {images['resize_short_side']} ({images['interpolation']}), centre crop "
-        f"{images['centre_crop']} |",
-        f"| normalisation | mean {images['mean']}, std {images['std']} |",
+        f"| images | {images['colour']}; short side to {images['resize_short_side']} ({images['interpolation']}), center crop "
+        f"{images['center_crop']} |",
+        f"| normalization | mean {images['mean']}, std {images['std']} |",
         f"| sha256 | {facts['sha256']} |",
         "",
         "## Metrics",

@@ -35,7 +35,7 @@ class Match(NamedTuple):
     """Own name: (shape in the file, shape wanted)."""
 
 
-def initialise(trunk: nn.Module, weights: str) -> str:
+def initialize(trunk: nn.Module, weights: str) -> str:
     """Loads ``encoder.weights`` into ``trunk`` in place and returns a sentence for the log: how many of its parameters and buffers
     were found, under which names, and what of the file was left over.
 
@@ -127,7 +127,7 @@ def read(path: Path) -> Any:
 
 def _containers(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary in ``tree`` that holds tensors, with the keys that lead to it: files wrap their state in ``state_dict``,
-    ``model``, ``student`` and other names, beside the optimiser's."""
+    ``model``, ``student`` and other names, beside the optimizer's."""
     if not isinstance(tree, dict):
         return
     tensors = {str(key): value for key, value in tree.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""The tables of the page: what was judged, several runs beside each other, speed."""
+"""The tables of the page: what was evaluated, several runs beside each other, speed."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Headline(NamedTuple):
 
 def headline(run: Run) -> Headline | str:
     """The first and the last evaluation of the log."""
-    judged = run.of_kind("eval")
-    if not judged:
-        return "Nothing was judged: the log holds no evaluation, as is the case without a labelled test split."
-    first, last = judged[0], judged[-1]
-    before = first if len(judged) > 1 else {}
+    evaluated = run.of_kind("eval")
+    if not evaluated:
+        return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split."
+    first, last = evaluated[0], evaluated[-1]
+    before = first if len(evaluated) > 1 else {}
     changes = [Change(text, before.get(name), last[name]) for name, text in SCORES.items() if name in last]
     alone = f" ({last['excluded']} alone in their class)" if last.get("excluded") else ""
     parts = [
@@ -58,7 +58,7 @@ def headline(run: Run) -> Headline | str:
 
 
 def protocols(run: Run) -> Table | None:
-    """Everything that was judged, by the newest numbers of each model (the untouched network, the run, the teacher)."""
+    """Everything that was evaluated, by the newest numbers of each model (the untouched network, the run, the teacher)."""
     newest: dict[str, int] = {}
     for record in run.evaluation:
         model = record.get("model", "run")
@@ -88,9 +88,9 @@ def side_by_side(runs: Sequence[Run]) -> tuple[Table, Table]:
             continue
         cells = []
         for run in runs:
-            judged = [r for r in run.of_kind("eval") if name in r]
-            ends = [f"{100 * r[name]:.1f}\u00a0%" for r in (judged[:1] if len(judged) < 2 else [judged[0], judged[-1]])]
-            cells.append(" → ".join(ends) or "not judged")
+            evaluated = [r for r in run.of_kind("eval") if name in r]
+            ends = [f"{100 * r[name]:.1f}\u00a0%" for r in (evaluated[:1] if len(evaluated) < 2 else [evaluated[0], evaluated[-1]])]
+            cells.append(" → ".join(ends) or "not evaluated")
         rows.append([text, *cells])
     for text, value in _speed_rows().items():
         rows.append([text, *[value(run) for run in runs]])

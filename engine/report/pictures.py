@@ -19,7 +19,7 @@ _HEAT = 0.62
 
 
 class Thumbnails:
-    """Thumbnails of an image list as ``data:`` addresses, each made once. They show what the network sees: the centre square."""
+    """Thumbnails of an image list as ``data:`` addresses, each made once. They show what the network sees: the center square."""
 
     def __init__(self, images: ImageList):
         self.images = images

@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def read(folder: Path, device: torch.device, *, with_features: bool = True) -> Run:
-    """Reads ``folder`` and, with its images at hand, takes their features. Raises ``FileNotFoundError`` when it is not a run
+    """Reads ``folder`` and, with its images available, takes their features. Raises ``FileNotFoundError`` when it is not a run
     folder, ``ValueError`` when its config is damaged."""
     path = RunFolder(folder).config
     if not path.is_file():
@@ -50,8 +50,8 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
     cfg = from_run(path)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, images, split, device)
-    name, judged = folder.resolve().name, _evaluation(folder)
-    return Run(folder, name, cfg, read_metrics(folder), judged, _attention(folder), images, split, features)
+    name, evaluated = folder.resolve().name, _evaluation(folder)
+    return Run(folder, name, cfg, read_metrics(folder), evaluated, _attention(folder), images, split, features)
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
@@ -74,13 +74,13 @@ def _attention(folder: Path) -> Attention | str:
 
 def _images(cfg: Config) -> tuple[ImageList | str, str]:
     root = Path(cfg.data.root or "")
-    missing = not root.is_dir() or cfg.data.name == "birds" and dataset.is_missing(root)  # a page draws no demo world
+    missing = not root.is_dir() or cfg.data.name == "birds" and dataset.is_missing(root)  # a page draws no synthetic dataset
     if cfg.data.root is None or missing:
-        return f"The images are not at hand: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
+        return f"The images are not available: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
     try:
         found = build.data(cfg, cache_dir=files.cache_folder(), progress=False)
     except (ValueError, OSError, NotImplementedError) as error:
-        return f"The images are not at hand: {error}.", ""
+        return f"The images are not available: {error}.", ""
     if found.test is not None and found.test.labels is not None:
         return found.test, "test"
     return found.train, "train"

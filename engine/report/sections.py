@@ -270,12 +270,12 @@ def duplicates(run: Run, thumbnail: Thumbnails) -> DuplicatesPart:
     of a class ought to be alike."""
     found, count = neighbours.near_duplicates(run.features, NEAR_DUPLICATE, _COMPARED)
     small = {i: pictures.tiny(run.images.read(i)) for pair in found for i in pair[:2]}
-    judged = [(i, j, cosine, float((small[i] * small[j]).mean())) for i, j, cosine in found]
-    same = sorted([pair for pair in judged if pair[3] >= SAME_PIXELS], key=lambda pair: -pair[3])
-    listed = same if run.images.labels is not None else same + [pair for pair in judged if pair[3] < SAME_PIXELS]
+    evaluated = [(i, j, cosine, float((small[i] * small[j]).mean())) for i, j, cosine in found]
+    same = sorted([pair for pair in evaluated if pair[3] >= SAME_PIXELS], key=lambda pair: -pair[3])
+    listed = same if run.images.labels is not None else same + [pair for pair in evaluated if pair[3] < SAME_PIXELS]
     names = run.images.names
     pairs = [
         Pair(*(Picture(thumbnail(n), f"photo {names[n]}", names[n]) for n in (i, j)), cosine, pixels)
         for i, j, cosine, pixels in listed[:_PAIRS]
     ]
-    return DuplicatesPart(pairs, count, len(judged), len(same))
+    return DuplicatesPart(pairs, count, len(evaluated), len(same))

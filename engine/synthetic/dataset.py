@@ -1,4 +1,4 @@
-"""The demo world: forty bird species in ten genera, drawn into JPEG files in CUB-200-2011's own layout."""
+"""The synthetic dataset: forty bird species in ten genera, drawn into JPEG files in CUB-200-2011's own layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.console import with_progress
+from engine.console import say, with_progress
 from engine.synthetic.drawing import SIDE, SUPERSAMPLE, Plan, draw_bird, random_pose
 from engine.synthetic.scenes import Nuisance, background, finish, random_nuisance, silhouette
 
@@ -144,7 +144,7 @@ def silhouettes(root: Path | str, names: Sequence[str]) -> list[Image.Image]:
     """
     stamp = _read_stamp(Path(root))
     if stamp is None or stamp.get("version") != VERSION:
-        raise ValueError(f"{root} is no demo world of version {VERSION}: where its birds are is not known")
+        raise ValueError(f"{root} is no synthetic dataset of version {VERSION}: where its birds are is not known")
     jobs = _jobs(Path(root), stamp["seed"], (stamp["train_per_species"], stamp["test_per_species"]))
     by_name = {f"images/{job.name}": job for job, _ in jobs}
     if unknown := [name for name in names if name not in by_name]:
@@ -184,7 +184,7 @@ def generate(
 
     Raises:
         ValueError: a count below 1, or a negative seed.
-        FileExistsError: ``root`` holds something that is not a demo world; it is left alone.
+        FileExistsError: ``root`` holds something that is not a synthetic dataset; it is left alone.
     """
     if min(train_per_species, test_per_species, workers) < 1 or seed < 0:
         raise ValueError(
@@ -196,7 +196,7 @@ def generate(
     if _is_finished(root, stamp):
         return root
     if root.exists() and (not root.is_dir() or any(root.iterdir())) and not (root / STAMP).is_file():
-        raise FileExistsError(f"{root} exists and is not a demo world; name another folder (data.root) or remove it")
+        raise FileExistsError(f"{root} exists and is not a synthetic dataset; name another folder (data.root) or remove it")
     root.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
@@ -217,18 +217,19 @@ def generate(
 
 
 def ensure(root: Path | str, *, seed: int = 0, workers: int = 2, progress: bool = True) -> Path:
-    """The demo world of ``seed`` in its standard size at ``root``, drawn where there is none; a world that another version drew
-    is kept beside it under another name, and the log says so."""
+    """The synthetic dataset of ``seed`` in its standard size at ``root``, drawn where there is none. One drawn by another
+    version is kept beside it under another name, and the log says so."""
     root = Path(root)
     if not is_missing(root):
         return root
     stamp = _read_stamp(root)
     if stamp is not None:
-        from engine.console import say
-
         number = next(n for n in range(1, 10**6) if not root.with_name(f"{root.name}.{n}").exists())
         root.rename(root.with_name(f"{root.name}.{number}"))
-        say(f"{root} was drawn by version {stamp.get('version')} of the demo world, now it is {VERSION}: moved to {root}.{number}")
+        say(
+            f"{root} was drawn by version {stamp.get('version')} of the synthetic dataset, this is version {VERSION}: "
+            f"moved to {root}.{number}"
+        )
     return generate(root, seed, workers=workers, progress=progress)
 
 
@@ -265,5 +266,5 @@ def _draw_all(root: Path, seed: int, counts: tuple[int, int], workers: int, prog
             # spawn: the caller may already hold threads (torch, DALI), which do not survive a fork.
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             done = pool.map(_write, todo, chunksize=20)
-        for _ in with_progress(done, len(jobs), "drawing the demo world", progress):
+        for _ in with_progress(done, len(jobs), "drawing the synthetic dataset", progress):
             pass

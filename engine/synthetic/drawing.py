@@ -1,4 +1,4 @@
-"""How a bird of the demo world is drawn from the build of its genus and the parts of its species.
+"""How a bird of the synthetic dataset is drawn from the build of its genus and the parts of its species.
 
 Lengths are in units of the figure's scale, x points forward, y points down. Nothing here is random but ``random_pose``.
 Images are drawn ``SUPERSAMPLE`` times too large and reduced at the end.
@@ -48,16 +48,16 @@ def turned(points: Sequence[Sequence[float]], angle: float, origin: tuple[float,
 class Brush:
     """Draws outlines given in figure units onto one image, under a scale, a turn, a mirror and a shift."""
 
-    def __init__(self, image: Image.Image, scale: float, angle: float, flip: bool, centre: tuple[float, float]) -> None:
+    def __init__(self, image: Image.Image, scale: float, angle: float, flip: bool, center: tuple[float, float]) -> None:
         self.image = image
         self.pen = ImageDraw.Draw(image)
-        self.scale, self.flip, self.centre = scale, flip, centre
+        self.scale, self.flip, self.center = scale, flip, center
         c, s = np.cos(angle), np.sin(angle)
         self.matrix = np.array([[c, s], [-s, c]]) * scale
 
     def place(self, points: Sequence[Sequence[float]] | np.ndarray) -> list[tuple[float, float]]:
         p = np.asarray(points, float).reshape(-1, 2)
-        p = (p * (-1, 1) if self.flip else p) @ self.matrix + self.centre
+        p = (p * (-1, 1) if self.flip else p) @ self.matrix + self.center
         return [tuple(q) for q in p.tolist()]
 
     def polygon(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float]) -> None:
@@ -88,7 +88,7 @@ class Plan:
     tilt: float = 12.0
     """How far the body's front is raised."""
     head: tuple[float, float, float] = (0.12, -0.2, 0.25)
-    """Head centre relative to the body's front, and radius."""
+    """Head center relative to the body's front, and radius."""
     beak: str = "cone"
     beak_length: float = 0.24
     tail: str = "square"
@@ -108,7 +108,7 @@ class Pose:
     scale: float
     angle: float
     flip: bool
-    centre: tuple[float, float]
+    center: tuple[float, float]
     tint: Colour
     light: float
     head: tuple[float, float]
@@ -117,12 +117,12 @@ class Pose:
 
 
 def random_pose(rng: np.random.Generator, size: int) -> Pose:
-    """A pose rarely at the centre of an image of ``size`` pixels; a beak or tail may reach beyond its border."""
+    """A pose rarely at the center of an image of ``size`` pixels; a beak or tail may reach beyond its border."""
     return Pose(
         scale=rng.uniform(0.38, 0.5) * size,
         angle=np.deg2rad(rng.uniform(-14, 14)),
         flip=bool(rng.random() < 0.5),
-        centre=tuple(size * (0.5 + rng.uniform(-0.16, 0.16, 2))),
+        center=tuple(size * (0.5 + rng.uniform(-0.16, 0.16, 2))),
         tint=tuple(rng.normal(0, 4, 3)),
         light=rng.uniform(0.92, 1.08),
         head=tuple(rng.normal(0, 0.025, 2)),
@@ -147,7 +147,7 @@ def _coat(brush: Brush, outline: np.ndarray, axis: float, half: tuple[float, flo
 
 
 def _beak(kind: str, r: float, n: float) -> np.ndarray:
-    """Outline of a beak of length ``n`` on a head of radius ``r`` centred at zero."""
+    """Outline of a beak of length ``n`` on a head of radius ``r`` centered at zero."""
     shapes = {
         "cone": [(r * 0.7, -0.14), (r * 0.9 + n, 0.03), (r * 0.7, 0.15)],
         "thin": [(r * 0.8, -0.05), (r * 0.9 + n, 0.02), (r * 0.8, 0.07)],
@@ -216,7 +216,7 @@ def draw_bird(image: Image.Image, plan: Plan, parts: frozenset[str], pose: Pose)
     """Paint one bird with the given parts onto ``image``."""
     if unknown := parts.difference(PARTS):
         raise ValueError(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
-    brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
+    brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.center)
     crown, base, cover = (tuple((c + t) * pose.light for c, t in zip(HUES[hue], pose.tint, strict=True)) for hue in HEAD_BODY_WING)
     accent = shade(ACCENTS[plan.accent], 0.55 + 0.45 * pose.light)
     dark, darker, pale = shade(cover, 0.8), shade(base, 0.5), mix(base, (235, 225, 205), 0.55)

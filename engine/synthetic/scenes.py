@@ -1,4 +1,4 @@
-"""What surrounds a bird of the demo world: places, light, occluders, and members of seven other categories."""
+"""What surrounds a bird of the synthetic dataset: places, light, occluders, and members of seven other categories."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
     if rng.random() < 0.2:
         pose = random_pose(rng, small)
         middle = small * (0.5 + rng.choice((-0.36, 0.36), 2) + rng.normal(0, 0.04, 2))
-        pose = replace(pose, scale=pose.scale * 0.4, centre=tuple(middle))
+        pose = replace(pose, scale=pose.scale * 0.4, center=tuple(middle))
         draw_other(image, CATEGORIES[rng.integers(1, len(CATEGORIES))], pose, rng)
     image = image.filter(ImageFilter.GaussianBlur(small * 0.016))
     return image.resize((size, size), Image.Resampling.BICUBIC)
@@ -145,7 +145,7 @@ def _stripes(brush: Brush, outline: np.ndarray, colour: Colour, at: np.ndarray, 
 
 def draw_other(image: Image.Image, category: str, pose: Pose, rng: np.random.Generator) -> None:
     """Paint one member of a category that is not a bird, in the birds' own colours, onto ``image``."""
-    brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.centre)
+    brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.center)
     colours = (*HUES.values(), *ACCENTS.values())
     coat = shade(mix(colours[rng.integers(len(colours))], pose.tint, 0.0), pose.light)
     dark, glass = shade(coat, 0.62), (186, 208, 216)

@@ -2,7 +2,8 @@
 
 It is a small open_clip model trained on drawn images with captions. A caption names the category and the surroundings (place,
 light, occluder) and nothing else; a scene with a bird is drawn twice, as two species, and a difference between their embeddings
-costs, so that what the teacher says about a bird hardly depends on its species. Its images share no seed with the demo world.
+costs, so that what the teacher says about a bird hardly depends on its species. Its images share no seed with
+the synthetic dataset.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from engine.synthetic.teacher import CONFIG, WEIGHTS
 from ppssl.teacher import load_descriptions
 
 STREAM = 0x7EAC4E5
-"""First number of every seed of a teacher image; the demo world's seeds have four numbers, these have three."""
+"""First number of every seed of a teacher image; the synthetic dataset's seeds have four numbers, these have three."""
 
 NOUNS: dict[str, tuple[str, ...]] = {
     "bird": ("a bird", "a feathered bird", "a wild bird", "a winged animal with feathers"),
@@ -102,7 +103,7 @@ def _views(images: Tensor, generator: torch.Generator) -> Tensor:
     return (x * (0.7 + 0.6 * rand[6]).view(-1, 1, 1, 1)).clamp(0, 1)
 
 
-def _normalise(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
     return (x - mean) / std
@@ -136,7 +137,7 @@ def train(count: int, epochs: int, seed: int, workers: int, twin_weight: float =
         first = _views(images[batch, 0], generator)
         generator.set_state(state)
         second = _views(images[batch, 1], generator)
-        embedded, text, scale = model(_normalise(torch.cat([first, second])), texts[batch, which])
+        embedded, text, scale = model(_normalize(torch.cat([first, second])), texts[batch, which])
         one, two = embedded[:batch_size], embedded[batch_size:]
         twin = (one - two).square().sum(1).mean()
         loss = (contrast(one, text, scale) + contrast(two, text, scale)) / 2 + twin_weight * twin

@@ -52,7 +52,7 @@ class World:
             dist.all_reduce(torch.zeros(()))
 
     @contextmanager
-    def first_then_others(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """What is inside is done by the first process alone, then by the others, who find its files."""
         if not self.first:
             self.barrier()
@@ -78,7 +78,7 @@ class World:
         self._asked = None
         return int(votes)
 
-    def share(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The first process's plain ``value``."""
         if not self.group:
             return value
@@ -87,7 +87,7 @@ class World:
         return box[0]
 
     @torch.no_grad()
-    def spread(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Gives every process the first one's parameters and buffers: random numbers may differ in their last bit between
         machines."""
         if self.group:

@@ -27,8 +27,8 @@ class Guard:
     of a run that never saw this batch. After ``patience`` bad steps in a row every step is refused until the host reads
     ``streak``, so that the state a replay starts from is still there.
 
-    Used in this order: ``keep`` before the forward pass, ``judge`` once loss and gradients are there, ``restore``, then whoever
-    changes state asks ``bad``; ``count`` after the step. Everything is in place, so a captured or compiled step may hold it.
+    Used in this order: ``keep`` before the forward pass, ``check_finite`` once loss and gradients are there, ``restore``, then
+    whoever changes state asks ``bad``; ``count`` after the step. Everything is in place: a captured or compiled step may hold it.
     """
 
     def __init__(self, method: Method, device: torch.device, *, patience: int):
@@ -48,7 +48,7 @@ class Guard:
         return torch.cat(self.statistics) if self.statistics else None
 
     @torch.no_grad()
-    def judge(self, total: Tensor, grad_norm: Tensor, scale: Tensor | None = None) -> None:
+    def check_finite(self, total: Tensor, grad_norm: Tensor, scale: Tensor | None = None) -> None:
         """Sets ``bad``. scale: of fp16 losses; a gradient that overflows is then the scaler's business, which skips that step and
         halves the scale, until there is nothing left to halve."""
         overflow = ~torch.isfinite(grad_norm)

@@ -132,7 +132,7 @@ _KINDS = tuple(
         "maxout": r"ppssl::maxout|^_(project|statistics|activate|pool|grad_mask|grad_projection|grad_feature)_kernel",
         "gradcam": r"ppssl::gradcam|^_(image|mean|map)_kernel",
         "enqueue": r"ppssl::enqueue",
-        "optimiser": r"optimizer\.step|multi_tensor_apply|fused_?sgd|_foreach_",
+        "optimizer": r"optimizer\.step|multi_tensor_apply|fused_?sgd|_foreach_",
         "bn": r"batch_?norm|bn_[fb]w|bnfw|bnbw",
         "conv": r"conv(?!ert)|fprop|dgrad|wgrad|winograd|implicit_gemm",
         "layout": r"nchwtonhwc|nhwctonchw|reorder",
@@ -147,7 +147,7 @@ _KINDS = tuple(
     }.items()
 )
 # Work launched below these belongs to them, whatever its own name is.
-_OWNERS = ("infonce", "maxout_image", "maxout", "gradcam", "enqueue", "optimiser")
+_OWNERS = ("infonce", "maxout_image", "maxout", "gradcam", "enqueue", "optimizer")
 
 
 def kernel_kind(name: str, parents: Iterable[str] = ()) -> str:

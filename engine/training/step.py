@@ -1,4 +1,4 @@
-"""One training step of a method: momentum update, forward, gradients, optimiser, enqueue. It owns what changes the weights, and is
+"""One training step of a method: momentum update, forward, gradients, optimizer, enqueue. It owns what changes the weights, and is
 the only file that knows ``torch.compile``."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Step:
     """Callable that trains ``method`` on one batch.
 
     optimizer: SGD over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum update;
-    total_steps: the whole run's, for warm-ups. ``step`` is the number of steps done.
+    total_steps: the whole run's, for warm-ups. ``steps_done`` counts the steps.
     compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
     update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
     of torch.compile. graph: capture the step as a CUDA graph.
@@ -93,7 +93,7 @@ class Step:
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
         self.precision, self.total_steps = precision, total_steps
         self.scaler = precision.scaler()
-        self.step = 0
+        self.steps_done = 0
         (group,) = optimizer.param_groups
         self.parameters = group["params"]
         # kept apart: a graph that read the group would be bound to its learning rate too, and compiled anew at every step
@@ -123,14 +123,14 @@ class Step:
         ``skipped`` (1.0 where the step was bad and changed nothing) added."""
         self.set_schedule()
         output = self.run(self.prepare(batch))
-        self.guard.count(self.step, output, batch.index)
-        self.step += 1
+        self.guard.count(self.steps_done, output, batch.index)
+        self.steps_done += 1
         return output._replace(stats=output.stats | {"skipped": self.guard.bad.float()})
 
     def _eager(self, batch: Batch) -> Output:
         kept = self.guard.keep()
         output, gradients = self.gradients(batch)
-        self.judge(output, kept)
+        self.check_finite(output, kept)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.precision.scales:
@@ -173,9 +173,9 @@ class Step:
         output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
         return output, gradients
 
-    def judge(self, output: Output, kept: Tensor | None) -> None:
+    def check_finite(self, output: Output, kept: Tensor | None) -> None:
         """Decides on the device whether this step counts; takes back what the forward pass did to the statistics if not."""
-        self.guard.judge(output.total, output.stats["grad_norm"], self.context.loss_scale)
+        self.guard.check_finite(output.total, output.stats["grad_norm"], self.context.loss_scale)
         self.guard.restore(kept)
 
     def averaged(self, output: Output, gradients: Sequence[Tensor | None]) -> tuple[Output, list[Tensor | None]]:
@@ -193,7 +193,7 @@ class Step:
         return output._replace(total=total["total"], terms=terms, stats=stats), gradients
 
     def _keep_buffers(self) -> None:
-        """Puts the momentum buffers where the optimiser keeps them. They begin as zeros: the first update of a zero buffer is the
+        """Puts the momentum buffers where the optimizer keeps them. They begin as zeros: the first update of a zero buffer is the
         gradient itself, as in ``torch.optim.SGD``, and a first step that is skipped leaves them defined."""
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
@@ -202,7 +202,7 @@ class Step:
         """Everything from the momentum update to the enqueue, with the learning rate read from the device."""
         kept = self.guard.keep()
         output, gradients = self.gradients(batch)
-        self.judge(output, kept)
+        self.check_finite(output, kept)
         with torch.no_grad():
             used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
             parameters, found, buffers = map(list, zip(*used, strict=True))
@@ -261,8 +261,8 @@ class Step:
 
     def set_schedule(self) -> None:
         """Puts this step's learning rate, the share of the run that is done and the loss scale where they are read."""
-        rate = self.lr(self.step)
-        self.context.progress.fill_(self.step / self.total_steps)
+        rate = self.lr(self.steps_done)
+        self.context.progress.fill_(self.steps_done / self.total_steps)
         self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -271,14 +271,14 @@ class Step:
 
     def state_dict(self) -> dict:
         return {
-            "step": self.step,
+            "step": self.steps_done,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "guard": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
+        self.steps_done = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             buffer.copy_(self.optimizer.state[parameter]["momentum_buffer"])

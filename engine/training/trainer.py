@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, log lines, checkpoints; resumes to the bit and stops on a signal without losing a step."""
+"""The training loop: steps, log lines, checkpoints. It resumes bit-identically and stops on a signal without losing a step."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """Epochs done."""
-        return self.step.step // self.loader.steps_per_epoch
+        return self.step.steps_done // self.loader.steps_per_epoch
 
     def fit(self) -> Summary:
         """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` after ``max_bad_steps`` steps in a row whose
@@ -161,7 +161,7 @@ class Trainer:
         write_atomically(RunFolder(self.out).config, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     def _fit(self) -> Summary:
-        step, began = self.step, self.step.step
+        step, began = self.step, self.step.steps_done
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
@@ -170,11 +170,11 @@ class Trainer:
         with signals, self.log as log, profile, self.saver, self.saved_when_broken():
             hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
-                lr = step.lr(step.step)
+                lr = step.lr(step.steps_done)
                 batch = self.with_teacher(batch)
-                if step.step == began and self.out is not None and self.config is None:
+                if step.steps_done == began and self.out is not None and self.config is None:
                     self.write_settings(batch)
-                if step.step == began and self.execution.compile != "off":
+                if step.steps_done == began and self.execution.compile != "off":
                     output, compiling = self.first_step(batch)
                 else:
                     output = step(batch)
@@ -183,22 +183,22 @@ class Trainer:
                 log.add(output, images=batch_size)
                 self.saver.poll()
                 stop = self.world.vote(asked.number)
-                last = step.step == self.total_steps
-                if step.step % self.log_every == 0 or last or stop:
+                last = step.steps_done == self.total_steps
+                if step.steps_done % self.log_every == 0 or last or stop:
                     self.check()
                     self.write_line(lr)
                 if not stop:
                     hooking += self.timed(self.run_hooks)
-                if step.step % self.save_every == 0 or last or stop:
+                if step.steps_done % self.save_every == 0 or last or stop:
                     saving += self.timed(self.save)
                 if stop and not last:
                     saving += self.timed(self.saver.wait)
                     raise Stopped(stop, self.saver.saved)
             saving += self.timed(self.saver.wait)
         seconds = time.perf_counter() - started
-        images = (step.step - began) * batch_size
+        images = (step.steps_done - began) * batch_size
         training = max(seconds - compiling - saving - hooking, 1e-9)
-        return Summary(step.step - began, seconds, compiling, images / training, log.waited_total / training, saving, hooking)
+        return Summary(step.steps_done - began, seconds, compiling, images / training, log.waited_total / training, saving, hooking)
 
     def first_step(self, batch: Batch) -> tuple[Output, float]:
         """The step that compiles: shown as such, its seconds left out of the speed."""
@@ -223,18 +223,18 @@ class Trainer:
     def write_line(self, lr: float) -> None:
         """The due log line. Raises ``OSError`` naming the last good checkpoint when it cannot be written."""
         try:
-            self.log.line(step=self.step.step, epoch=self.epoch, lr=lr)
+            self.log.line(step=self.step.steps_done, epoch=self.epoch, lr=lr)
         except OSError as error:
             self.saver.wait()
             raise OSError(
-                f"the log of step {self.step.step} could not be written in {self.out} ({error}); last good checkpoint: "
+                f"the log of step {self.step.steps_done} could not be written in {self.out} ({error}); last good checkpoint: "
                 f"{self.saver.saved or 'none'}; make room, then run the same command: it continues there"
             ) from error
 
     def run_hooks(self) -> None:
         """Calls the hooks where an epoch has just ended, once an epoch. Before the save, which remembers it: nothing that they
         write is lost when the run dies."""
-        if self.step.step % self.loader.steps_per_epoch == 0 and self.epoch > max(0, self.hooked_epoch):
+        if self.step.steps_done % self.loader.steps_per_epoch == 0 and self.epoch > max(0, self.hooked_epoch):
             for hook in self.hooks:
                 hook(self)
             self.hooked_epoch = self.epoch
@@ -293,13 +293,13 @@ class Trainer:
     def save(self) -> None:
         """Begins to write a checkpoint and the network's weights into the run folder, in the background; their numbers are finite,
         since a step that is not changes nothing. All processes call it: they hold parts of the state, one writes it."""
-        if (self.out is None and self.world.size == 1) or self.saved_step == self.step.step:
+        if (self.out is None and self.world.size == 1) or self.saved_step == self.step.steps_done:
             return
         self.check()
         state = self.state()
-        self.saved_step = self.step.step
+        self.saved_step = self.step.steps_done
         if self.out is not None:
-            metadata = {"step": str(self.step.step), "epoch": str(self.epoch)}
+            metadata = {"step": str(self.step.steps_done), "epoch": str(self.epoch)}
             self.saver.save(state, self.method.network.weights(), metadata)
 
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
@@ -317,8 +317,8 @@ class Trainer:
             raise ValueError(f"resume: {path} is of another method or network than this config's: {reason}") from error
         self.saver.saved = path
         if self.out is not None:
-            rewind_metrics(self.out, self.step.step)
-        say(f"continuing {path} at step {self.step.step} of {self.total_steps}")
+            rewind_metrics(self.out, self.step.steps_done)
+        say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
 
 
 def known_settings(

@@ -25,7 +25,7 @@ from engine.data import catalog, teacher_cache
 from engine.errors import ConfigError
 from engine.pretrained import weights_file
 from engine.pretrained.run import load_run
-from engine.pretrained.third_party import initialise
+from engine.pretrained.third_party import initialize
 from engine.replay import replay
 from engine.training import checkpoint, find_checkpoint
 from engine.training.trainer import Trainer
@@ -304,7 +304,7 @@ def weights(name: str, file: str, write: Callable[[Path], object], *words: str, 
 
     def run(folder: Path) -> object:
         write(folder / file)
-        return initialise(Trunk("resnet18_w8"), str(folder / file))
+        return initialize(Trunk("resnet18_w8"), str(folder / file))
 
     return Case(f"weights {name}", run, error, (file, *words))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from miniatures import make, picture
 from PIL import Image
 
+from engine import check
 from engine.data import inspection
 from engine.data.catalog import load
 
@@ -52,7 +54,7 @@ def test_the_command_prints_a_table_and_writes_a_sheet(cub, capsys):
     (cub / "images/001.Black_footed_Albatross/Black_footed_Albatross_0000.jpg").write_bytes(b"")
     picture(cub / "images/003.Sooty_Albatross/Sooty_Albatross_0003.jpg", (50, 20)).rename(cub / "x.png")
     Image.open(cub / "x.png").convert("CMYK").save(cub / "images/003.Sooty_Albatross/Sooty_Albatross_0003.jpg")
-    assert inspection.main(arguments(cub)) == 0
+    assert check.main(arguments(cub)) == 0
     printed = capsys.readouterr().err
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in printed.splitlines() if "│" in line}
     assert rows["images"] == ["5", "6"] and rows["classes"] == ["3 of 3", "3 of 3"]
@@ -71,7 +73,7 @@ def test_the_sheet_shows_training_images_left_and_test_images_right(cub):
     for images, colour in ((catalog.train, (200, 0, 0)), (catalog.test, (0, 0, 200))):
         for i in range(len(images)):
             Image.new("RGB", (40, 30), colour).save(images.path(i), "PNG")
-    pixels = np.asarray(inspection.contact_sheet(load("cub", cub, progress=False)))
+    pixels = np.asarray(inspection.class_sheet(load("cub", cub, progress=False)))
     red, blue = ((pixels == colour).all(2).any(0) for colour in ((200, 0, 0), (0, 0, 200)))
     assert np.flatnonzero(red)[[0, -1]].tolist() == [8, 8 + 120 + 111]
     assert np.flatnonzero(blue)[[0, -1]].tolist() == [8 + 480, 8 + 480 + 120 + 111]
@@ -81,22 +83,28 @@ def test_photos_without_labels(tmp_path, capsys):
     for i in range(3):
         picture(tmp_path / f"photos/[red] {i}.png", seed=i)
     args = ["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]
-    assert inspection.main(args) == 0
+    assert check.main(args) == 0
     assert "no labels" in capsys.readouterr().err and (tmp_path / "sheet.png").is_file()
 
 
 def test_exit_codes(cub, tmp_path, capsys, monkeypatch):
-    assert inspection.main(arguments(tmp_path)) == 1
+    assert check.main(arguments(tmp_path)) == 1
     assert "unpack CUB_200_2011.tgz" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert inspection.main([*arguments(cub), "--out", str(tmp_path / "file/sheet.png")]) == 1
+    assert check.main([*arguments(cub), "--out", str(tmp_path / "file/sheet.png")]) == 1
     assert "file/sheet.png cannot be written" in capsys.readouterr().err
     for wrong in (["data.rot=1"], ["--image-size"], ["data.image_size=0"]):
         with pytest.raises(SystemExit, match="2"):
-            inspection.main([*arguments(cub), *wrong])
+            check.main([*arguments(cub), *wrong])
     with pytest.raises(SystemExit, match="0"):
-        inspection.main(["--help"])
+        check.main(["--help"])
     assert "--out SHEET.png" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["check"])
     with pytest.raises(SystemExit, match="2"):
-        inspection.main()
+        check.main()
+
+
+@pytest.mark.parametrize(("old", "new"), [("check", "engine.check"), ("show", "engine.check --views FILE")])
+def test_the_former_commands_name_the_new_ones(old: str, new: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"engine.data.{old}", "--cfg", "demo"], capture_output=True, text=True)
+    assert done.returncode == 2 and new in done.stderr

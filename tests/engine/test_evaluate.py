@@ -1,4 +1,4 @@
-"""``python -m engine.evaluate``: runs and weights files, row 0, what is written, what is refused."""
+"""``python -m engine.evaluate``: runs and weights files, baselines, what is written, what is refused."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_command_prints_and_writes(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_all_protocols_fractions_and_row_0(run: Path, capsys: pytest.CaptureFixture[str]):
-    line = [str(run), "--protocol", "retrieval,knn,linear", "--fractions", "100,50,20", "--row0"]
+    line = [str(run), "--protocol", "retrieval,knn,linear", "--fractions", "100,50,20", "--baselines"]
     assert main(line) == 0
     records = written(run / "evaluation.json")
     assert {r["model"] for r in records} == {"run", "initial"}  # MoCo has no teacher
@@ -99,7 +99,7 @@ def test_all_protocols_fractions_and_row_0(run: Path, capsys: pytest.CaptureFixt
     for word in ("knn, k 12", "linear sgd, 50 %", "3 training images", "draw 0", "initial", "convex, 20 %: left out"):
         assert word in shown
     # Asked again, records take the place of the older ones.
-    assert main([str(run), "--protocol", "linear,retrieval", "--row0"]) == 0
+    assert main([str(run), "--protocol", "linear,retrieval", "--baselines"]) == 0
     again = without_seconds(written(run / "evaluation.json"))
     assert len(again) == len(records) and all(record in again for record in without_seconds(records))
 
@@ -109,7 +109,7 @@ def test_row_0_of_a_run_with_a_teacher(run: Path, photos: Path):
     cfg = from_yaml(text.replace("weights: openai", "weights: birds"))
     (run / "config.yaml").write_text(to_yaml(cfg))
     save_weights(run / "weights.safetensors", build.initial_network(cfg).weights(), {"step": "0", "epoch": "0"})
-    assert main([str(run), "--row0"]) == 0
+    assert main([str(run), "--baselines"]) == 0
     mine, initial, teacher = written(run / "evaluation.json")
     assert [r["model"] for r in (mine, initial, teacher)] == ["run", "initial", "teacher"]
     assert mine["feature"] == initial["feature"] == "l2(gap(A * F)), 64-d" and mine["mAP"] == initial["mAP"]
@@ -143,7 +143,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_data_that_cannot_be_judged(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_data_that_cannot_be_evaluated(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     flat = photos / "test" / "class1"
     assert main([str(run), f"data.root={flat}"]) == 1
     text = said(capsys)
@@ -196,7 +196,7 @@ def test_what_is_no_run_and_no_weights_file(run: Path, photos: Path, tmp_path: P
     assert main([str(run), "--cfg", recipe]) == 1
     assert "brings its own config" in said(capsys)
     assert main([str(run), "encoder.arch=resnet50"]) == 1
-    assert "judged as it was trained" in said(capsys)
+    assert "evaluated as it was trained" in said(capsys)
     (run / "weights.safetensors").unlink()
     assert main([str(run)]) == 1
     assert "weights.safetensors" in said(capsys)
@@ -210,3 +210,9 @@ def test_usage(line: list[str]):
     with pytest.raises(SystemExit) as caught:
         main(line)
     assert caught.value.code == 2
+
+
+def test_the_former_name_of_an_option_names_the_new_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run), "--row0"])
+    assert stopped.value.code == 2 and "--baselines" in capsys.readouterr().err

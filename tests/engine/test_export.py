@@ -140,7 +140,7 @@ def test_the_card(plain: Path) -> None:
     facts = json.loads(text)
     assert facts["metrics"]["last"]["rank1"] == 0.5 and facts["metrics"]["evaluation"][0]["top1"] == 0.375
     assert facts["training"]["commit"] == "0123456789ab" and (facts["training"]["epoch"], facts["training"]["step"]) == (1, 46)
-    assert facts["preprocessing"]["resize_short_side"] == 73 and facts["preprocessing"]["centre_crop"] == SIZE
+    assert facts["preprocessing"]["resize_short_side"] == 73 and facts["preprocessing"]["center_crop"] == SIZE
     assert facts["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert facts["network"]["dimension"] == 512 and facts["config"]["queue.size"] == 65536
     assert facts["config"]["data.root"] == "CUB_200_2011" and "/somebody" not in text  # no paths of the machine

@@ -146,7 +146,7 @@ def test_every_configuration_resumes_to_the_bit_in_the_middle_of_an_epoch(
     resumed.resume(tmp_path / "whole/checkpoints/step_000000002.pt")
     resumed.fit()
     resumed.loader.close()
-    assert resumed.step.step == 5
+    assert resumed.step.steps_done == 5
     states = [checkpoint.load(tmp_path / name / "checkpoints/step_000000005.pt") for name in ("whole", "resumed")]
     assert_equal(*states)
     losses = [[r["loss"] for r in run_folder.read_metrics(tmp_path / name) if r["step"] > 2] for name in ("whole", "resumed")]
@@ -313,7 +313,7 @@ def test_hooks_that_a_signal_kept_from_running_run_when_the_run_goes_on(recipe: 
     run = trainer.step.run
 
     def signalled(batch):
-        if trainer.step.step == 4:  # the last step of the first epoch
+        if trainer.step.steps_done == 4:  # the last step of the first epoch
             signal.raise_signal(signal.SIGTERM)
         return run(batch)
 

@@ -105,8 +105,8 @@ def test_the_transform_is_what_evaluation_sees(run: Path, photos: Path) -> None:
     network = engine.load(run)
     cfg = replace(Config(), data=DataConfig(name="folder", root=str(photos), image_size=SIZE, workers=0))
     images = load_catalog("folder", photos, workers=1, progress=False).train
-    ((judged, _),) = clean_batches(images, resize=clean_resize(SIZE), crop=SIZE, workers=cfg.data.workers)
-    for i, expected in enumerate(judged):
+    ((evaluated, _),) = clean_batches(images, resize=clean_resize(SIZE), crop=SIZE, workers=cfg.data.workers)
+    for i, expected in enumerate(evaluated):
         assert torch.equal(network.transform(images.path(i)), expected)
         with Image.open(images.path(i)) as image:
             assert torch.equal(network.transform(image), expected)
@@ -190,5 +190,5 @@ def test_a_run_can_be_moved_aside(tmp_path: Path) -> None:
     train(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = train(tmp_path / "run", resume="none")
-    assert again.step.step == 8 and (tmp_path / "run.1" / "metrics.jsonl").read_text() == before
+    assert again.step.steps_done == 8 and (tmp_path / "run.1" / "metrics.jsonl").read_text() == before
     assert len([r for r in run_folder.read_metrics(tmp_path / "run") if r["kind"] == "train"]) == 1

@@ -1,4 +1,4 @@
-"""``python -m engine.train`` from JPEG files to numbers: runs, resumes to the bit, stops on signals, refuses what is wrong."""
+"""``python -m engine.train`` from JPEG files to numbers: runs, resumes bit-identically, stops on signals, refuses what is wrong."""
 
 import json
 import math
@@ -76,11 +76,11 @@ def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
     records = run_folder.read_metrics(out)
     kinds = [r["kind"] for r in records]
     assert kinds[0] == "start" and kinds[-1] == "summary" and kinds.count("eval") == 2 and kinds.count("train") == STEPS // 2
-    judged = [r for r in records if r["kind"] == "eval"]
-    assert [r["epoch"] for r in judged] == [0, 2] and all(0 <= r[m] <= 1 for r in judged for m in ("rank1", "rank5", "mAP"))
+    evaluated = [r for r in records if r["kind"] == "eval"]
+    assert [r["epoch"] for r in evaluated] == [0, 2] and all(0 <= r[m] <= 1 for r in evaluated for m in ("rank1", "rank5", "mAP"))
     kept = json.loads((out / "evaluation.json").read_text())
     assert [(r["model"], r["epoch"], r["rank1"]) for r in kept] == [
-        ("initial", 0, judged[0]["rank1"]), ("run", 2, judged[1]["rank1"])
+        ("initial", 0, evaluated[0]["rank1"]), ("run", 2, evaluated[1]["rank1"])
     ]  # fmt: skip
     trained = [r for r in records if r["kind"] == "train"]
     assert all(
@@ -98,7 +98,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, m
     def save_then_ctrl_c(self: Trainer) -> None:
         save(self)
         if not seen:
-            seen.append(self.step.step)
+            seen.append(self.step.steps_done)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "save", save_then_ctrl_c)
@@ -134,7 +134,7 @@ def test_a_finished_run_is_shown_again_not_trained_again(recipe: Path, capfd: py
     assert run_folder.read_metrics(Path("runs/tiny")) == before and Path("runs/tiny/report.html").is_file()
 
 
-def test_a_run_that_ended_before_it_was_judged_is_judged(recipe: Path) -> None:
+def test_a_run_that_ended_before_it_was_evaluated_is_evaluated(recipe: Path) -> None:
     assert main(["--cfg", str(recipe)]) == 0
     path = Path("runs/tiny/metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -246,7 +246,7 @@ def test_config_errors_have_a_code_of_their_own(
     fails(["--cfg", str(recipe), override, "--out", "never"], capfd, *words, code=2)
 
 
-def test_without_pairs_of_a_class_nothing_is_judged(
+def test_without_pairs_of_a_class_nothing_is_evaluated(
     recipe: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     flat = tmp_path / "flat"
@@ -254,7 +254,7 @@ def test_without_pairs_of_a_class_nothing_is_judged(
     for i, path in enumerate(sorted((world / "images").rglob("*.jpg"))[:16]):
         (flat / f"{i}.jpg").symlink_to(path)
     assert main(["--cfg", str(recipe), "data.name=folder", f"data.root={flat}", "--out", "flat-run", "epochs=1"]) == 0
-    assert "nothing to judge" in capfd.readouterr().err
+    assert "nothing to evaluate" in capfd.readouterr().err
     assert "eval" not in [r["kind"] for r in run_folder.read_metrics(Path("flat-run"))]
 
 

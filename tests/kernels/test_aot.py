@@ -1,4 +1,4 @@
-"""The ahead-of-time judge: what it calls a fault, that real code passes, and that every configuration can be found."""
+"""The ahead-of-time check: what it calls a fault, that real code passes, and that every configuration can be found."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from kernels.reference import ViewValues
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEVELS = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}
-"""Normalisation that leaves 0..255."""
+"""Normalization that leaves 0..255."""
 NAMES = ("brightness", "contrast", "saturation", "hue")
 SHAPES = [(30, 40), (50, 23), (9, 70), (20, 20), (1, 1), (3, 90)]
 

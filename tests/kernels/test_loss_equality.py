@@ -24,7 +24,7 @@ def moco(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 def solo_learn(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """solo-learn's MoCo V2+ loss, one of its two directions: the same cross entropy on rows normalised inside it, with the queue
+    """solo-learn's MoCo V2+ loss, one of its two directions: the same cross entropy on rows normalized inside it, with the queue
     as [D, K]."""
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     columns = queue.T.contiguous()
@@ -33,7 +33,7 @@ def solo_learn(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tenso
 
 
 def lightly(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """lightly's NTXentLoss with a memory bank: rows normalised inside it, negatives from the bank alone, and
+    """lightly's NTXentLoss with a memory bank: rows normalized inside it, negatives from the bank alone, and
     l_i = -log( exp(sim(q_i, k_i) / T) / (exp(sim(q_i, k_i) / T) + sum_j exp(sim(q_i, bank_j) / T)) )."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     positive = ((q * k).sum(1) / temperature).exp()
@@ -54,7 +54,7 @@ def fused(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 def fused_on_normalised_rows(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """The two libraries normalise inside the loss; here that is the caller's line."""
+    """The two libraries normalize inside the loss; here that is the caller's line."""
     return queue_infonce(F.normalize(q, dim=1), F.normalize(k, dim=1), queue, temperature=temperature)
 
 

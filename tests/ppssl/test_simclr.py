@@ -89,7 +89,7 @@ def test_it_learns_which_views_belong_together() -> None:
 
 
 def test_a_method_is_its_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that the project does not know trains, is logged, judged and loaded from a recipe, as soon as it is registered."""
+    """A method that the project does not know trains, is logged, evaluated and loaded from a recipe, once registered."""
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     world = dataset.generate(tmp_path / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False)
 

@@ -1,4 +1,4 @@
-"""The known data sets: what their folders hold, which archive it comes from, and the counts of the official split.
+"""The known layouts of data sets, by name: every module beside this one that has ``LAYOUTS`` adds to them.
 
 Only lists are read here, no picture is opened. What lies below the root is the user's own, so that links in it are followed
 wherever they lead; what a list says is not trusted (lists.py).
@@ -6,44 +6,25 @@ wherever they lead; what a list says is not trusted (lists.py).
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from engine.data.layouts import folders, official
-from engine.data.layouts.lists import Layout
-
-
-class Piece(NamedTuple):
-    """A file or folder of a data set."""
-
-    path: str
-    """Relative to the root; a folder ends with a slash."""
-    archive: str = ""
-    """What it is unpacked from; empty for a file that is downloaded as it is."""
-    instead: str = ""
-    """Another place where it may lie."""
-
-    def is_in(self, root: Path) -> bool:
-        return (root / self.path).exists() or bool(self.instead) and (root / self.instead).exists()
-
-    def holds(self, file: str) -> bool:
-        """Whether this is the folder of a listed file."""
-        return any(folder.endswith("/") and file.startswith(folder) for folder in (self.path, self.instead))
+from engine.data.layouts import folders
+from engine.data.layouts.lists import Known, Layout, Piece
 
 
-class Known(NamedTuple):
-    """What is known of a data set before it is read."""
+def _known() -> dict[str, Known]:
+    modules = sorted((path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__"), reverse=True)
+    found: dict[str, Known] = {}
+    for name in modules:
+        found |= getattr(importlib.import_module(f"{__name__}.{name}"), "LAYOUTS", {})
+    return found
 
-    title: str
-    read: Callable[[Path], Layout]
-    pieces: tuple[Piece, ...] = ()
-    makes: str = ""
-    """The folder that the archive itself makes; the root is this folder or the one it lies in."""
-    counts: tuple[int, int, int] | None = None
-    """Training images, test images and classes of the official split."""
+
+KNOWN = _known()
+"""Every value of ``data.name``."""
 
 
 def read(name: str, root: str | Path | None) -> Layout:
@@ -92,7 +73,7 @@ def expected(name: str) -> str:
     if name == "folder":
         return folders.EXPECTED
     if name == "birds":
-        return "the demo world (CUB-200-2011's layout), which is drawn where the folder is missing"
+        return "the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing"
     by_archive: dict[str, list[str]] = {}
     for piece in KNOWN[name].pieces:
         by_archive.setdefault(piece.archive, []).append(piece.path)
@@ -110,69 +91,8 @@ def remedy(name: str, root: Path, file: str) -> str:
 
 def _remedy(name: str, root: Path, piece: Piece) -> str:
     if name == "birds":
-        return f"remove {root} and the demo world is drawn again"
+        return f"remove {root} and the synthetic dataset is drawn again"
     if not piece.archive:
         return f"download {piece.path} into {root}"
     where = root.parent if root.name == KNOWN[name].makes else root
     return f"unpack {piece.archive}: tar -xf {piece.archive} -C {shlex.quote(str(where))}"
-
-
-def _from(archive: str, *paths: str) -> tuple[Piece, ...]:
-    return tuple(Piece(path, archive) for path in paths)
-
-
-_CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images/")
-KNOWN: dict[str, Known] = {
-    "birds": Known("the demo world", official.cub, _from("", *_CUB_FILES)),
-    "cub": Known("CUB-200-2011", official.cub, _from("CUB_200_2011.tgz", *_CUB_FILES), "CUB_200_2011", (5994, 5794, 200)),
-    "cars": Known(
-        "Stanford Cars",
-        official.cars,
-        (
-            *_from("car_devkit.tgz", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat"),
-            Piece(official.CARS_TEST, instead=f"devkit/{official.CARS_TEST}"),
-            Piece("cars_train/", "cars_train.tgz"),
-            Piece("cars_test/", "cars_test.tgz"),
-        ),
-        counts=(8144, 8041, 196),
-    ),
-    "aircraft": Known(
-        "FGVC-Aircraft",
-        official.aircraft,
-        _from(
-            "fgvc-aircraft-2013b.tar.gz",
-            "data/variants.txt",
-            "data/images_variant_trainval.txt",
-            "data/images_variant_test.txt",
-            "data/images/",
-        ),
-        makes="fgvc-aircraft-2013b",
-        counts=(6667, 3333, 100),
-    ),
-    "nabirds": Known(
-        "NABirds", official.nabirds, _from("nabirds.tar.gz", *_CUB_FILES, "classes.txt"), "nabirds", (23929, 24633, 555)
-    ),
-    "flowers": Known(
-        "Flowers102",
-        official.flowers,
-        (Piece("imagelabels.mat"), Piece("setid.mat"), Piece("jpg/", "102flowers.tgz")),
-        counts=(1020, 6149, 102),
-    ),
-    "butterfly": Known(
-        "Butterfly200",
-        official.butterfly,
-        (
-            *_from("", *(f"Butterfly200_{split}_release.txt" for split in ("train", "val", "test"))),
-            Piece("images/", "the archive of the images", instead="images_small/"),
-        ),
-        counts=(10270, 15009, 200),
-    ),
-    "dogs": Known(
-        "Stanford Dogs",
-        official.dogs,
-        (*_from("lists.tar", "train_list.mat", "test_list.mat"), Piece("Images/", "images.tar")),
-        counts=(12000, 8580, 120),
-    ),
-    "folder": Known("a folder", folders.read),
-}
-"""Every value of ``data.name``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engine.data.layouts.lists import BadFile, Layout, Split
+from engine.data.layouts.lists import BadFile, Known, Layout, Split
 
 EXPECTED = (
     "your own photos: train/<class>/*.jpg and optionally test/<class>/*.jpg or val/<class>/*.jpg, "
@@ -89,3 +89,6 @@ def _image_names(folder: Path, root: Path, bad: list[BadFile]) -> list[str]:
             else:
                 names.append(name_of(path))
     return sorted(names)
+
+
+LAYOUTS = {"folder": Known("a folder", read)}

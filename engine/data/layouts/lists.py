@@ -6,7 +6,7 @@ What a list says is not trusted: it names files by relative paths without ``..``
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -38,6 +38,41 @@ class Layout(NamedTuple):
     train: Split
     test: Split | None
     bad: list[BadFile]
+
+
+class Piece(NamedTuple):
+    """A file or folder of a data set."""
+
+    path: str
+    """Relative to the root; a folder ends with a slash."""
+    archive: str = ""
+    """What it is unpacked from; empty for a file that is downloaded as it is."""
+    instead: str = ""
+    """Another place where it may lie."""
+
+    def is_in(self, root: Path) -> bool:
+        return (root / self.path).exists() or bool(self.instead) and (root / self.instead).exists()
+
+    def holds(self, file: str) -> bool:
+        """Whether this is the folder of a listed file."""
+        return any(folder.endswith("/") and file.startswith(folder) for folder in (self.path, self.instead))
+
+
+class Known(NamedTuple):
+    """What is known of a data set before it is read."""
+
+    title: str
+    read: Callable[[Path], Layout]
+    pieces: tuple[Piece, ...] = ()
+    makes: str = ""
+    """The folder that the archive itself makes; the root is this folder or the one it lies in."""
+    counts: tuple[int, int, int] | None = None
+    """Training images, test images and classes of the official split."""
+
+
+def pieces_of(archive: str, *paths: str) -> tuple[Piece, ...]:
+    """The pieces that one archive holds."""
+    return tuple(Piece(path, archive) for path in paths)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

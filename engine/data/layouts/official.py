@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from engine.data.layouts import lists, matlab
-from engine.data.layouts.lists import Layout, Split, inside
+from engine.data.layouts.lists import Known, Layout, Piece, Split, inside, pieces_of
 
 AIRCRAFT_BANNER = 20
 """Rows at the bottom of every image of FGVC-Aircraft that name its photographer (the set's own README)."""
@@ -156,3 +156,56 @@ def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Lay
         return Split([n for n, _ in rows], [position[c] for _, c in rows], wanted)
 
     return Layout(root, tuple(classes[c] for c in ids), split(train, "train"), split(test, "test") if test else None, [])
+
+
+_CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images/")
+LAYOUTS: dict[str, Known] = {
+    "birds": Known("the synthetic dataset", cub, pieces_of("", *_CUB_FILES)),
+    "cub": Known("CUB-200-2011", cub, pieces_of("CUB_200_2011.tgz", *_CUB_FILES), "CUB_200_2011", (5994, 5794, 200)),
+    "cars": Known(
+        "Stanford Cars",
+        cars,
+        (
+            *pieces_of("car_devkit.tgz", "devkit/cars_meta.mat", "devkit/cars_train_annos.mat"),
+            Piece(CARS_TEST, instead=f"devkit/{CARS_TEST}"),
+            Piece("cars_train/", "cars_train.tgz"),
+            Piece("cars_test/", "cars_test.tgz"),
+        ),
+        counts=(8144, 8041, 196),
+    ),
+    "aircraft": Known(
+        "FGVC-Aircraft",
+        aircraft,
+        pieces_of(
+            "fgvc-aircraft-2013b.tar.gz",
+            "data/variants.txt",
+            "data/images_variant_trainval.txt",
+            "data/images_variant_test.txt",
+            "data/images/",
+        ),
+        makes="fgvc-aircraft-2013b",
+        counts=(6667, 3333, 100),
+    ),
+    "nabirds": Known("NABirds", nabirds, pieces_of("nabirds.tar.gz", *_CUB_FILES, "classes.txt"), "nabirds", (23929, 24633, 555)),
+    "flowers": Known(
+        "Flowers102",
+        flowers,
+        (Piece("imagelabels.mat"), Piece("setid.mat"), Piece("jpg/", "102flowers.tgz")),
+        counts=(1020, 6149, 102),
+    ),
+    "butterfly": Known(
+        "Butterfly200",
+        butterfly,
+        (
+            *pieces_of("", *(f"Butterfly200_{split}_release.txt" for split in ("train", "val", "test"))),
+            Piece("images/", "the archive of the images", instead="images_small/"),
+        ),
+        counts=(10270, 15009, 200),
+    ),
+    "dogs": Known(
+        "Stanford Dogs",
+        dogs,
+        (*pieces_of("lists.tar", "train_list.mat", "test_list.mat"), Piece("Images/", "images.tar")),
+        counts=(12000, 8580, 120),
+    ),
+}

@@ -19,8 +19,8 @@ from engine.data.catalog import ImageList
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import HARDWARE_DECODER_SHARE, cores
-from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
+from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
+from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
 from ppssl.ops import recolour
 
@@ -38,9 +38,9 @@ class DaliLoader:
     order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, share: Share = ALL):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, shard: Shard = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
-        self._images, self._cfg, self._with_clean, self._share = images, cfg, with_clean, share
+        self._images, self._cfg, self._with_clean, self._shard = images, cfg, with_clean, shard
         self._device = torch.device(device)
         self._gpu = self._device.type == "cuda"
         if self._gpu and self._device.index is None:
@@ -51,7 +51,7 @@ class DaliLoader:
         self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
         self._depth = _PREFETCH
         if self._gpu:
-            batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-(cfg.batch_size // share.processes) :].sum())
+            batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-(cfg.batch_size // shard.processes) :].sum())
             room = int(MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0])
             self._depth = depth_within(batch, room)
             if self._depth < _PREFETCH:
@@ -107,7 +107,7 @@ class DaliLoader:
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _values(self, step: int) -> tuple[np.ndarray, tuple[ViewValues, ViewValues]]:
-        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._share)
+        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._shard)
         sizes = self._images.sizes[index]
         query, key = (view_values(self._cfg.seed, epoch, index, view, sizes, self._cfg.data.image_size) for view in (0, 1))
         return index, (query, key)
@@ -138,7 +138,7 @@ class DaliLoader:
                 fed += [plain, pixels]
             for view in values:
                 fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
-            return fed + (_centres(images.sizes[index], side) if self._with_clean else [])
+            return fed + (_centers(images.sizes[index], side) if self._with_clean else [])
 
         decode: dict = {"device": "cpu"}
         if self._gpu:
@@ -156,7 +156,7 @@ class DaliLoader:
             self._dali_colour,
             self._with_clean,
             decode,
-            batch_size=self._cfg.batch_size // self._share.processes,
+            batch_size=self._cfg.batch_size // self._shard.processes,
             num_threads=self._workers,
             device_id=self._device.index if self._gpu else None,
             prefetch_queue_depth=self._depth,
@@ -168,7 +168,7 @@ class DaliLoader:
 @pipeline_def(enable_conditionals=True)
 def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: bool, decode: dict):
     """Positions [B] on the host, as they were fed; query view, key view and, if asked for, the original, each [B, side, side, 3]:
-    uint8 views where colour is still to come, else normalised, float32 on a CPU and float16 on a GPU."""
+    uint8 views where colour is still to come, else normalized, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
     view_inputs = 11 if dali_colour else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_clean else 0)
@@ -185,10 +185,10 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
         pixels = _resize(pixels, side, fed[first + 2], fed[first + 3], roi_relative=True)
         if dali_colour:
             pixels = _recolour(pixels, *fed[first + 4 : first + view_inputs])
-            pixels = _normalise(pixels, gpu)
+            pixels = _normalize(pixels, gpu)
         outputs.append(pixels)
     if with_clean:
-        outputs.append(_normalise(_resize(image, side, fed[-2], fed[-1]), gpu))
+        outputs.append(_normalize(_resize(image, side, fed[-2], fed[-1]), gpu))
     return tuple(outputs)
 
 
@@ -213,7 +213,7 @@ def _recolour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma)
     return pixels
 
 
-def _normalise(pixels, gpu: bool):
+def _normalize(pixels, gpu: bool):
     return fn.crop_mirror_normalize(
         pixels,
         dtype=types.FLOAT16 if gpu else types.FLOAT,
@@ -245,12 +245,12 @@ def _twists(values: ViewValues) -> list[np.ndarray]:
     return [values.jitter | values.grey, brightness, contrast, saturation, hue * 360, blur, values.blur_sigma]
 
 
-def _centres(sizes: np.ndarray, side: int) -> list[np.ndarray]:
-    """Start and end (y, x) [B, 2], in pixels of the source, of the centre crop of the resized image."""
+def _centers(sizes: np.ndarray, side: int) -> list[np.ndarray]:
+    """Start and end (y, x) [B, 2], in pixels of the source, of the center crop of the resized image."""
     boxes = []
     for height, width in sizes.tolist():
         new_height, new_width = resized((height, width), clean_resize(side))
-        top, left = centre_crop((new_height, new_width), side)
+        top, left = center_crop((new_height, new_width), side)
         y, x = height / new_height, width / new_width
         boxes.append((top * y, left * x, (top + side) * y, (left + side) * x))
     start, end = np.split(np.array(boxes, np.float32), 2, axis=1)

@@ -28,7 +28,7 @@ from engine.data.views import resized
 from engine.files import read_metadata, write_atomically
 
 FORMAT = 1
-"""Of the file; another number, and it is made anew."""
+"""Of the file; another number, and it is regenerated."""
 _SPARE_DISK = 1 << 30
 """Bytes that a cache leaves free on its disk."""
 

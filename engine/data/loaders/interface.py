@@ -21,7 +21,7 @@ class Loader(Protocol):
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of the steps ``start_step <= s < stop_step``, counted from the start of the run. Images are
-        normalised by IMAGENET_MEAN and IMAGENET_STD, channels_last on the device: float32 on a CPU, float16 on CUDA."""
+        normalized by IMAGENET_MEAN and IMAGENET_STD, channels_last on the device: float32 on a CPU, float16 on CUDA."""
         ...
 
     def close(self) -> None:

@@ -20,8 +20,8 @@ from engine.data.loaders.decoded import Decoded, decode, kept_sizes, total_bytes
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores, free_host_bytes
-from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
+from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
+from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
 from ppssl.method import Batch
 from ppssl.ops import augment, recolour
 
@@ -89,7 +89,7 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
 
 def build(
     images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, cache_dir: Path | None = None,
-    share: Share = ALL,
+    shard: Shard = ALL,
 ) -> ResidentLoader | None:  # fmt: skip
     """The resident loader that ``data.resident`` asks for, None for off. Memory that is short all the same makes ``auto`` go down
     one level. Raises as ``plan`` does, BrokenFile naming a file that no longer decodes."""
@@ -102,7 +102,7 @@ def build(
     while found.where != "off":
         try:
             decoded = decode(images, short_side=found.short_side, cache_dir=cache_dir, workers=cfg.data.workers)
-            return ResidentLoader(images, decoded, found, cfg, device, with_clean=with_clean, share=share)
+            return ResidentLoader(images, decoded, found, cfg, device, with_clean=with_clean, shard=shard)
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
             if cfg.data.resident != "auto":
                 raise
@@ -117,11 +117,11 @@ class ResidentLoader:
 
     def __init__(
         self, images: ImageList, decoded: Decoded, where: Plan, cfg: Config, device: torch.device, *, with_clean: bool = False,
-        share: Share = ALL,
+        shard: Shard = ALL,
     ):  # fmt: skip
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         self._images, self._decoded, self._cfg, self._with_clean = images, decoded, cfg, with_clean
-        self._share = share
+        self._shard = shard
         self._gpu = device.type == "cuda"
         if self._gpu and device.index is None:  # the thread that works ahead has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
@@ -221,7 +221,7 @@ class ResidentLoader:
 
     def _inputs(self, step: int) -> tuple[np.ndarray, object, Tensor, Tensor]:
         """Positions [B], and for the query views followed by the key views [2B]: values, offsets, sizes."""
-        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._share)
+        epoch, index = batch_at(self._cfg.seed, step, len(self._images), self._cfg.batch_size, self._shard)
         listed, kept = self._images.sizes[index], self._decoded.sizes[index]
         side = self._cfg.data.image_size
         values = [_fitted(view_values(self._cfg.seed, epoch, index, view, listed, side), listed, kept) for view in (0, 1)]
@@ -230,11 +230,11 @@ class ResidentLoader:
 
 
 def original_pixels(image: Tensor, side: int) -> Tensor:
-    """The un-augmented view of one image: short side resized (antialiased), centre crop. uint8 [H, W, 3] to [side, side, 3]."""
+    """The clean view of one image: short side resized (antialiased), center crop. uint8 [H, W, 3] to [side, side, 3]."""
     size = resized((image.shape[0], image.shape[1]), clean_resize(side))
     x = image.permute(2, 0, 1)[None]
     x = F.interpolate(x.float() if x.is_cuda else x, size, mode="bilinear", antialias=True)  # 8-bit on a CPU only
-    top, left = centre_crop(size, side)
+    top, left = center_crop(size, side)
     return x[0, :, top : top + side, left : left + side].round().to(torch.uint8).permute(1, 2, 0)
 
 
@@ -249,7 +249,7 @@ def _fitted(values: ViewValues, listed: np.ndarray, kept: np.ndarray) -> ViewVal
 
 
 def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, S, S, 3] -> normalised [B, 3, S, S] channels_last, by the fused op with nothing to do in between."""
+    """uint8 [B, S, S, 3] -> normalized [B, 3, S, S] channels_last, by the fused op with nothing to do in between."""
     kinds = (np.int32, bool, bool, np.float32, np.uint8, bool, np.float32)
     columns = (np.repeat(np.array(row, kind)[None], len(pixels), 0) for row, kind in zip(_NEUTRAL, kinds, strict=True))
     return recolour(pixels, to_tensors([ViewValues(*columns)], pixels.device), mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)

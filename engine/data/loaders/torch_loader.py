@@ -17,16 +17,16 @@ from engine.config import Config
 from engine.data.catalog import ImageList
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores
-from engine.data.sampler import ALL, Share, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, centre_crop, clean_resize, resized, view_values
+from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
+from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
 from engine.errors import BrokenFile
 from ppssl.method import Batch
 
 
 def clean_view(image: Image.Image, resize: int, crop: int, filter: Image.Resampling) -> Image.Image:
-    """Short side to ``resize`` (antialiased), centre square of side ``crop``."""
+    """Short side to ``resize`` (antialiased), center square of side ``crop``."""
     height, width = resized((image.height, image.width), resize)
-    top, left = centre_crop((height, width), crop)
+    top, left = center_crop((height, width), crop)
     return image.resize((width, height), filter).crop((left, top, left + crop, top + crop))
 
 
@@ -49,7 +49,7 @@ def execute_view(image: Image.Image, values: ViewValues, b: int, side: int) -> I
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-class Normalise:
+class Normalize:
     """uint8 [B, H, W, 3] on any device -> (x / 255 - mean) / std: [B, 3, H, W] channels_last of ``dtype`` on
     ``device``."""
 
@@ -71,19 +71,19 @@ class TorchLoader:
     steps.
 
     ``data.workers`` processes (None: the machine's cores; 0: this process) live until ``close``. They hand over 8-bit
-    pixels, which are normalised here on the device.
+    pixels, which are normalized here on the device.
     """
 
-    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, share: Share = ALL):
+    def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, shard: Shard = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         workers = cores() if cfg.data.workers is None else cfg.data.workers
         self.name = f"torch ({workers} workers)"
         self._device = torch.device(device)
         dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
+        self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
         self._steps = _Steps()
         self._loader = DataLoader(
-            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_clean, share),
+            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_clean, shard),
             batch_size=None,
             sampler=self._steps,
             num_workers=workers,
@@ -100,10 +100,10 @@ class TorchLoader:
         self._steps.range = range(start_step, stop_step)
         for x_q, x_k, x_clean, index in _checked(self._loader):
             yield Batch(
-                x_q=self._normalise(x_q),
-                x_k=self._normalise(x_k),
+                x_q=self._normalize(x_q),
+                x_k=self._normalize(x_k),
                 index=index.to(self._device, non_blocking=True),
-                x_clean=None if x_clean is None else self._normalise(x_clean),
+                x_clean=None if x_clean is None else self._normalize(x_clean),
             )
 
     def close(self) -> None:
@@ -142,9 +142,9 @@ class _StepDataset(Dataset):
     """Step -> (x_q, x_k, x_clean | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
     function of the step."""
 
-    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_clean: bool, share: Share):
+    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_clean: bool, shard: Shard):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
-        self.with_clean, self.share = with_clean, share
+        self.with_clean, self.shard = with_clean, shard
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | str:
         try:
@@ -153,7 +153,7 @@ class _StepDataset(Dataset):
             return str(error)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.share)
+        epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.shard)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
         shape = (3 if self.with_clean else 2, len(index), self.side, self.side, 3)
@@ -181,19 +181,19 @@ def clean_batches(
     workers: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clean (un-augmented) images in file order: short side resized (PIL, antialiased), center crop, normalized.
+    """Clean (clean) images in file order: short side resized (PIL, antialiased), center crop, normalized.
 
     workers: processes that decode; None takes the machine's cores, 0 decodes in this process.
     Yields (x float32 [b, 3, crop, crop] channels_last on ``device``, index int64 [b]); the last batch may be smaller.
     Raises ``ValueError`` where ``crop`` exceeds ``resize``, ``BrokenFile`` naming a file that no longer opens.
     """
     if crop > resize:
-        raise ValueError(f"crop={crop} exceeds resize={resize}; a centre crop cannot be larger than the resized image")
+        raise ValueError(f"crop={crop} exceeds resize={resize}; a center crop cannot be larger than the resized image")
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     if interpolation not in filters:
         raise ValueError(f"interpolation={interpolation!r}; known are {', '.join(filters)}")
     dataset = _CleanDataset(images, resize, crop, filters[interpolation], batch_size)
-    normalise = Normalise(mean, std, torch.device(device), torch.float32)
+    normalize = Normalize(mean, std, torch.device(device), torch.float32)
     workers = min(cores() if workers is None else workers, len(dataset))
     loader = DataLoader(
         dataset,
@@ -204,7 +204,7 @@ def clean_batches(
         generator=torch.Generator(),
     )
     for pixels, index in _checked(loader):
-        yield normalise(pixels), index.to(device)
+        yield normalize(pixels), index.to(device)
 
 
 class _CleanDataset(Dataset):

@@ -130,7 +130,7 @@ def test_centre_geometry_is_torchvisions():
         image = torch.arange(size[0] * size[1], dtype=torch.float32).view(1, *size)
         small = T.functional.resize(image, [64], antialias=True)
         assert small.shape[1:] == views.resized(size, 64)
-        top, left = views.centre_crop(views.resized(size, 64), 56)
+        top, left = views.center_crop(views.resized(size, 64), 56)
         assert torch.equal(T.functional.center_crop(small, [56, 56]), small[:, top : top + 56, left : left + 56])
     assert views.clean_resize(224) == 256
 

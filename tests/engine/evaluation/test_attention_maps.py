@@ -127,10 +127,10 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     cfg = Config(data=DataConfig(name="folder", root=str(root), image_size=32))
     found = catalog.load("folder", root, progress=False)
     keep = attention_maps.Watch(tmp_path / "run", cfg, found, CPU)
-    trainer = SimpleNamespace(method=build("guided").train(), step=SimpleNamespace(step=0), epoch=0)
+    trainer = SimpleNamespace(method=build("guided").train(), step=SimpleNamespace(steps_done=0), epoch=0)
     assert attention_maps.read(tmp_path / "run") is None
     for step in (0, 10, 30, 20):  # the run was resumed from before step 30
-        trainer.step.step, trainer.epoch = step, step // 10
+        trainer.step.steps_done, trainer.epoch = step, step // 10
         keep(trainer)
     kept = attention_maps.read(tmp_path / "run")
     assert [(look.step, look.epoch) for look in kept.looks] == [(0, 0), (10, 1), (20, 2)]
@@ -165,7 +165,7 @@ def test_a_process_that_keeps_nothing_still_looks(tmp_path: Path) -> None:
     method, calls = build("moco"), []
     method.keys = lambda x: calls.append(len(x)) or type(method).keys(method, x)
     watch = attention_maps.Watch(None, Config(data=DataConfig(name="folder", image_size=32)), found, CPU)
-    watch(SimpleNamespace(method=method, step=SimpleNamespace(step=0), epoch=0))
+    watch(SimpleNamespace(method=method, step=SimpleNamespace(steps_done=0), epoch=0))
     assert calls == [1] and [p.name for p in tmp_path.iterdir()] == ["photos"]
 
 

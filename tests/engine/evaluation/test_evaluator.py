@@ -15,7 +15,7 @@ from engine import build, run_folder
 from engine.config import Config, TeacherConfig, from_yaml
 from engine.data import catalog
 from engine.data.catalog import Catalog
-from engine.evaluation.evaluator import SHARE, Candidate, Judge, check, headline, judge, keep
+from engine.evaluation.evaluator import SHARE, Candidate, Evaluator, check, evaluate_features, headline, keep
 from engine.synthetic import dataset
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk
 
@@ -41,15 +41,15 @@ def trainer(epoch: int, epochs: int = 10, masked: bool = False) -> SimpleNamespa
     trunk = Trunk("resnet18_w8_s16")
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 4, minmax="image") if masked else None)
     return SimpleNamespace(
-        epoch=epoch, epochs=epochs, step=SimpleNamespace(step=5 * epoch), method=SimpleNamespace(network=network),
+        epoch=epoch, epochs=epochs, step=SimpleNamespace(steps_done=5 * epoch), method=SimpleNamespace(network=network),
         log=SimpleNamespace(opened=0.0),
     )  # fmt: skip
 
 
 def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
-    judges = Judge(tmp_path, config(), images, CPU)
-    judges(trainer(0))
-    judges(trainer(3, masked=True))
+    evaluates = Evaluator(tmp_path, config(), images, CPU)
+    evaluates(trainer(0))
+    evaluates(trainer(3, masked=True))
     first, last = run_folder.read_metrics(tmp_path)
     assert (first["kind"], first["epoch"], first["step"], first["split"]) == ("eval", 0, 0, "test")
     assert first["protocol"].startswith("retrieval: leave-one-out inside the test split, cosine; knn: k 80, ")
@@ -63,56 +63,56 @@ def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
     assert last["knn_top1"] == records[-1]["top1"] and records[-1]["k"] == 80  # 200, but the bank holds 80
 
 
-def test_the_teacher_is_judged_too(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_teacher_is_evaluated_too(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     cfg = replace(config(), method=replace(config().method, name="ppssl"), teacher=TeacherConfig("birds", "birds"))
-    Judge(tmp_path, cfg, images, CPU).teacher(build.teacher(cfg, CPU))
+    Evaluator(tmp_path, cfg, images, CPU).teacher(build.teacher(cfg, CPU))
     records = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(r["model"], r["epoch"], r["protocol"]) for r in records] == [("teacher", None, p) for p in ("retrieval", *["knn"] * 3)]
     assert "image feature of" in records[0]["feature"] and not run_folder.read_metrics(tmp_path)  # the log's curves are the run's
-    Judge(tmp_path, config(), images, CPU).teacher(build.teacher(config(), CPU))  # MoCo has none
+    Evaluator(tmp_path, config(), images, CPU).teacher(build.teacher(config(), CPU))  # MoCo has none
 
 
-def test_a_run_does_not_notice_that_it_is_judged(images: Catalog, tmp_path: Path):
+def test_a_run_does_not_notice_that_it_is_evaluated(images: Catalog, tmp_path: Path):
     subject = trainer(1)
     before, modes = torch.get_rng_state(), [m.training for m in subject.method.network.modules()]
-    Judge(tmp_path, config(protocols="retrieval, knn, linear"), images, CPU)(subject)
+    Evaluator(tmp_path, config(protocols="retrieval, knn, linear"), images, CPU)(subject)
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in subject.method.network.modules()] == modes
     assert 0 <= run_folder.read_metrics(tmp_path)[0]["linear_top1"] <= 1
 
 
 def test_every_n_epochs_and_never_after_the_last(images: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    judges = Judge(tmp_path, config(every=3), images, CPU)
-    monkeypatch.setattr(Judge, "__call__", lambda self, t: seen.append(t.epoch))
+    evaluates = Evaluator(tmp_path, config(every=3), images, CPU)
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, t: seen.append(t.epoch))
     seen: list[int] = []
     for epoch in range(1, 11):
-        judges.after_epoch(trainer(epoch, epochs=9))
-    assert seen == [3, 6] and judges.times == 2
-    assert "2, " in judges.closing(100.0) and "% of the training time" in judges.closing(100.0)
+        evaluates.after_epoch(trainer(epoch, epochs=9))
+    assert seen == [3, 6] and evaluates.times == 2
+    assert "2, " in evaluates.closing(100.0) and "% of the training time" in evaluates.closing(100.0)
 
 
 def test_auto_stays_below_its_share(images: Catalog, tmp_path: Path):
     """Epochs of 10 s and evaluations of 1.5 s by a made-up clock: never above 2 %, and not much rarer than that allows."""
-    judges = Judge(tmp_path, config(every="auto"), images, CPU)
-    judges.cost, trained, judged = 1.5, 0.0, []
+    evaluates = Evaluator(tmp_path, config(every="auto"), images, CPU)
+    evaluates.cost, trained, evaluated = 1.5, 0.0, []
     for epoch in range(1, 101):
         trained += 10.0
-        if judges.is_due(epoch, trained):
-            judges.spent += judges.cost
-            judged.append(epoch)
-        assert judges.spent <= SHARE * trained
-    assert judged[0] == 8 and len(judged) == 13  # 20 s of 1,000 pay for thirteen
-    judges.cost = 1e6
-    assert not judges.is_due(101, trained + 10)
+        if evaluates.is_due(epoch, trained):
+            evaluates.spent += evaluates.cost
+            evaluated.append(epoch)
+        assert evaluates.spent <= SHARE * trained
+    assert evaluated[0] == 8 and len(evaluated) == 13  # 20 s of 1,000 pay for thirteen
+    evaluates.cost = 1e6
+    assert not evaluates.is_due(101, trained + 10)
 
 
 def test_resuming_forgets_what_came_later_and_knows_the_cost(images: Catalog, tmp_path: Path):
-    judges = Judge(tmp_path, config(), images, CPU)
+    evaluates = Evaluator(tmp_path, config(), images, CPU)
     for epoch in (0, 2, 4):
-        judges(trainer(epoch))
+        evaluates(trainer(epoch))
     run_folder.rewind_metrics(tmp_path, 10)
-    again = Judge(tmp_path, config(), images, CPU)
+    again = Evaluator(tmp_path, config(), images, CPU)
     again.resume(10)
     assert again.cost == run_folder.read_metrics(tmp_path)[-1]["seconds"] > 0
     assert {r["epoch"] for r in json.loads((tmp_path / "evaluation.json").read_text())} == {0, 2}
@@ -120,12 +120,12 @@ def test_resuming_forgets_what_came_later_and_knows_the_cost(images: Catalog, tm
 
 def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flat = Catalog(replace(images.train, labels=None), None, ())
-    judges = Judge(tmp_path, config(every=1), flat, CPU)
-    judges(trainer(0))
-    judges.teacher(object())  # not even looked at
-    judges.after_epoch(trainer(1))
-    assert "nothing to judge the features by" in " ".join(capsys.readouterr().err.split())
-    assert not list(tmp_path.iterdir()) and judges.closing(1.0) is None
+    evaluates = Evaluator(tmp_path, config(every=1), flat, CPU)
+    evaluates(trainer(0))
+    evaluates.teacher(object())  # not even looked at
+    evaluates.after_epoch(trainer(1))
+    assert "nothing to evaluate the features by" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir()) and evaluates.closing(1.0) is None
     with pytest.raises(ValueError, match="has no labels"):
         check(flat, ["retrieval"])
 
@@ -136,7 +136,7 @@ def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
         return torch.from_numpy(np.eye(len(some.classes))[some.labels] + noise).float()
 
     candidate = Candidate("run", "class and noise", 1, 1, features)
-    records = judge(
+    records = evaluate_features(
         candidate, images, config(), CPU, protocols=("retrieval", "knn", "linear"), fractions=(100, 50), solvers=("convex", "sgd")
     )
     assert headline(records)["rank1"] > 0.95 and headline(records)["linear_top1"] > 0.95

@@ -112,7 +112,7 @@ def test_a_damaged_file_is_made_anew(
     flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
     path.write_bytes({"cut": content[:-40], "flipped": flipped, "empty": b""}[damage])
     again, made = kept(run, images, tmp_path)
-    assert made and torch.equal(first, again) and "made anew" in " ".join(capsys.readouterr().err.split())
+    assert made and torch.equal(first, again) and "regenerated" in " ".join(capsys.readouterr().err.split())
     third, made = kept(run, images, tmp_path)  # the file is whole again; its bytes may order the metadata differently
     assert not made and torch.equal(first, third)
 

@@ -29,15 +29,15 @@ def brute_force(bank: Tensor, known: Tensor, x: Tensor, labels: Tensor, k: int, 
     return top1 / len(x), top5 / len(x)
 
 
-def clustered(n: int, classes: int, dim: int, generator: torch.Generator, centres: Tensor) -> tuple[Tensor, Tensor]:
+def clustered(n: int, classes: int, dim: int, generator: torch.Generator, centers: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.randint(classes, (n,), generator=generator)
-    return centres[labels] + 1.5 * torch.randn(n, dim, generator=generator), labels
+    return centers[labels] + 1.5 * torch.randn(n, dim, generator=generator), labels
 
 
 def sides(m: int, n: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=generator)
-    return *clustered(m, classes, dim, generator, centres), *clustered(n, classes, dim, generator, centres)
+    centers = torch.randn(classes, dim, generator=generator)
+    return *clustered(m, classes, dim, generator, centers), *clustered(n, classes, dim, generator, centers)
 
 
 @settings(max_examples=20, deadline=None)

@@ -17,9 +17,9 @@ def world(n: int, dim: int, classes: int, *, seed: int = 0, noise: float = 3.0) 
     """Unit rows off the origin with a falling spectrum, like pooled features; classes overlap."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.arange(1, dim + 1).float() ** -0.6
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) * spectrum
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99)) * spectrum
     labels = torch.randint(classes, (n,), generator=generator)
-    x = centres[labels] + noise * torch.randn(n, dim, generator=generator) * spectrum + spectrum.norm() / 2
+    x = centers[labels] + noise * torch.randn(n, dim, generator=generator) * spectrum + spectrum.norm() / 2
     return F.normalize(x, dim=1), labels
 
 

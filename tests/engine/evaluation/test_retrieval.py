@@ -36,8 +36,8 @@ def brute_force(features: Tensor, labels: Tensor) -> tuple[float, float, float, 
 def clustered(n: int, classes: int, dim: int, seed: int, noise: float = 2.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
-    centres = torch.randn(classes, dim, generator=generator)
-    return centres[labels] + noise * torch.randn(n, dim, generator=generator), labels
+    centers = torch.randn(classes, dim, generator=generator)
+    return centers[labels] + noise * torch.randn(n, dim, generator=generator), labels
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.config import Config
 from engine.pretrained import weights_file
-from engine.pretrained.third_party import initialise
+from engine.pretrained.third_party import initialize
 from engine.training import checkpoint
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.moco import MoCo
@@ -135,7 +135,7 @@ def test_every_dialect_gives_the_same_trunk(dialect: str, net: nn.Module, follow
     path = tmp_path / "w.pth.tar"
     torch.save(FILES[dialect](net, follower), path)
     trunk = Trunk("resnet18")
-    note = initialise(trunk, str(path))
+    note = initialize(trunk, str(path))
     parameters, buffers = len(list(trunk.parameters())), len(list(trunk.buffers()))
     assert f"{parameters} of {parameters} parameters and {buffers} of {buffers} buffers" in note and "random" not in note
     assert all(torch.equal(t, net.state_dict()[n]) for n, t in trunk.state_dict().items())
@@ -143,7 +143,7 @@ def test_every_dialect_gives_the_same_trunk(dialect: str, net: nn.Module, follow
 
 def test_what_is_left_over_is_counted_by_module(net: nn.Module, follower: nn.Module, tmp_path: Path) -> None:
     torch.save(learnmat(net, follower), tmp_path / "w.pth.tar")
-    note = initialise(Trunk("resnet18"), str(tmp_path / "w.pth.tar"))
+    note = initialize(Trunk("resnet18"), str(tmp_path / "w.pth.tar"))
     whole = len(follower.state_dict())
     assert "(below state_dict.encoder_q)" in note
     left = note.partition("left over in the file: ")[2].split(", ")
@@ -163,7 +163,7 @@ def test_own_weights_and_own_checkpoints(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state, keep=1)
     for file in ("weights.safetensors", "step_000000003.pt"):
         fresh = Trunk("resnet18_w8")
-        note = initialise(fresh, str(tmp_path / file))
+        note = initialize(fresh, str(tmp_path / file))
         assert all(torch.equal(t, trunk.state_dict()[n]) for n, t in fresh.state_dict().items())
         assert ("encoder_q.trunk" in note) == file.endswith(".pt")
 
@@ -172,7 +172,7 @@ def test_partial_files_say_what_stays_random(net: nn.Module, tmp_path: Path) -> 
     some = {n: t for n, t in net.state_dict().items() if n.startswith(("conv1", "layer1"))}
     save_file(some, tmp_path / "w.safetensors")
     trunk = Trunk("resnet18")
-    note = initialise(trunk, str(tmp_path / "w.safetensors"))
+    note = initialize(trunk, str(tmp_path / "w.safetensors"))
     parameters = sum("num_batches" not in n and "running" not in n for n in some)
     assert f" {parameters} of " in note and "still random: " in note and "bn1 2" in note and "layer4 15" in note
     assert torch.equal(trunk.conv1.weight, net.conv1.weight)
@@ -182,11 +182,11 @@ def test_another_network_is_refused_by_shape(net: nn.Module, tmp_path: Path) -> 
     save_file(without_fc(net), tmp_path / "w.safetensors")
     shape = r"another network than resnet50: its layer1\.0\.conv1\.weight is \[64, 64, 3, 3\].*encoder\.arch"
     with pytest.raises(ValueError, match=shape):
-        initialise(Trunk("resnet50"), str(tmp_path / "w.safetensors"))
+        initialize(Trunk("resnet50"), str(tmp_path / "w.safetensors"))
     cifar = without_fc(net) | {"conv1.weight": torch.randn(64, 3, 3, 3)}
     save_file(cifar, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"conv1\.weight is \[64, 3, 3, 3\]"):
-        initialise(Trunk("resnet18"), str(tmp_path / "w.safetensors"))
+        initialize(Trunk("resnet18"), str(tmp_path / "w.safetensors"))
 
 
 class Runs:
@@ -207,52 +207,52 @@ def test_a_pickle_that_runs_code_is_refused_and_does_nothing(net: nn.Module, tmp
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Runs(witness), protocol=2))
     for name in (*files, "bare.pkl"):
         with pytest.raises(ValueError, match=rf"encoder\.weights: .*{name}.*without running code.*mkdir.*weights_only=False"):
-            initialise(Trunk("resnet18"), str(tmp_path / name))
+            initialize(Trunk("resnet18"), str(tmp_path / name))
     torch.save(net, tmp_path / "module.pth")
     with pytest.raises(ValueError, match=r"asks for torchvision\.models\.resnet\.ResNet"):
-        initialise(Trunk("resnet18"), str(tmp_path / "module.pth"))
+        initialize(Trunk("resnet18"), str(tmp_path / "module.pth"))
     assert not witness.exists()
 
 
 def test_the_remedy_for_a_refused_pickle_works(net: nn.Module, tmp_path: Path) -> None:
     torch.save({"state_dict": under("backbone.", net), "hyper_parameters": Config()}, tmp_path / "solo.ckpt")
     with pytest.raises(ValueError, match=r"engine\.config\.Config") as refused:
-        initialise(Trunk("resnet18"), str(tmp_path / "solo.ckpt"))
+        initialize(Trunk("resnet18"), str(tmp_path / "solo.ckpt"))
     exec(str(refused.value).partition('python -c "')[2].rstrip('"'), {})
-    assert "(below backbone)" in initialise(Trunk("resnet18"), str(tmp_path / "solo.tensors.pth"))
+    assert "(below backbone)" in initialize(Trunk("resnet18"), str(tmp_path / "solo.tensors.pth"))
 
 
 def test_old_formats(net: nn.Module, tmp_path: Path) -> None:
     torch.save({"state_dict": net.state_dict()}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     # before torch 1.6: another container, still plain tensors
-    assert "60 of 60 parameters" in initialise(Trunk("resnet18"), str(tmp_path / "legacy.pth"))
+    assert "60 of 60 parameters" in initialize(Trunk("resnet18"), str(tmp_path / "legacy.pth"))
     with tarfile.open(tmp_path / "old.pth", "w") as archive:  # before torch 0.2
         for name in ("sys_info", "pickle", "storages", "tensors"):
             (tmp_path / name).write_bytes(pickle.dumps({}))
             archive.add(tmp_path / name, name)
     with pytest.raises(ValueError, match=r"old\.pth cannot be read without running code"):
-        initialise(Trunk("resnet18"), str(tmp_path / "old.pth"))
+        initialize(Trunk("resnet18"), str(tmp_path / "old.pth"))
 
 
 def test_nothing_matching_missing_or_unreadable_files_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"other": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"encoder\.weights: nothing in .*w\.safetensors.*other"):
-        initialise(Trunk("resnet18"), str(tmp_path / "w.safetensors"))
+        initialize(Trunk("resnet18"), str(tmp_path / "w.safetensors"))
     torch.save([torch.ones(2)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match=r"list\.pth holds a list"):
-        initialise(Trunk("resnet18"), str(tmp_path / "list.pth"))
+        initialize(Trunk("resnet18"), str(tmp_path / "list.pth"))
     with pytest.raises(FileNotFoundError, match=r"encoder\.weights.*absent\.pth"):
-        initialise(Trunk("resnet18"), str(tmp_path / "absent.pth"))
+        initialize(Trunk("resnet18"), str(tmp_path / "absent.pth"))
     for name in ("junk.pth", "junk.safetensors"):
         (tmp_path / name).write_bytes(b"junk")
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-            initialise(Trunk("resnet18"), str(tmp_path / name))
+            initialize(Trunk("resnet18"), str(tmp_path / name))
     with pytest.raises(ValueError, match="IMAGENET1K_V1"):
-        initialise(Trunk("resnet18"), "IMAGENET")
+        initialize(Trunk("resnet18"), "IMAGENET")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_a, **_k: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"resnet18-.*\.pth.*encoder\.weights=none"):
-        initialise(Trunk("resnet18"), "IMAGENET1K_V1")
+        initialize(Trunk("resnet18"), "IMAGENET1K_V1")
 
 
 def test_timms_names_are_torchvisions() -> None:
@@ -265,4 +265,4 @@ def test_timms_names_are_torchvisions() -> None:
 def test_none_keeps_the_random_start() -> None:
     trunk = Trunk("resnet18_w8")
     before = trunk.conv1.weight.clone()
-    assert "random" in initialise(trunk, "none") and torch.equal(trunk.conv1.weight, before)
+    assert "random" in initialize(trunk, "none") and torch.equal(trunk.conv1.weight, before)

@@ -133,7 +133,7 @@ def test_every_missing_part_is_one_sentence(photos: Path, tmp_path: Path) -> Non
     run = reported_run(tmp_path / "bare", tmp_path / "gone", maps=False)
     (run / "metrics.jsonl").unlink()
     found = page(run)
-    assert found.images == [] and "Nothing was judged" in found.text and "No curves" in found.text
+    assert found.images == [] and "Nothing was evaluated" in found.text and "No curves" in found.text
     assert "No attention maps" in found.text and f"data.root={tmp_path / 'gone'} is not there" in found.text
     assert found.sections[-1] == "config" and "neither a start nor an end" in found.text
 
@@ -157,7 +157,7 @@ def test_photos_without_labels_get_neighbours_and_near_duplicates(tmp_path: Path
     for record in records:
         run_folder.append_metrics(run, record)
     found = page(run)
-    assert "classes" not in found.sections and "Nothing was judged" in found.text
+    assert "classes" not in found.sections and "Nothing was evaluated" in found.text
     assert "hits" not in found.text and "✓" not in found.text
     pairs = [i["alt"] for i in found.images if i["alt"].startswith("photo")]
     assert pairs[:2] == ["photo day0/img_2.png", "photo img_2 (copy).jpg"]  # the true pair stands first
@@ -223,7 +223,7 @@ def test_the_map_takes_part_of_many_images() -> None:
     assert len(part.points) == 10 and part.chosen[0] == 0 and part.chosen[-1] == 29 and "10 of 30 images" in part.how
 
 
-def test_everything_that_was_judged_is_in_one_table(photos: Path, tmp_path: Path) -> None:
+def test_everything_that_was_evaluated_is_in_one_table(photos: Path, tmp_path: Path) -> None:
     run = reported_run(tmp_path / "run", photos)
     about = {"feature": "l2(gap(F))", "setting": "as asked"}
     records = [
@@ -239,7 +239,7 @@ def test_everything_that_was_judged_is_in_one_table(photos: Path, tmp_path: Path
     assert "run, epoch 4 kNN, k 20 top-1 75.0 % top-5 100.0 %" in found and "20.0 % as asked" not in found
     assert "linear convex, 20 % of the labels top-1 30.0 %" in found and "teacher retrieval rank-1 40.0 %" in found
     (run / "evaluation.json").write_text("{half")
-    assert "All that was judged" not in page(run).text
+    assert "All that was evaluated" not in page(run).text
 
 
 def test_a_collapsed_network_gets_no_map_but_the_page(photos: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo world: same seed same files, CUB's layout, written all at once; species are told by parts, not by colours."""
+"""The synthetic dataset: same seed same files, CUB's layout, written all at once; species are told by parts, not by colours."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_silhouettes_of_the_files_of_a_world(world: Path) -> None:
     assert found.tobytes() == dataset.silhouette_of(species, (0, split, species, number - split)).tobytes()
     with pytest.raises(ValueError, match="no image 'images/none.jpg'"):
         dataset.silhouettes(world, ["images/none.jpg"])
-    with pytest.raises(ValueError, match="no demo world"):
+    with pytest.raises(ValueError, match="no synthetic dataset"):
         dataset.silhouettes(world.parent, [])
 
 
@@ -146,7 +146,7 @@ def test_a_broken_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_is_not_a_demo_world_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years")
-    with pytest.raises(FileExistsError, match="not a demo world"):
+    with pytest.raises(FileExistsError, match="not a synthetic dataset"):
         dataset.generate(tmp_path, progress=False)
     assert files(tmp_path) == {"thesis.tex": b"ten years"}
     with pytest.raises(ValueError, match="train_per_species=0"):
@@ -170,8 +170,8 @@ def test_a_colour_histogram_does_not_tell_the_species(world: Path) -> None:
     quarter, eighth = dataset.SIDE // 4, 3 * dataset.SIDE // 16
     crops = {
         "whole": images,
-        "centre half": images[:, quarter:-quarter, quarter:-quarter],
-        "centre five eighths": images[:, eighth:-eighth, eighth:-eighth],
+        "center half": images[:, quarter:-quarter, quarter:-quarter],
+        "center five eighths": images[:, eighth:-eighth, eighth:-eighth],
     }
     found = {(name, bins): _histogram_rank1(crop, test.labels, bins) for name, crop in crops.items() for bins in (4, 8)}
     assert max(found.values()) < HISTOGRAM_LIMIT, found

@@ -18,7 +18,7 @@ from engine.synthetic.drawing import ACCENTS, HUES, PARTS
 from engine.synthetic.scenes import CATEGORIES, LIGHTS, OCCLUDERS, PLACES, Nuisance, draw_category, random_nuisance
 from ppssl.teacher import Teacher, load_descriptions
 
-FRESH = 20_260  # a seed of neither the demo world nor the teacher's training images
+FRESH = 20_260  # a seed of neither the synthetic dataset nor the teacher's training images
 PER_SPECIES = 40
 
 
@@ -45,7 +45,7 @@ def teacher() -> Teacher:
 
 
 def logits(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] -> the teacher's logits [N, 8] under its own normalisation."""
+    """uint8 [N, H, W, 3] -> the teacher's logits [N, 8] under its own normalization."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (teacher.mean, teacher.std))
     found = []
     for part in images.split(256):

@@ -242,8 +242,8 @@ def test_one_process_continues_what_two_with_a_queue_in_parts_began(pair: Path, 
     whole, continued = final(pair / "whole"), final(pair / "sharded")
     for name, expected in whole.items():
         assert torch.allclose(continued[name], expected, rtol=1e-4, atol=1e-5), name
-    judged = [[r["mAP"] for r in run_folder.read_metrics(pair / run) if r["kind"] == "eval"] for run in ("whole", "sharded")]
-    assert judged[0] == pytest.approx(judged[1], abs=0.01)
+    evaluated = [[r["mAP"] for r in run_folder.read_metrics(pair / run) if r["kind"] == "eval"] for run in ("whole", "sharded")]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=0.01)
 
 
 def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothing_had_been(pair: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothin
 
         def save_then_die(self):
             save(self)
-            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and self.step.step >= 6:
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and self.step.steps_done >= 6:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Trainer.save = save_then_die

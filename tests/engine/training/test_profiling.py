@@ -127,7 +127,7 @@ def test_spans_leave_no_trace_in_a_graph(caplog: pytest.LogCaptureFixture) -> No
         ("_search_kernel", "maxout_image"),
         ("_grad_feature_kernel", "maxout"),
         ("_image_kernel", "gradcam"),
-        ("void at::native::multi_tensor_apply_kernel<FusedSgdMathFunctor>", "optimiser"),
+        ("void at::native::multi_tensor_apply_kernel<FusedSgdMathFunctor>", "optimizer"),
         ("void at::native::vectorized_elementwise_kernel<4, threshold>", "elementwise"),
         ("triton_poi_fused_add_relu_3", "elementwise"),
         ("void at::native::reduce_kernel<512, 1, MeanOps>", "reduction"),
@@ -141,7 +141,7 @@ def test_kernel_classes(name: str, kind: str) -> None:
 
 def test_what_an_op_of_ours_launches_is_its_own() -> None:
     assert kernel_kind("aten::addmm", ["ppssl::maxout_image", "step"]) == "maxout_image"
-    assert kernel_kind("aten::lerp_", ["aten::_foreach_lerp_"]) == "optimiser"
+    assert kernel_kind("aten::lerp_", ["aten::_foreach_lerp_"]) == "optimizer"
     assert kernel_kind("aten::addmm", ["aten::linear"]) == "matmul"
 
 

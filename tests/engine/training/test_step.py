@@ -63,7 +63,7 @@ def test_order_and_arithmetic_of_a_step() -> None:
     gradient = batch().x_q.mean((2, 3)).sum(0, keepdim=True)
     assert torch.allclose(method.online.weight, start - 0.5 * (gradient + 0.1 * start))  # lr(0) = 0.5, weight decay 0.1
     assert float(output.stats["grad_norm"]) == pytest.approx(float(gradient.norm()))
-    assert len(method.pushed) == 1 and step.step == 1 and float(step.context.progress) == 0.0
+    assert len(method.pushed) == 1 and step.steps_done == 1 and float(step.context.progress) == 0.0
     step(batch())
     assert float(step.context.progress) == 0.25 and step.optimizer.param_groups[0]["lr"] == 0.25
     assert method.online.weight.grad is None
@@ -195,7 +195,7 @@ def test_state_round_trip_continues_to_the_bit() -> None:
     other.load_state_dict(copy.deepcopy(step.state_dict()))
     step(batch())
     other(batch())
-    assert other.step == 2 and torch.equal(method.online.weight, other_method.online.weight)
+    assert other.steps_done == 2 and torch.equal(method.online.weight, other_method.online.weight)
 
 
 def test_half_precision_images_become_float32_without_autocast() -> None:
