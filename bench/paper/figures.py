@@ -37,8 +37,8 @@ def draw(exhibit: Exhibit, ran: list[Cell], found: dict[tuple[str, str], Outcome
 
 
 def masks(exhibit: Exhibit, here: list[Cell], path: Path) -> None:
-    """One row an image: as it is, then under the mask of every run; all images of a run in one batch, as the mask is scaled over it
-    in variant ``published``."""
+    """One row per image: as it is, then under the mask of every run; all images of a run in one batch, as the mask is scaled over
+    it in variant ``published``."""
     images = build.data(here[0].config, cache_dir=files.cache_folder()).test
     _, first = np.unique(images.labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(IMAGES, len(first))).round().astype(int)]
@@ -71,11 +71,11 @@ def visible(batch: torch.Tensor) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, mask: torch.Tensor) -> np.ndarray:
-    """The images, grey, under their masks as a colour: uint8 [B, S, S, 3]."""
+    """The images, gray, under their masks as a color: uint8 [B, S, S, 3]."""
     large = F.interpolate(mask[:, None], size=pixels.shape[1:3], mode="bilinear", align_corners=False)[:, 0].numpy()
-    colour = matplotlib.colormaps["inferno"](large)[..., :3]
-    grey = pixels.mean(-1, keepdims=True) / 255
-    return ((0.45 * grey + 0.55 * colour) * 255).round().astype(np.uint8)
+    color = matplotlib.colormaps["inferno"](large)[..., :3]
+    gray = pixels.mean(-1, keepdims=True) / 255
+    return ((0.45 * gray + 0.55 * color) * 255).round().astype(np.uint8)
 
 
 def curve(exhibit: Exhibit, data: str, found: dict[tuple[str, str], Outcome], path: Path) -> None:
