@@ -1,11 +1,11 @@
 """Tries launch configurations on this GPU and writes the fastest into kernels/configs.json.
 
-    python bench/gpu/sweep.py [--kernel infonce] [--minutes 8]
+    python -m bench.gpu.sweep [--kernel infonce] [--minutes 8]
 
 One entry of the table is one regime: kernel, operand type, width bucket and batch bucket. Each candidate is put into
 the table in memory, its result compared with what the committed configuration computes, the public op timed with a cold
 L2. Candidates that do not compile or ask for too much shared memory are skipped. Entries not reached in time stay as
-they were; ``build/sweep_done.json`` keeps the place: delete it to begin anew.
+they were; ``build/sweep_done.json`` records the progress: delete it to start over.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import kernels  # noqa: E402
-from kernels import configs  # noqa: E402
+import kernels
+from kernels import configs
 
 PROGRESS = Path(__file__).resolve().parents[2] / "build" / "sweep_done.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
