@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timing import CUDA, DEVICE, GUARDS, alternate, guard, measure
 from torchvision.transforms import functional as F
 
 import kernels
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, guard, measure
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.loaders.torch_loader import Normalize, execute_view
 from engine.data.views import view_values

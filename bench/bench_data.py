@@ -1,9 +1,9 @@
-"""The data path: images a second of every loader, two views of 224 px from 500 x 375 JPEGs.
+"""The data path: images per second of every loader, two views of 224 px from 500 x 375 JPEGs.
 
     pytest bench/bench_data.py --benchmark-only    ratios over the torchvision loader, guarded; both sides have two workers
-    python bench/bench_data.py [IMAGES [NAME]]     the table: start-up, first epoch, steady state, memory, one process a loader;
+    python -m bench.bench_data [IMAGES [NAME]]     the table: start-up, first epoch, steady state, memory, one process per loader;
                                                    of the loaders whose names begin with NAME
-    python bench/bench_data.py wait                the share of a training run that waits for data, by loader (synthetic dataset)
+    python -m bench.bench_data wait                the fraction of a training run that waits for data, by loader (the demo)
 
 The ratios are of one process, sides in turns on the same values, the fastest of nine turns. The table's start-up is from the
 checked list to the first batch, and again in a second process that finds the decoded set; memory is the most that the process
@@ -34,7 +34,7 @@ from engine.data.machine import cores
 
 BATCH = 16
 WARM, TIMED = 6, 10
-"""Batches a turn: those that other turns' prefetching may have made, and those that are timed."""
+"""Batches per turn: those that other turns' prefetching may have made, and those that are timed."""
 ROUNDS = 9
 STEADY_SECONDS = 12.0
 GUARDS = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text())["data"]
@@ -44,7 +44,7 @@ LOADERS = {
     "torchvision, 2 workers": {"loader": "torch", "resident": "off", "workers": 2},
     f"torchvision, {cores()} workers": {"loader": "torch", "resident": "off"},
     "DALI, parity": {"loader": "dali", "resident": "off"},
-    "DALI, its own colour": {"loader": "dali", "resident": "off", "aug": "dali"},
+    "DALI, its own color": {"loader": "dali", "resident": "off", "aug": "dali"},
     "resident, host": {"resident": "host"},
     "resident, device": {"resident": "device"},
 }
@@ -57,7 +57,7 @@ def runs_here(name: str) -> bool:
 
 
 def draw_jpegs(folder: Path, count: int) -> None:
-    """JPEGs of about 70 kB: coarse colours under fine texture. 64 are drawn, the others are copies under names of their own."""
+    """JPEGs of about 70 kB: coarse colors under fine texture. 64 are drawn, the others are copies of these."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(min(count, 64)):
@@ -195,7 +195,7 @@ def measure(name: str, root: Path, cache: Path) -> dict[str, float]:
 
 
 def table(count: int, only: str = "") -> None:
-    """Every loader in a process of its own; resident data twice, the second time with its file."""
+    """Every loader in a separate process; resident data twice, the second time with its file."""
     with tempfile.TemporaryDirectory() as scratch:
         root, cache = Path(scratch, "jpeg"), Path(scratch, "cache")
         draw_jpegs(root, count)
@@ -204,7 +204,7 @@ def table(count: int, only: str = "") -> None:
             if not name.startswith(only):
                 continue
             for start in ("cold", "warm") if "resident" in name else ("",):
-                command = [sys.executable, __file__, "one", name, str(root), str(cache)]
+                command = [sys.executable, "-m", "bench.bench_data", "one", name, str(root), str(cache)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 row = json.loads(done.stdout.splitlines()[-1])
                 shown = f"{name}, {start}" if start else name
@@ -212,7 +212,7 @@ def table(count: int, only: str = "") -> None:
 
 
 def data_wait() -> None:
-    """A real run of the demo by every loader: images a second and the share of the time that the loop waited for data."""
+    """A real run of the demo by every loader: images per second and the fraction of the time that the loop waited for data."""
     with tempfile.TemporaryDirectory() as scratch:
         for name in filter(runs_here, LOADERS):
             out = Path(scratch, name.replace(" ", "_").replace(",", ""))

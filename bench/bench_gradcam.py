@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure
 
 import kernels
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure
 
 CASES = {
     "image": ((128, 3, 224, 224) if CUDA else (8, 3, 224, 224), (7, 7)),

@@ -10,9 +10,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes, peak_extra_bytes
 
 import kernels
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes, peak_extra_bytes
 
 TEMPERATURE = 0.2
 SHAPES = [(128, 65536, 128), (128, 65536, 256), (1024, 262144, 128)] if CUDA else [(128, 65536, 128)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from timing import GUARDS, all_cores, alternate, guard
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.timing import GUARDS, all_cores, alternate, guard
 from engine.evaluation import linear
 
 

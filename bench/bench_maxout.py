@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes
 
 import kernels
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes
 
 WIDTH = 32
 SHAPES = [(128, 2048, 7), (1024, 2048, 7)] if CUDA else [(32, 2048, 7)]

@@ -1,6 +1,6 @@
 """The image's max-out mask against the plain form, which holds [B, 32, 224, 224] several times.
 
-Bytes: two reads of the image. Operations: 2 * 3 * 32 a pixel in the search, 18 in the moments.
+Bytes: two reads of the image. Operations: 2 * 3 * 32 per pixel in the search, 18 in the moments.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes, peak_extra_bytes
 
 import kernels
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes, peak_extra_bytes
 
 WIDTH, CELL = 32, 32
 BATCHES = [128, 256] if CUDA else [8]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timing import GUARDS, all_cores, alternate, guard
 from torch import Tensor
 
+from bench.timing import GUARDS, all_cores, alternate, guard
 from engine.evaluation.retrieval import Retrieval, retrieval
 
 
@@ -21,7 +21,7 @@ def features(n: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def loop(x: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """Rank-1, rank-5 and mAP by one matrix-vector product and one argsort a query."""
+    """Rank-1, rank-5 and mAP by one matrix-vector product and one argsort per query."""
     unit = torch.nn.functional.normalize(x, dim=1)
     rank1 = rank5 = precision = 0.0
     position = torch.arange(1, len(x))

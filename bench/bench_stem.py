@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import CUDA, DEVICE, alternate, facts, synchronise
+
+from bench.timing import CUDA, DEVICE, alternate, facts, synchronize
 
 BATCH = 128 if CUDA else 8
 CHANNELS = (4, 8)
@@ -29,7 +30,7 @@ def passes(channels: int):
             F.conv2d(x, weight, stride=2, padding=3)
         for mask in ([True, False, False], [False, True, False]):
             torch.ops.aten.convolution_backward(grad, x, weight, None, [2, 2], [3, 3], [1, 1], False, [0, 0], 1, mask)
-        synchronise()
+        synchronize()
 
     return run
 

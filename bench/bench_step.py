@@ -1,8 +1,8 @@
 """The whole training step, rung by rung: from the published structure in float32 to the engine's fastest, and MoCo.
 
     pytest bench/bench_step.py --benchmark-only   a small network on a CPU, ResNet-50 at 224 pixels on a GPU
-    python bench/bench_step.py full               the ladder as a table: ResNet-50, 224 px, B 128 (CPU: 16, all cores)
-    python bench/bench_step.py full:256 "teacher cached" compiled       another batch, some rungs
+    python -m bench.bench_step full               the ladder as a table: ResNet-50, 224 px, B 128 (CPU: 16, all cores)
+    python -m bench.bench_step full:256 "teacher cached" compiled       another batch, some rungs
 
 PPSSL_BENCH_STEP=small|full[:BATCH] sets the size for pytest. The table's ratios are to the first rung that ran. Before
 any timing, rungs of one precision must give the same first loss. Operations: useful convolution passes (2 forward, 2
@@ -26,13 +26,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from published_style import PublishedStyle, default_sgd, train_step
-from timing import CEILINGS, CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronise
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppssl.encoder
 import ppssl.moco
 import ppssl.ppssl
+from bench.published_style import PublishedStyle, default_sgd, train_step
+from bench.timing import CEILINGS, CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
 from engine.data.machine import cores
 from engine.training import optim, precision
 from engine.training.step import Step
@@ -214,7 +214,7 @@ def ready(name: str, size: Size, first: dict[tuple, float]) -> Ready:
     torch.cuda.reset_peak_memory_stats()
     for _ in range(9):  # algorithms are chosen, graphs captured
         run()
-    synchronise()
+    synchronize()
     return Ready(run, torch.cuda.max_memory_allocated() - before)
 
 
@@ -229,7 +229,7 @@ def forward_flop(arch: str, side: int) -> float:
 
 
 def account(name: str, size: Size, seconds: float, peak_bytes: int) -> dict[str, float]:
-    """What a time means: images/s, rates, share of the hardware's peak and of the floor."""
+    """What a time means: images/s, rates, fraction of the hardware's peak and of the floor."""
     method = RUNGS[name].method
     tflop_s = PASSES[method] * size.batch * forward_flop(size.arch, size.side) / seconds / 1e12
     row = {
@@ -263,7 +263,7 @@ def test_rung(benchmark, size: Size, first: dict, name: str):
 
     def timed() -> None:
         run()
-        synchronise()
+        synchronize()
 
     benchmark.pedantic(timed, rounds=rounds_of(size), warmup_rounds=0)
     row = account(name, size, benchmark.stats.stats.min, peak_bytes)
@@ -327,10 +327,10 @@ def main() -> None:
     for heading in ("rung", "ms", "img/s", "times", "peak MiB", "TFLOP/s", "MFU", "of floor"):
         table.add_column(heading, justify="left" if heading == "rung" else "right")
     for name, row in rows.items():
-        shares = (f"{100 * row[key]:.0f} %" if key in row else "-" for key in ("mfu", "of_floor"))
+        fractions = (f"{100 * row[key]:.0f} %" if key in row else "-" for key in ("mfu", "of_floor"))
         table.add_row(
             name, f"{row['ms']:.1f}", f"{row['images_per_s']:.4g}", f"{slowest / row['ms']:.2f}",
-            f"{row['peak_mib']:.0f}", f"{row['useful_tflop_s']:.3g}", *shares,
+            f"{row['peak_mib']:.0f}", f"{row['useful_tflop_s']:.3g}", *fractions,
         )  # fmt: skip
     Console().print(table)
     about = facts() | {"threads": str(args.threads), "precision": precision.resolve("bf16", DEVICE).note}

@@ -1,9 +1,9 @@
 """The published step as it is structured: what the engine's speed is measured against.
 
-``1 + K`` logits are materialised from a copy of the queue, the key network moves parameter by parameter, the teacher
+``1 + K`` logits are materialized from a copy of the queue, the key network moves parameter by parameter, the teacher
 sees the view in every step, the image branch makes its whole [B, 32, H, W] map, ``total.backward()`` differentiates by
 everything that is kept (the image a second time), the optimizer is torch's default, the losses are read every step.
-tests/test_published_style.py proves that it computes the same losses as PPSSL in variant ``published``.
+tests/bench/test_published_style.py proves that it computes the same losses as PPSSL in variant ``published``.
 """
 
 from __future__ import annotations
@@ -107,6 +107,6 @@ def train_step(
 
 
 def default_sgd(model: PublishedStyle, lr: float = 0.03) -> torch.optim.Optimizer:
-    """torch's SGD as it comes, over what is trained."""
+    """torch's default SGD over the trained parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=1e-4)

@@ -1,10 +1,10 @@
-"""``python -m bench.soak --minutes 20 --kills 20``: one run of the demo, shrunk, through everything that ends a run, against the
-same run left alone.
+"""``python -m bench.soak --minutes 20 --kills 20``: a small run of the demo through everything that ends a run, compared with the
+same run undisturbed.
 
 Killed (SIGKILL) at random steps and while it starts, asked to stop (SIGTERM), its disk full (RLIMIT_FSIZE of the live process),
-an image gone under it and back afterwards. It must go on each time from its newest checkpoint, never lose a step before that,
-end with the very weights, momentum, losses and evaluations of the undisturbed run, and leave no process behind; the undisturbed
-run must not grow in memory, file handles or threads. Prints what happened as JSON; exit code 0 when all of it held.
+an image removed and put back afterwards. It must continue each time from its newest checkpoint, never lose a step before that,
+end with the same weights, momentum, losses and evaluations as the undisturbed run, and leave no process behind; the undisturbed
+run must not grow in memory, file handles or threads. Prints what happened as JSON; exit code 0 when all of it holds.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ GROWTH_MIB, GROWTH = 16, 0.02
 class Run:
     """A run folder and the processes that continue it one after the other; ``mark`` is how they and their children are found."""
 
-    def __init__(self, folder: Path, world: Path, until: float):
+    def __init__(self, folder: Path, images: Path, until: float):
         self.folder, self.until, self.mark = folder, until, f"SOAK_MARK={uuid.uuid4().hex}"
         self.errors = folder.with_name(f"{folder.name}.txt")
-        self.argv = ["--cfg", "demo", "--amp", f"data.root={world}", "--out", str(folder), *SMALL]
+        self.argv = ["--cfg", "demo", "--amp", f"data.root={images}", "--out", str(folder), *SMALL]
 
     def start(self) -> subprocess.Popen:
         name, _, value = self.mark.partition("=")
@@ -108,7 +108,7 @@ class Run:
         return found
 
 
-def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) -> str | None:
+def disturb(run: Run, kind: str, goal: int, chance: random.Random, images: Path) -> str | None:
     """One process of ``run`` and what ends it after step ``goal``; what was wrong with it, or None."""
     before = run.saved()
     process = run.start()
@@ -117,7 +117,7 @@ def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) 
     elif not run.wait(process, lambda: run.step() >= goal):
         return f"{kind}: ended by itself with code {process.returncode}: {run.said()[-500:]}"
     time.sleep(chance.random() * 0.1)  # anywhere in a step
-    picture = chance.choice(training_images(world))
+    picture = chance.choice(training_images(images))
     hidden = picture.with_suffix(".hidden")
     if kind.startswith("kill"):
         process.kill()
@@ -144,13 +144,13 @@ def disturb(run: Run, kind: str, goal: int, chance: random.Random, world: Path) 
     return None
 
 
-def training_images(world: Path) -> list[Path]:
-    """Each is in every epoch."""
+def training_images(images: Path) -> list[Path]:
+    """Paths of the training images, each of which is in every epoch."""
     names, split = (
-        dict(line.split(maxsplit=1) for line in (world / file).read_text(encoding="utf-8").splitlines())
+        dict(line.split(maxsplit=1) for line in (images / file).read_text(encoding="utf-8").splitlines())
         for file in ("images.txt", "train_test_split.txt")
     )
-    return [world / "images" / name for i, name in names.items() if split[i] == "1"]
+    return [images / "images" / name for i, name in names.items() if split[i] == "1"]
 
 
 def watch(run: Run, process: subprocess.Popen) -> dict[str, list[float]]:
@@ -172,7 +172,7 @@ def watch(run: Run, process: subprocess.Popen) -> dict[str, list[float]]:
 
 
 def same(a: object, b: object) -> bool:
-    """Equality to the bit, through nested containers."""
+    """Bit-identical equality, through nested containers."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
@@ -202,23 +202,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         os.environ.setdefault("PPSSL_CACHE", str(out / "cache"))
-        world = dataset.generate(out / "birds", train_per_species=PER_SPECIES, test_per_species=2, progress=False)
-        alone = Run(out / "alone", world, until)
+        images = dataset.generate(out / "birds", train_per_species=PER_SPECIES, test_per_species=2, progress=False)
+        alone = Run(out / "alone", images, until)
         process = alone.start()
         seen = watch(alone, process)
         if process.wait():
             raise RuntimeError(f"the undisturbed run ended with code {process.returncode}: {alone.said()[-2000:]}")
 
-        run = Run(out / "disturbed", world, until)
+        run = Run(out / "disturbed", images, until)
         others = ["signal", "full disk", "image gone"]
         kinds = ["kill"] * (args.kills - args.kills // 10) + ["kill at start"] * (args.kills // 10)
         kinds += others * max(1, args.kills // 8)
         chance.shuffle(kinds)
-        share, goal = STEPS // (len(kinds) + 1), 0
+        most, goal = STEPS // (len(kinds) + 1), 0
         for kind in kinds:
-            goal = max(run.step() + 1, goal + chance.randint(1, share))
-            error = disturb(run, kind, min(goal, STEPS - 20), chance, world)
-            say(f"{kind} after step {run.step()}, newest checkpoint {run.saved()}: {error or 'as it should be'}")
+            goal = max(run.step() + 1, goal + chance.randint(1, most))
+            error = disturb(run, kind, min(goal, STEPS - 20), chance, images)
+            say(f"{kind} after step {run.step()}, newest checkpoint {run.saved()}: {error or 'as expected'}")
             wrong += [error] if error else []
         process = run.start()
         if process.wait():

@@ -1,8 +1,8 @@
-"""Result files: pytest-benchmark's output into one small JSON a GPU and commit, and those into a table and a plot.
+"""Result files: pytest-benchmark's output into one small JSON file per GPU and commit, and those into a table and a plot.
 
-python bench/summary.py collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
-python bench/summary.py table [RESULT.json ...]          Markdown for the README, newest file a GPU
-python bench/summary.py plot OUT.png [RESULT.json ...]   speed over eager, one bar a provider
+python -m bench.summary collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
+python -m bench.summary table [RESULT.json ...]          Markdown for the README, newest file of each GPU
+python -m bench.summary plot OUT.png [RESULT.json ...]   speed over eager, one bar per provider
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-import timing
+from bench import timing
 
 RESULTS = Path(__file__).with_name("results")
 KEPT = ("cold_ms", "cold_ms_p20", "cold_ms_p80", "replayed_ms", "gb_s", "tflop_s", "percent_of_gb_s",
@@ -46,13 +46,16 @@ def collect(raw: Path) -> Path:
 
 
 def newest() -> list[Path]:
-    """The latest file of each device; two commits of one day are told apart by the hour inside."""
-    folders = [sorted(folder.glob("*.json")) for folder in sorted(RESULTS.iterdir())]
-    return [max(files, key=lambda path: json.loads(path.read_text())["facts"]["measured"]) for files in folders if files]
+    """The latest file of each device; two commits of one day are told apart by the hour inside. Method studies are no results."""
+    measured: dict[Path, dict[Path, str]] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        if facts := json.loads(path.read_text()).get("facts"):
+            measured.setdefault(path.parent, {})[path] = facts["measured"]
+    return [max(files, key=files.__getitem__) for files in measured.values()]
 
 
 def cases(result: dict) -> dict[str, dict[str, float]]:
-    """case -> provider -> milliseconds, for every case that an eager form and ours both ran."""
+    """case -> provider -> milliseconds, for every case that both eager code and ours ran."""
     found: dict[str, dict[str, float]] = {}
     for name, row in result["rows"].items():
         match = re.fullmatch(r"test_(\w+)\[(.+)\]", name)
@@ -65,7 +68,7 @@ def cases(result: dict) -> dict[str, dict[str, float]]:
 
 
 def table(paths: list[Path]) -> str:
-    """Markdown, one section a device; a dash where a provider did not run."""
+    """Markdown, one section per device; a dash where a provider did not run."""
     lines = []
     for path in paths:
         result = json.loads(path.read_text())
@@ -98,11 +101,11 @@ def plot(out: Path, paths: list[Path]) -> None:
     height = sum(1 + 0.35 * len(found) for _, _, found in panels)
     figure, axes = plt.subplots(len(panels), 1, squeeze=False, figsize=(8, height))
     for axis, (result, path, found) in zip(axes[:, 0], panels, strict=True):
-        for position, (name, colour) in enumerate((("tuned", "#b9c0c8"), ("compile", "#7f8fa3"), ("ours", "#c8553d"))):
+        for position, (name, color) in enumerate((("tuned", "#b9c0c8"), ("compile", "#7f8fa3"), ("ours", "#c8553d"))):
             bars = [(row + 0.27 * (1 - position), times["eager"] / times[name])
                     for row, times in enumerate(found.values()) if name in times]  # fmt: skip
             if bars:
-                axis.barh(*zip(*bars, strict=True), height=0.25, color=colour, label=name)
+                axis.barh(*zip(*bars, strict=True), height=0.25, color=color, label=name)
         axis.set_yticks(range(len(found)), list(found), fontsize=8)
         axis.invert_yaxis()
         axis.axvline(1, color="black", linewidth=0.8)

@@ -34,7 +34,7 @@ def all_cores() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if CUDA:
         torch.cuda.synchronize()
 
@@ -44,10 +44,10 @@ def alternate(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> d
     best = dict.fromkeys(sides, float("inf"))
     for turn in range(rounds + 1):
         for name, side in sides.items():
-            synchronise()
+            synchronize()
             start = time.perf_counter()
             side()
-            synchronise()
+            synchronize()
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
     return best
@@ -106,7 +106,7 @@ def measure(benchmark, function: Callable[[], object], *, moved: int, flop: floa
 
     def run():
         function()
-        synchronise()
+        synchronize()
 
     if CUDA:
         import triton.testing
@@ -115,7 +115,7 @@ def measure(benchmark, function: Callable[[], object], *, moved: int, flop: floa
         info = {"cold_ms": cold, "cold_ms_p20": low, "cold_ms_p80": high}
         try:
             info["replayed_ms"] = triton.testing.do_bench_cudagraph(function)
-        except RuntimeError as error:  # eager code that synchronises cannot be captured
+        except RuntimeError as error:  # eager code that synchronizes cannot be captured
             info["replayed_ms"] = None
             info["not_captured"] = str(error).splitlines()[0]
         seconds = cold / 1e3

@@ -16,7 +16,7 @@ from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
 from engine.pretrained import load_run, third_party
-from engine.synthetic import dataset
+from engine.synthetic import dataset, teacher_files
 from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
@@ -111,8 +111,6 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
-        from engine.synthetic import teacher_files
-
         model, files = map(str, teacher_files())
     return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
 

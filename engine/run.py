@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 import time
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 
 from engine import build
 from engine.build import assemble, load_teacher
@@ -160,10 +162,6 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
 
 def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     """What the run ran on and when, for its record."""
-    import platform
-
-    import torchvision
-
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),

@@ -1,6 +1,6 @@
-"""How it is computed fast: one op a file, each with an eager definition in ``reference`` as its specification.
+"""Fused ops, one per file. The eager definitions in ``reference`` are their specification.
 
-Imports torch only: triton is imported when a kernel first runs, so this works on machines with neither CUDA nor triton.
+This imports torch only: triton is imported when a kernel first runs, so the package works without CUDA and without triton.
 """
 
 from kernels import reference

@@ -5,7 +5,7 @@
 prints one row per variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
 instruction count. ``--check`` fails on a spill, a 16-bit product without tensor cores, shared memory over the limit, a
 streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``. ``--update``
-rewrites that. What is let through is in an op's ``EXCEPTIONS``, with the reason, and is marked in the table.
+rewrites that file. ``EXCEPTIONS`` of an op lists what is let through and why; the table marks it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kernels.registry import exceptions, variants
 
 COMMITTED = Path(__file__).with_name("aot.json")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory a block may use."""
+"""Bytes of shared memory that a block may use."""
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
 GROWTH = 1.10
 """An instruction count may exceed the committed one by this factor."""
@@ -36,7 +36,7 @@ GROWTH = 1.10
 
 @dataclass(frozen=True)
 class Report:
-    """What one variant became on one architecture."""
+    """The machine code of one variant on one architecture."""
 
     name: str
     arch: str
@@ -44,9 +44,9 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     tensor_core: str
-    """The instruction that multiplies, with its count, or "-"."""
+    """The tensor-core instruction and its count, or "-"."""
     load_bytes: int
-    """Widest global load a thread issues."""
+    """The widest global load of a thread."""
     instructions: int
 
 
@@ -78,7 +78,7 @@ def compile_variant(variant: Variant, arch: str) -> Report:
         binary.write_bytes(compiled.asm["cubin"])
         command = [_cuobjdump(), "-res-usage", "-sass", str(binary)]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # LOCAL reads 0 even when the compiler spilled: the stack and the local loads and stores tell.
+    # LOCAL is 0 even when the compiler spilled; the stack and the local loads and stores show it.
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", code)[1]) for key in ("REG", "STACK"))
     local = len(re.findall(r"\b(?:LDL|STL)\b", code))
     products = {name: len(re.findall(rf"\b{name}\b", code)) for name in TENSOR_CORE}
@@ -98,7 +98,7 @@ def compile_variant(variant: Variant, arch: str) -> Report:
 
 
 def faults(report: Report, kind: str, committed: dict[str, int]) -> dict[str, str]:
-    """Check -> what is wrong, before exceptions."""
+    """Check -> what is wrong, whether or not an exception allows it."""
     found = {}
     if report.spill_bytes:
         found["spill"] = f"spills {report.spill_bytes} bytes"
@@ -117,7 +117,7 @@ def faults(report: Report, kind: str, committed: dict[str, int]) -> dict[str, st
 
 
 def exception(report: Report, check: str) -> str | None:
-    """Why this fault is let through, or None."""
+    """Why this fault is let through, or None if it is not."""
     for (name, arch, excepted), reason in exceptions().items():
         if excepted == check and fnmatch(report.name, name) and fnmatch(report.arch, arch):
             return reason

@@ -1,9 +1,9 @@
-"""Views from decoded images: random resized crop, flip, colour jitter, grey, Gaussian blur and normalization, fused.
+"""Views of decoded images: random resized crop, flip, color jitter, grayscale, Gaussian blur and normalization, fused.
 
-What happens to each image comes in as values, so any path makes the same views. The crop is rounded to 8 bits, as
-torchvision's is; from there on everything is float and neither rounded nor truncated between two operators. On CUDA five
-launches whatever the images ask for; on a CPU the images are taken one by one, small enough for the cache and each with
-only the operators that its values ask for. A sequence of operators of one image never depends on the rest of the batch.
+The random values are arguments, so every path makes the same views. The crop is rounded to 8 bits, as in torchvision; from
+there on everything is float, without rounding between operations. CUDA takes five launches for any values. A CPU takes one
+image at a time, which fits the cache, and runs only the operations that its values ask for. The view of an image never
+depends on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ def augment(
     out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Views of B images of any sizes. No gradient.
+    """Makes views of B images of any sizes. Not differentiable.
 
     Args:
-        pixels: uint8 [total], images of [height, width, 3] one after the other.
-        offsets: int64 [B], where each image begins; an image may be named twice.
-        sizes: int32 [B, 2], height and width of each.
-        values: what to do to each, on the same device. Boxes must lie inside their images: not checked on CUDA.
+        pixels: uint8 [total], the concatenated images, [height, width, 3] each.
+        offsets: int64 [B], where each image begins; several views of one image are allowed.
+        sizes: int32 [B, 2], height and width of each image.
+        values: what to do to each image, on the same device. Boxes must lie inside their images, which is not checked
+            on CUDA.
         side: height and width of a view.
         mean, std: of RGB in [0, 1].
         dtype: float16, bfloat16 or float32; float64 on the reference and PyTorch paths.
-        out: [B, 3, side, side] channels_last, overwritten and returned; gives side and dtype then.
+        out: [B, 3, side, side] in channels_last, overwritten and returned. Its dtype takes the place of ``dtype``.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
@@ -93,8 +94,8 @@ def recolour(
     out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The second half of :func:`augment`, for views that another program has cropped and flipped: uint8 [B, S, S, 3],
-    contiguous. ``values.crop`` and ``values.flip`` are not read."""
+    """The second half of :func:`augment`, for views that are already cropped and flipped: contiguous uint8 [B, S, S, 3].
+    ``values.crop`` and ``values.flip`` are not read."""
     if views.dim() != 4 or views.shape[1] != views.shape[2] or views.shape[3] != 3 or views.shape[1] < 1:
         raise ValueError(f"recolour: views must be [B, S, S, 3], got {list(views.shape)}")
     count = _check("recolour", values, views.shape[0], views.device, mean, std)
@@ -108,7 +109,7 @@ def recolour(
 
 
 def _check(op: str, values: ViewValues, count: int, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> int:
-    """Values of ``count`` images, three means and deviations."""
+    """Checks the values of ``count`` images, and mean and std. Returns ``count``."""
     for name, (kind, rank) in _KINDS.items():
         shape = [count] if rank == 1 else [count, 4]
         _check_tensor(op, f"values.{name}", getattr(values, name), kind, shape, device)
@@ -160,16 +161,16 @@ def _augment(
 ) -> None:  # fmt: skip
     values = ViewValues(crop, flip, jitter, factors, order, grey, blur_sigma)
     if impl == "triton":
-        from kernels import augment_triton
+        from kernels import augment_triton  # here, because triton may not be installed
 
         views = augment_triton.crops(pixels, offsets, sizes, values, out.shape[-1])
         augment_triton.recolour(views, values, mean, std, out)
         return
-    side, colour = out.shape[-1], _Colour(values, mean, std, out.device)
+    side, color = out.shape[-1], _Color(values, mean, std, out.device)
     places = zip(offsets.tolist(), sizes.tolist(), crop.tolist(), flip.tolist(), strict=True)
     for b, (start, (height, width), box, mirrored) in enumerate(places):
         view = _resized_crop(pixels[start : start + 3 * height * width].view(height, width, 3), box, side)
-        colour(b, view.flip(-1) if mirrored else view, out[b])
+        color(b, view.flip(-1) if mirrored else view, out[b])
 
 
 @torch.library.custom_op("ppssl::recolour", mutates_args=("out",))
@@ -179,13 +180,13 @@ def _recolour(
 ) -> None:  # fmt: skip
     values = ViewValues(crop, flip, jitter, factors, order, grey, blur_sigma)
     if impl == "triton":
-        from kernels import augment_triton
+        from kernels import augment_triton  # here, because triton may not be installed
 
         augment_triton.recolour(views, values, mean, std, out)
         return
-    colour = _Colour(values, mean, std, out.device)
+    color = _Color(values, mean, std, out.device)
     for b, view in enumerate(views):
-        colour(b, view.permute(2, 0, 1)[None], out[b])
+        color(b, view.permute(2, 0, 1)[None], out[b])
 
 
 @_augment.register_fake
@@ -199,17 +200,17 @@ def _(views, crop, flip, jitter, factors, order, grey, blur_sigma, mean, std, im
 
 
 def _resized_crop(image: Tensor, box: list[int], side: int) -> Tensor:
-    """uint8 [1, 3, side, side]; PyTorch's 8-bit resize on a CPU rounds its weights to 15 bits, as PIL does."""
+    """uint8 [1, 3, side, side]. PyTorch's 8-bit resize on a CPU rounds its weights to 15 bits, as PIL does."""
     top, left, height, width = box
     part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    if part.is_cuda:  # no 8-bit resize there
+    if part.is_cuda:  # PyTorch has no 8-bit resize on CUDA
         resized = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
         return resized.round_().clamp_(0, 255).to(torch.uint8)
     return F.interpolate(part, (side, side), mode="bilinear", antialias=True)
 
 
-class _Colour:
-    """Jitter, grey, blur and normalization of single views."""
+class _Color:
+    """Jitter, grayscale, blur and normalization of one view at a time."""
 
     def __init__(self, values: ViewValues, mean: Sequence[float], std: Sequence[float], device: torch.device):
         self.jitter, self.factors, self.order = values.jitter.tolist(), values.factors.tolist(), values.order.tolist()
@@ -220,7 +221,7 @@ class _Colour:
     def __call__(self, b: int, view: Tensor, out: Tensor) -> None:
         """view: uint8 [1, 3, S, S]; out: [3, S, S] of any strides, overwritten."""
         dtype = torch.promote_types(out.dtype, torch.float32)
-        x = view.to(dtype, memory_format=torch.contiguous_format, copy=True)  # planes: every operator runs along one
+        x = view.to(dtype, memory_format=torch.contiguous_format, copy=True)  # contiguous channels are faster in every operation
         if self.jitter[b]:
             for op in self.order[b]:
                 JITTER[op](x, self.factors[b][op])
@@ -231,35 +232,35 @@ class _Colour:
 
 
 def adjust_brightness(x: Tensor, factor: float) -> Tensor:
-    """clamp(factor * x), in place. x: [1, 3, H, W] float, 0..255; so for all below."""
+    """clamp(factor * x), in place. Here and below, x is float [1, 3, H, W] in 0..255."""
     return x.mul_(factor).clamp_(0, 255)
 
 
 def adjust_contrast(x: Tensor, factor: float) -> Tensor:
-    """Blend with the mean of the image's own grey values, in place."""
+    """Blend with the mean of the image's gray values, in place."""
     mean = _grey_of(x).mean()
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
 def adjust_saturation(x: Tensor, factor: float) -> Tensor:
-    """Blend with the grey image, in place."""
+    """Blend with the grayscale image, in place."""
     grey = _grey_of(x)
     return x.mul_(factor).add_(grey.mul_(1 - factor)).clamp_(0, 255)
 
 
 def adjust_hue(x: Tensor, turns: float) -> Tensor:
-    """Turn the hue of HSV by ``turns`` (1 is the full circle), in place.
+    """Rotate the hue of HSV by ``turns`` (1 is the full circle), in place.
 
-    Value and saturation stay, so a pixel's largest and smallest channel keep their values and only who holds them
-    changes: with h the new hue in sextants and c = max - min, R = min + c * (clamp(|h - 3|, 1, 2) - 1) and
-    G, B = max - c * (clamp(|h - 2|, 1, 2) - 1), the same with |h - 4|.
+    Value and saturation stay. So the largest and the smallest value of a pixel stay too, and only the channels that have
+    them change. With h the new hue in sextants and c = max - min, R = min + c * (clamp(|h - 3|, 1, 2) - 1) and
+    G = max - c * (clamp(|h - 2|, 1, 2) - 1); B is like G, with |h - 4|.
     """
     r, g, b = x.unbind(1)
     top = torch.maximum(torch.maximum(r, g), b)
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = top - low
-    # With channels scaled to (x - min) / c the hue lies 1 + g + b - r sextants from red: in each sextant one of the
-    # three varies while the others are 0 or 1. The sign of g - b tells the side of red.
+    # With channels scaled to (x - min) / c, the distance of the hue from red is 1 + g + b - r sextants, because in each
+    # sextant one of the three varies while the others are 0 and 1. The sign of g - b is the direction.
     hue = torch.add(g, b).sub_(r).sub_(low).div_(torch.clamp(chroma, min=1e-6)).add_(1).copysign_(g - b)
     hue.mul_(1 / 6).add_(turns + 1).frac_().mul_(6)
     low.sub_(chroma)
@@ -276,16 +277,16 @@ def to_grey(x: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, mirrored at the borders without repeating the edge; 0 returns x itself.
+    """Gaussian blur with reflect padding; with sigma 0 it returns x itself.
 
-    The window reaches 4 sigma, at most BLUR_RADIUS. Each direction adds up shifted copies: on planes that fit a CPU's
-    cache that beats both a depthwise convolution and a product with a banded matrix.
+    The window reaches 4 sigma, at most BLUR_RADIUS. Each direction adds up shifted copies: on images that fit the cache of
+    a CPU this is faster than a depthwise convolution and than a product with a banded matrix.
     """
     h, w = x.shape[-2:]
     radius = min(BLUR_RADIUS, math.ceil(4 * sigma), h - 1, w - 1)
     if radius < 1:
         return x
-    taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the center outwards
+    taps = [math.exp(-((distance / sigma) ** 2) / 2) for distance in range(radius + 1)]  # from the center outward
     total = 2 * sum(taps) - taps[0]
     for axis, size, margin in ((2, h, (0, 0, radius, radius)), (3, w, (radius, radius, 0, 0))):
         padded = F.pad(x, margin, mode="reflect")

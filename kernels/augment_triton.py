@@ -1,8 +1,8 @@
-"""Views on CUDA in five launches: crops, sums of grey values, colour, and the blur's two directions.
+"""Views on CUDA in five launches: crop, sums of gray values, color, and the two directions of the blur.
 
-A program is a tile of one image, and every launch covers all images: those that need no contrast leave the second launch
-at once, those without blur are finished by the third. The crop looks up each output pixel's own window of the source, so
-its work grows with the area of the crop; the lookups of neighbours meet in the cache. Sums are float32, in fixed order.
+A program is a tile of one image, and every launch covers all images: those without jitter leave the second launch at once,
+and those without blur are finished by the third. The crop reads the window of each output pixel from the source, so its
+work grows with the area of the crop; the windows of neighboring pixels share the cache. Sums are float32, in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from kernels.reference import BLUR_RADIUS, ViewValues
 from kernels.selection import interpreting
 
 TILE = Config(rows=4, cols=64, warps=4, stages=1)
-"""Output pixels of a program: neighbours along a row share cache lines."""
+"""Output pixels of a program, long in the direction of the rows, whose pixels share cache lines."""
 LINE = Config(rows=1, cols=1024, warps=4, stages=1)
-"""Pixels of a program where the place in the image is of no account."""
+"""Pixels of a program where their position in the image does not matter."""
 INTERPRETED = Config(rows=8, cols=32, warps=1, stages=1)
 
 
@@ -37,7 +37,7 @@ def _crop_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
-    # 1. The output pixels of this program and the box of its image.
+    # 1. Load the box of the image; y and x of the output pixels of this program are row and column.
     image = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(2) * COLS + tl.arange(0, COLS)
@@ -61,7 +61,7 @@ def _crop_kernel(
     taps_y = tl.ceil(2 * reach_y).to(tl.int32) + 1
     taps_x = tl.ceil(2 * reach_x).to(tl.int32) + 1
 
-    # 3. out = sum_ij w_i w_j pixel_ij / (sum_i w_i sum_j w_j), without the pixels beyond the box (PIL's antialiased resize).
+    # 3. out = sum_ij w_i w_j pixel_ij / (sum_i w_i sum_j w_j) over the pixels inside the box (PIL's antialiased resize).
     red = tl.zeros([ROWS, COLS], tl.float32)
     green = tl.zeros([ROWS, COLS], tl.float32)
     blue = tl.zeros([ROWS, COLS], tl.float32)
@@ -87,8 +87,8 @@ def _crop_kernel(
             red += weight * tl.load(source, mask=inside, other=0).to(tl.float32)
             green += weight * tl.load(source + 1, mask=inside, other=0).to(tl.float32)
             blue += weight * tl.load(source + 2, mask=inside, other=0).to(tl.float32)
-    share = 1 / tl.maximum(norm_y[:, None] * norm_x[None, :], 1e-6)  # beyond the view there is nothing to divide by
-    # 4. Rounded to 8 bits, as PIL does.
+    share = 1 / tl.maximum(norm_y[:, None] * norm_x[None, :], 1e-6)  # the norm of pixels beyond the view may be 0
+    # 4. Round to 8 bits, as PIL does.
     out = out_ptr + (image.to(tl.int64) * side * side + row[:, None] * side + column[None, :]) * 3
     kept = (row < side)[:, None] & (column < side)[None, :]
     tl.store(out, _eight_bits(red * share), mask=kept)
@@ -128,7 +128,7 @@ def _adjust(r, g, b, op, factor, mean):
         g = _level(factor * g + grey)
         b = _level(factor * b + grey)
     else:
-        # the largest and the smallest channel keep their values, only who holds them changes: see augment.adjust_hue
+        # the largest and the smallest value stay, and the channels that have them change: see augment.adjust_hue
         top = tl.maximum(tl.maximum(r, g), b)
         low = tl.minimum(tl.minimum(r, g), b)
         chroma = top - low
@@ -151,10 +151,10 @@ def _sum_kernel(
     n_pixels,
     BLOCK: tl.constexpr,
 ):
-    """Sums of grey values of each part of an image, after what comes before contrast."""
+    """Sums of gray values of each part of an image, after the operations that precede contrast."""
     image = tl.program_id(0)
     part = tl.program_id(1)
-    # 1. What comes before contrast in this image's order.
+    # 1. Apply the operations that precede contrast in the order of this image.
     if tl.load(jitter_ptr + image) != 0:
         pixel = part * BLOCK + tl.arange(0, BLOCK)
         inside = pixel < n_pixels
@@ -168,7 +168,7 @@ def _sum_kernel(
             before = before & (op != 1)
             if before:
                 r, g, b = _adjust(r, g, b, op, tl.load(factor_ptr + 4 * image + op), 0.0)
-        # 2. The sum of grey values of this part.
+        # 2. The sum over the pixels of this part of gray = 0.299 r + 0.587 g + 0.114 b.
         total = tl.sum(tl.where(inside, _grey(r, g, b), 0.0), 0)
         tl.store(sum_ptr + image * tl.num_programs(1) + part, total)
 
@@ -182,8 +182,8 @@ def _colour_kernel(
     grey_ptr,  # uint8 [B]
     sigma_ptr,  # float32 [B]
     sum_ptr,  # float32 [B, parts]
-    level_ptr,  # float32 [B, 3, pixels]: levels of the images that are to be blurred
-    out_ptr,  # [B, pixels, 3]: the others, finished
+    level_ptr,  # float32 [B, 3, pixels]: the images that will be blurred, in 0..255
+    out_ptr,  # [B, pixels, 3]: the other images, finished
     n_pixels,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     PARTS: tl.constexpr,  # a power of two
@@ -193,11 +193,11 @@ def _colour_kernel(
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < n_pixels
     place_in = (image.to(tl.int64) * n_pixels + pixel) * 3
-    # 1. The pixels of this program.
+    # 1. Load the pixels of this program.
     r = tl.load(view_ptr + place_in, mask=inside, other=0).to(tl.float32)
     g = tl.load(view_ptr + place_in + 1, mask=inside, other=0).to(tl.float32)
     b = tl.load(view_ptr + place_in + 2, mask=inside, other=0).to(tl.float32)
-    # 2. The four jitter operations in this image's order; contrast is around the mean grey value.
+    # 2. Apply the four jitter operations in the order of this image; contrast blends with the mean of the gray values.
     if tl.load(jitter_ptr + image) != 0:
         parts = tl.arange(0, PARTS)
         sums = tl.load(sum_ptr + image * tl.num_programs(1) + parts, mask=parts < tl.num_programs(1), other=0.0)
@@ -205,12 +205,12 @@ def _colour_kernel(
         for place in tl.static_range(4):
             op = tl.load(order_ptr + 4 * image + place).to(tl.int32)
             r, g, b = _adjust(r, g, b, op, tl.load(factor_ptr + 4 * image + op), mean)
-    # 3. Grey, where asked.
+    # 3. If the image is to be grayscale: r = g = b = 0.299 r + 0.587 g + 0.114 b.
     if tl.load(grey_ptr + image) != 0:
         r = _grey(r, g, b)
         g = r
         b = r
-    # 4. To the blur as levels, or out: (x / 255 - mean) / std as one multiplication and addition.
+    # 4. Store x for the blur, or the finished (x / 255 - mean) / std = scale x + shift.
     if tl.load(sigma_ptr + image) > 0:
         level = level_ptr + image.to(tl.int64) * 3 * n_pixels + pixel
         tl.store(level, r, mask=inside)
@@ -225,7 +225,7 @@ def _colour_kernel(
 
 @triton.jit
 def _reflected(i, side):
-    """A position beyond the border, mirrored without repeating the edge."""
+    """The position that reflect padding gives for ``i``."""
     i = tl.abs(i)
     return tl.where(i < side, i, 2 * (side - 1) - i)
 
@@ -234,7 +234,7 @@ def _reflected(i, side):
 def _blur_kernel(
     sigma_ptr,  # float32 [B]
     level_ptr,  # float32 [B, 3, side, side]
-    out_ptr,  # down the columns: float32 [B, 3, side, side]; along the rows, normalized: [B, side, side, 3]
+    out_ptr,  # along the columns: float32 [B, 3, side, side]; along the rows, normalized: [B, side, side, 3]
     side,
     scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     ALONG_ROWS: tl.constexpr,
@@ -254,14 +254,14 @@ def _blur_kernel(
         r = tl.load(level + place, mask=inside, other=0.0)
         g = tl.load(level + plane + place, mask=inside, other=0.0)
         b = tl.load(level + 2 * plane + place, mask=inside, other=0.0)
-        # 1. Weights exp(-d^2 / (2 sigma^2)) for |d| <= min(4 sigma, RADIUS, side - 1), their sum in norm.
+        # 1. The pixel itself, w_0 = 1. The window: w_d = exp(-d^2 / (2 sigma^2)) for |d| <= min(4 sigma, RADIUS, side - 1).
         radius = tl.minimum(tl.minimum(tl.ceil(4 * sigma).to(tl.int32), RADIUS), side - 1)
         norm = 1.0
         for distance in tl.range(1, radius + 1):
             share = distance / sigma
             weight = tl.exp(-0.5 * share * share)
             norm += 2 * weight
-            # 2. Both neighbors at distance d, mirrored at the border.
+            # 2. sum += w_d (x_-d + x_+d);  norm += 2 w_d, with reflect padding.
             if ALONG_ROWS:
                 near = row[:, None] * side + _reflected(column - distance, side)[None, :]
                 far = row[:, None] * side + _reflected(column + distance, side)[None, :]
@@ -275,7 +275,7 @@ def _blur_kernel(
             near += plane
             far += plane
             b += weight * (tl.load(level + near, mask=inside, other=0.0) + tl.load(level + far, mask=inside, other=0.0))
-        # 3. Divided by the sum of the weights; normalized after the second direction.
+        # 3. Store sum / norm; after the second direction also normalize: scale x + shift.
         if ALONG_ROWS:
             kind = out_ptr.dtype.element_ty
             out = out_ptr + (image.to(tl.int64) * plane + place) * 3
@@ -290,7 +290,7 @@ def _blur_kernel(
 
 
 def crops(pixels: Tensor, offsets: Tensor, sizes: Tensor, values: ViewValues, side: int) -> Tensor:
-    """The cropped, resized and mirrored views: uint8 [B, side, side, 3]."""
+    """The cropped, resized and flipped views: uint8 [B, side, side, 3]."""
     out = torch.empty((len(offsets), side, side, 3), dtype=torch.uint8, device=pixels.device)
     if len(out):
         tile = INTERPRETED if interpreting() else TILE
@@ -304,7 +304,7 @@ def crops(pixels: Tensor, offsets: Tensor, sizes: Tensor, values: ViewValues, si
 
 
 def recolour(views: Tensor, values: ViewValues, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
-    """Jitter, grey, blur and normalization of uint8 [B, S, S, 3] into ``out`` [B, 3, S, S], channels_last."""
+    """Jitter, grayscale, blur and normalization of uint8 [B, S, S, 3] into ``out`` [B, 3, S, S], channels_last."""
     count, side = views.shape[:2]
     if not count:
         return
@@ -331,7 +331,7 @@ def recolour(views: Tensor, values: ViewValues, mean: Sequence[float], std: Sequ
 
 
 def variants(arch: str) -> list[Variant]:
-    """Views of 224 pixels in three output types; the same form for every architecture."""
+    """Views of 224 pixels in three output types, the same for every architecture."""
     byte = dict(view_ptr="*u8", jitter_ptr="*u8", factor_ptr="*fp32", order_ptr="*u8", grey_ptr="*u8")
     affine = dict.fromkeys((f"{kind}_{channel}" for kind in ("scale", "shift") for channel in "rgb"), "fp32")
     tile, line = dict(ROWS=TILE.rows, COLS=TILE.cols), dict(BLOCK=LINE.cols)

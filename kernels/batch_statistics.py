@@ -1,4 +1,4 @@
-"""Statistics of a batch that several ops and several processes share."""
+"""Batch statistics: what the max-out ops share, and how statistics of several processes are merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kernels.group import gather
 
 
 def merge_statistics(mean: Tensor, var: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of all processes' rows together (Chan et al. 1979, equal counts)."""
+    """Mean and biased variance over the rows of all processes, which hold equally many (Chan et al. 1979)."""
     if not group:
         return mean, var
     means, variances = gather(mean[None], group), gather(var[None], group)
@@ -17,5 +17,5 @@ def merge_statistics(mean: Tensor, var: Tensor, group: str) -> tuple[Tensor, Ten
 
 
 def minmax_groups(minmax: str, batch: int) -> int:
-    """How many ranges a min-max over ``minmax`` ("" for none) takes."""
+    """The number of min-max ranges: one per image, one per batch, or none for ``""``."""
     return {"": 0, "image": batch, "batch": 1}[minmax]

@@ -1,7 +1,7 @@
-"""Launch configurations of the Triton kernels, looked up in a committed table; nothing is tuned while a model trains.
+"""Launch configurations of the Triton kernels, from a committed table. Nothing is tuned during training.
 
-``configs.json`` is keyed by architecture, kernel, operand type, width bucket and batch bucket. A bucket is the largest
-size it serves, so a lookup takes the smallest bucket that is not below the size. ``bench/gpu/sweep.py`` writes the table.
+``configs.json`` is keyed by architecture, kernel, operand type, width bucket and batch bucket. A bucket is named by the
+largest size it serves: a lookup takes the smallest bucket that holds the size. ``bench/gpu/sweep.py`` writes the table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,12 +18,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 class Config(NamedTuple):
-    """How one kernel is cut up and launched."""
+    """Tile sizes and launch options of one kernel."""
 
     rows: int
-    """Rows of a program's tile (queries, positions); what they are is the kernel's business."""
+    """Rows of a program's tile: queries, positions or pixel rows, depending on the kernel."""
     cols: int
-    """Columns of the tile that a loop advances by (queue rows, channels)."""
+    """Columns that the loop advances by: queue rows or channels, depending on the kernel."""
     warps: int
     stages: int
 
@@ -35,7 +35,7 @@ def table() -> dict:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The newest tabulated architecture that is not newer than the device's."""
+    """The newest architecture in the table that is not newer than that of ``device``."""
     major, minor = torch.cuda.get_device_capability(device)
     known = [name for name in ARCHITECTURES if int(name[3:]) <= 10 * major + minor]
     return known[-1] if known else ARCHITECTURES[0]
@@ -47,7 +47,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def bucket(buckets: dict, size: int) -> str:
-    """The key of the smallest bucket that holds ``size``; beyond the largest, that one."""
+    """The key of the smallest bucket that holds ``size``, or of the largest bucket if none does."""
     fitting = [int(key) for key in buckets if int(key) >= size]
     return str(min(fitting)) if fitting else max(buckets, key=int)
 
@@ -60,6 +60,21 @@ def lookup(arch: str, kernel: str, operand: str, width: int, batch: int) -> Conf
     return Config(**by_batch[bucket(by_batch, batch)])
 
 
+def operand_dtype(operand: str) -> torch.dtype:
+    """The dtype of tensors that a kernel multiplies as ``operand``; bfloat16 for ``"any"``."""
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
+    return dtypes.get(operand, torch.bfloat16)
+
+
+class Workload(NamedTuple):
+    """A call of a public op that runs the kernel of one table entry, for ``bench/gpu/sweep.py`` to time."""
+
+    function: str
+    """Name of the op in ``kernels``."""
+    arguments: dict[str, Any]
+    """Its keyword arguments, without ``impl``. Gradients are taken with respect to the tensors that require one."""
+
+
 class Variant(NamedTuple):
     """One compiled form of a kernel, as :mod:`kernels.aot` builds it without a GPU."""
 
@@ -67,11 +82,11 @@ class Variant(NamedTuple):
     kernel: object
     """The ``triton.jit`` function."""
     types: dict[str, str]
-    """Argument name -> Triton type, in the kernel's order, constants left out."""
+    """Argument name -> Triton type, in the order of the kernel's arguments, without the constants."""
     constants: dict[str, object]
     aligned: tuple[str, ...]
     """Integer arguments that are multiples of 16, as in real launches (pointers always are)."""
     warps: int
     stages: int
     kind: str
-    """What is demanded of the code: dot (tensor cores), ieee (products without them), stream (wide loads), small."""
+    """What the machine code must have: dot (tensor cores), stream (wide loads), ieee and small (neither)."""

@@ -1,8 +1,8 @@
 """GradCAM weighting: ``relu(sign sum_c act_c grad_c)``, or with ``mean_hw(grad_c)`` as the weight of channel c, pooled.
 
-Never in memory: the product [B, C, H, W]; each input is read once and only the map is written. The gradient to
-``act`` is ``dmap`` sent back through the pooling where the map is positive, times ``sign`` and the weights; ``grad`` is
-a constant. Products and sums are float32 (float64 for float64 inputs) whatever autocast says.
+The product [B, C, H, W] is never in memory; each input is read once and only the map is written. The gradient to ``act`` is
+that of the map, back through the pooling and zero where the map is not positive, times ``sign`` and the weights; ``grad`` is
+a constant. Products and sums are float32 (float64 for float64 inputs), under autocast too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Weighting = Literal["elementwise", "channel"]
 Pool = Literal["max", "mean"]
 
 FEW_CHANNELS = 8
-"""Up to so many channels the PyTorch path adds one product at a time to the map."""
+"""Up to this number of channels, the PyTorch path adds the products to the map one channel at a time."""
 GROUP_ELEMENTS = 1 << 20
-"""Beyond, so many elements of the product are held at a time, in one buffer that stays in the cache (4 MiB of float32)."""
+"""With more channels, so many elements of the product are held at a time, in one buffer (4 MiB of float32)."""
 
 
 def gradcam(
@@ -38,12 +38,12 @@ def gradcam(
     """Class-activation map of an image or a feature map (Selvaraju et al. 2017; elementwise form: LCR and PP-SSL).
 
     Args:
-        act: [B, C, H, W] what was differentiated with respect to, NCHW or channels_last. Differentiable.
-        grad: [B, C, H, W] the derivative. A constant: it receives no gradient.
-        size: (h, w) of the map. The Triton path wants H a multiple of h and W of w with cells of a power of two wide.
+        act: [B, C, H, W], the activations (or the image), NCHW or channels_last. Differentiable.
+        grad: [B, C, H, W], the derivative with respect to act. It receives no gradient.
+        size: (h, w) of the map. The Triton path takes H a multiple of h and W a multiple of w, W / w a power of two.
         weighting: ``"elementwise"`` multiplies act by grad, ``"channel"`` by the mean of grad over each channel.
         pool: how pixels become cells, after the ReLU (adaptive pooling).
-        sign: +1 keeps what raises the differentiated quantity, -1 what lowers it.
+        sign: +1 keeps what increases the differentiated quantity, -1 what decreases it.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
@@ -96,7 +96,7 @@ def _compute_dtype(act: Tensor, grad: Tensor) -> torch.dtype:
 @torch.library.custom_op("ppssl::gradcam", mutates_args=())
 def _gradcam(act: Tensor, grad: Tensor, height: int, width: int, weighting: str, pool: str, sign: int, impl: str) -> Tensor:
     if impl == "triton":
-        from kernels import gradcam_triton
+        from kernels import gradcam_triton  # here, because triton may not be installed
 
         return gradcam_triton.forward(act, grad, height, width, weighting, pool, sign)
     cam = _cam(act, grad, weighting, sign)
@@ -112,7 +112,7 @@ def _(act, grad, height, width, weighting, pool, sign, impl):
 def _gradcam_backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: str, sign: int, impl: str) -> Tensor:
     """dact, in the dtype and memory order of act."""
     if impl == "triton":
-        from kernels import gradcam_triton
+        from kernels import gradcam_triton  # here, because triton may not be installed
 
         return gradcam_triton.backward(grad_map, act, grad, weighting, pool, sign)
     return _backward(grad_map, act, grad, weighting, pool, sign)
@@ -172,7 +172,7 @@ def _cam(act: Tensor, grad: Tensor, weighting: str, sign: int) -> Tensor:
 
 
 def _pool(cam: Tensor, height: int, width: int, pool: str) -> tuple[Tensor, Tensor | None]:
-    """The map [B, h, w] and, for max pooling, the flat pixel index of each cell's winner."""
+    """The map [B, h, w] and, for max pooling, the flat index of the pixel that is each cell's maximum."""
     if pool == "mean":
         return F.adaptive_avg_pool2d(cam, (height, width)), None
     return F.adaptive_max_pool2d(cam, (height, width), return_indices=True)
@@ -187,7 +187,8 @@ def _backward(grad_map, act, grad, weighting, pool, sign):
     elif pool == "mean":
         grad_cam = torch.ops.aten._adaptive_avg_pool2d_backward(grad_map, cam)
     else:
-        _, index = _pool(cam, *grad_map.shape[1:], pool)
+        _, height, width = grad_map.shape
+        _, index = _pool(cam, height, width, pool)
         grad_cam = torch.zeros_like(cam).flatten(1)
         grad_cam.scatter_add_(1, index.flatten(1), grad_map.flatten(1))
         grad_cam = grad_cam.view_as(cam)

@@ -1,12 +1,15 @@
 """GradCAM weighting on CUDA, each input read once.
 
-Few channels (an image): a program is one row of cells; it adds up the products of its channels pixel by pixel, applies
-the ReLU and pools in registers, so the full-size map is never written. Many channels (a feature map): a program is some
-positions and walks over the channels; the map is small and pooled afterwards. ``"channel"`` weights are the means of
-``grad``, taken by a kernel of their own, the only one that reads ``grad`` then. Sums are float32.
+Few channels (an image): a program is one row of cells. It adds up the products of the channels at every pixel, applies the
+ReLU and pools in registers, so the full-size map is never written. Many channels (a feature map): a program is a block of
+positions and walks over the channels; the map is small and is pooled afterwards. The weights of ``"channel"`` are the means
+of ``grad``, from a separate kernel, which is then the only one that reads ``grad``. Sums are float32.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configs import Config, Variant, architecture, lookup, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, table
 from kernels.selection import interpreting
 
 FEW_CHANNELS = 8
-"""Up to so many channels the pooling is done in the kernel."""
+"""Up to this number of channels, the kernel does the pooling."""
 INTERPRETED = Config(rows=16, cols=16, warps=1, stages=1)
 KERNELS = ("image", "map", "mean", "scale")
 
@@ -77,7 +80,7 @@ def _image_kernel(
     cells: tl.constexpr = BLOCK_W // CELL_W
     if POOL_MAX:
         by_cell = tl.reshape(tl.max(pooled, 0), [cells, CELL_W])
-        poison = tl.reshape(tl.sum(pooled * 0.0, 0), [cells, CELL_W])  # a reduction by max drops NaN
+        poison = tl.reshape(tl.sum(pooled * 0.0, 0), [cells, CELL_W])  # tl.max drops NaN
         cell = tl.max(by_cell, 1) + tl.sum(poison, 1)
     else:
         cell = tl.sum(tl.reshape(tl.sum(pooled, 0), [cells, CELL_W]), 1) / (CELL_H * CELL_W)
@@ -207,7 +210,7 @@ def _channel_weights(grad: Tensor) -> Tensor:
 
 
 def _cam(act: Tensor, weights: Tensor, channel: bool, sign: int) -> Tensor:
-    """relu of the weighted sum at every position: [B, H, W]; weights as grad, or [B, C]."""
+    """relu of the weighted sum at every position: [B, H, W]. The weights are like grad, or [B, C]."""
     batch, channels, height, width = act.shape
     config = _config("map", act)
     cam = torch.empty((batch, height, width), dtype=torch.float32, device=act.device)
@@ -272,7 +275,7 @@ def forward(act: Tensor, grad: Tensor, height: int, width: int, weighting: str, 
 
 
 def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: str, sign: int) -> Tensor:
-    """dact: the map's gradient at the pixels that made it, times the weights. Takes the sum once more."""
+    """The gradient to act: that of the map at the pixels it came from, times the weights. Recomputes the sum."""
     batch, channels, height, width = act.shape
     channel = weighting == "channel"
     weights = _channel_weights(grad) if channel else grad
@@ -286,7 +289,7 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
             coefficient = torch.zeros_like(cam).flatten(1).scatter_add_(1, index.flatten(1), coefficient.flatten(1))
     coefficient = torch.where(cam > 0, sign * coefficient.view_as(cam), 0)
     out = torch.empty_like(act)
-    flat = out.flatten(2)  # the same memory, unless the positions of act have an order of their own
+    flat = out.flatten(2)  # a view, unless the memory order of the positions of act forbids one
     config = _config("scale", act)
     weights = weights[:, :, None] if channel else weights.flatten(2)
     with torch.cuda.device_of(act):
@@ -313,7 +316,7 @@ EXCEPTIONS = {
 
 
 def variants(arch: str) -> list[Variant]:
-    """Images of 3 x 224 x 224 to 7 x 7 in both memory orders, and channels_last feature maps."""
+    """Images of 3 x 224 x 224 to 7 x 7, NCHW and channels_last, and channels_last feature maps."""
     found = []
 
     def add(name, kernel, types, constants, config, kind, scalars):
@@ -352,3 +355,23 @@ def variants(arch: str) -> list[Variant]:
                  BLOCK_C=configs["scale"].cols), configs["scale"], "stream",
             [*inner, "stride_gb", "stride_gs", "stride_ob", "stride_os"])  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries; the kernel of images has no columns to choose."""
+    if key == "gradcam image":
+        grid = itertools.product((1, 2, 4, 8, 16), (committed.cols,), (2, 4, 8), (1,))
+    else:
+        grid = itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8), (1, 2, 3))
+    return map(Config._make, grid)
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """Images [128, 3, 224, 224] pooled to 7 x 7, forward only; or channels_last features [128, 2048, 7, 7] and their gradient."""
+    shape = (128, 3, 224, 224) if key == "gradcam image" else (128, 2048, 7, 7)
+    act, grad = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
+    if key != "gradcam image":
+        act, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (act, grad))
+        act.requires_grad_()
+    weighting = "channel" if key == "gradcam mean" else "elementwise"
+    return Workload("gradcam", dict(act=act, grad=grad, size=(7, 7), weighting=weighting))

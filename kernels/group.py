@@ -1,7 +1,7 @@
-"""What one step tells the other processes: small collectives as custom ops, so that they run inside a compiled graph too.
+"""Collectives as custom ops, so that they also run inside a compiled graph.
 
-A group is named by a string, because custom ops take no objects; "" is this process alone. Processes must hold equally
-many images. Gradients are those of the sum of all processes' losses.
+A group is identified by its name, because custom ops take no objects; "" is this process alone. All processes must hold the
+same number of images. Gradients are those of the sum of the losses of all processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 
 def group_name(group: dist.ProcessGroup | str | None) -> str:
-    """The name by which a custom op finds ``group``; "" for None or a group of one."""
+    """The name by which a custom op finds ``group``; "" for None and for a group of one process."""
     if isinstance(group, str):
         return group
     return group.group_name if group is not None and group.size() > 1 else ""
@@ -32,28 +32,28 @@ def rank(name: str) -> int:
 
 
 def gather(tensor: Tensor, name: str) -> Tensor:
-    """The processes' tensors one after the other along the first axis, in the order of their ranks. Differentiable."""
+    """The tensors of all processes, concatenated along the first axis in rank order. Differentiable."""
     return torch.ops.ppssl.gather(tensor, name) if name else tensor
 
 
 def local_shard(tensor: Tensor, name: str) -> Tensor:
-    """This process's part of a gathered tensor."""
+    """This process's part of a gathered tensor: the inverse of :func:`gather`."""
     return tensor.chunk(world_size(name))[rank(name)] if name else tensor
 
 
 def all_reduce_mean(tensor: Tensor, name: str) -> Tensor:
-    """The mean of the processes' tensors, the same bits in each. Differentiable."""
+    """The mean of the tensors of all processes, bit-identical in each of them. Differentiable."""
     return torch.ops.ppssl.all_reduce_mean(tensor, name) if name else tensor
 
 
 def all_to_all(tensor: Tensor, sent: list[int], received: list[int], name: str) -> Tensor:
-    """Sends ``sent[r]`` rows to process r, in the order of the rows; returns what the others send here, in the order of
-    their ranks, ``received[r]`` rows each. Not differentiable."""
+    """Sends the next ``sent[r]`` rows to each rank r in turn, and returns the rows received, ``received[r]`` from each rank r, in
+    rank order. Not differentiable."""
     return torch.ops.ppssl.all_to_all(tensor, sent, received, name)
 
 
 def is_first(name: str) -> bool:
-    """True in one process of the group: the one that accounts for what all of them share."""
+    """Whether this is the first process of the group, which accounts for terms that all processes share."""
     return rank(name) == 0
 
 
@@ -71,26 +71,26 @@ def _(tensor, group):
 
 
 @torch.library.custom_op("ppssl::all_reduce_mean", mutates_args=())
-def _average(tensor: Tensor, group: str) -> Tensor:
+def _all_reduce_mean(tensor: Tensor, group: str) -> Tensor:
     processes = _resolve_process_group(group)
     mean = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(mean, group=processes)
     return mean.div_(processes.size())
 
 
-@_average.register_fake
+@_all_reduce_mean.register_fake
 def _(tensor, group):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("ppssl::all_to_all", mutates_args=())
-def _exchange(tensor: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+def _all_to_all(tensor: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     result = tensor.new_empty((sum(received), *tensor.shape[1:]))
     dist.all_to_all_single(result, tensor.contiguous(), received, sent, group=_resolve_process_group(group))
     return result
 
 
-@_exchange.register_fake
+@_all_to_all.register_fake
 def _(tensor, sent, received, group):
     return tensor.new_empty((sum(received), *tensor.shape[1:]))
 
@@ -103,9 +103,9 @@ def _gather_backward(ctx, grad):
     return local_shard(all_reduce_mean(grad, ctx.group), ctx.group) * world_size(ctx.group), None
 
 
-def _average_backward(ctx, grad):
-    return all_reduce_mean(grad, ctx.group), None  # every process's loss sees the mean, and 1/n of each tensor is in it
+def _all_reduce_mean_backward(ctx, grad):
+    return all_reduce_mean(grad, ctx.group), None  # the loss of every process depends on the mean, of which each tensor is 1/n
 
 
 _gather.register_autograd(_gather_backward, setup_context=_remember_group)
-_average.register_autograd(_average_backward, setup_context=_remember_group)
+_all_reduce_mean.register_autograd(_all_reduce_mean_backward, setup_context=_remember_group)

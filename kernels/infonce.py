@@ -1,15 +1,16 @@
 """InfoNCE against a queue: ``loss_i = lse(q_i.k_i / T, q_i.queue_j / T) - q_i.k_i / T`` in one pass over the queue.
 
-Never in memory: the logits [B, 1 + K]. The forward pass yields ``dq`` together with the loss, so the backward pass is
-a scale, the queue may be overwritten in place between the two, and nothing of size K is saved. With ``p_i`` =
-``exp(-loss_i)`` the probability of the positive, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials
-are float32 (float64 for float64 inputs) whatever the dtype of the operands and whatever autocast says.
+The logits [B, 1 + K] are never in memory. The forward pass computes ``dq`` together with the loss. The backward pass only
+scales it, so the queue may be overwritten in place between the two, and nothing of size K is saved. With the probability
+of the positive ``p_i = exp(-loss_i)``, ``dloss_i/dk_i = (p_i - 1) q_i / T``. Sums, maxima and exponentials are float32
+(float64 for float64 inputs), whatever the dtype of the operands, and under autocast too.
 
-Two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, which holds a [B, rows] block that stays in cache.
+There are two paths: ``infonce_triton.py`` on CUDA, and the chunked one below, whose [B, rows] block stays in the cache.
 
-With a ``group``, every process holds a part of the queue. Each then sees all queries, takes their partial sums over its
-own rows, sends every process the partials of its queries, and merges what it receives: exactly the softmax over all
-rows, with one gather of the queries and one exchange of partials, both independent of K.
+With a ``group``, every process holds a shard of the queue. It gathers the queries of all processes, computes their
+partial sums over its shard, sends each process the partials of that process's queries, and merges what it receives. This
+is exactly the softmax over all rows, and costs one all-gather of the queries and one all-to-all of the partials, both
+independent of K.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kernels.online_softmax import Partial, finish, merge
 from kernels.selection import check_floating, choose, refuse_double_backward
 
 CHUNK_ELEMENTS = 1 << 17
-"""Logits held at a time by the chunked path (512 KiB of float32: half of a common L2 cache)."""
+"""How many logits the chunked path holds at a time (512 KiB of float32: half of a common L2 cache)."""
 MAX_DIM = 512
 """Widest embedding of the Triton kernel."""
 
@@ -48,27 +49,27 @@ def queue_infonce(
 
     Args:
         q: [B, D] queries, or [V, B, D] for V stacked queries that read the queue once. 16-bit floats, float32 or
-            float64. Rows are used as they come: normalize them outside (rows that are not normalized are legal).
+            float64. Rows are used as they are: normalize them first if you want cosine similarities.
         k: [B, D] keys of the positives; with stacked queries [B, D] (shared) or [V, B, D].
-        queue: [K, D] negatives, any K >= 1 and any strides. Never receives a gradient. The Triton path rounds q and k
-            to its dtype for the products.
+        queue: [K, D] negatives, any K >= 1 and any strides. It never receives a gradient. The Triton path rounds q and
+            k to the dtype of the queue for the products.
         temperature: T > 0.
         reduction: over the batch axis; ``"mean"`` and ``"sum"`` give a scalar, or [V] for stacked queries.
-        return_rank: also return for each query the number of queue rows that score strictly above its positive
-            (top-1 hit: rank == 0, top-5: rank < 5). Exact ties are decided by rounding.
+        return_rank: also return, for each query, the number of queue rows that score strictly above its positive
+            (top-1 hit: rank == 0, top-5: rank < 5). Rounding decides exact ties.
         impl: ``"auto"`` is Triton on CUDA and the chunked pass elsewhere.
         precision: how the Triton path multiplies float32 operands.
-        exclude: (index [B], queue_index [K]) int64: queue row j is no negative of query i, nor counted in its rank, where
-            queue_index[j] == index[i]. The chunked path takes it, on a GPU too.
-        group: processes that hold a part of the queue each (``queue`` is this one's, of any length) and equally many
-            queries. Every one gets the loss, gradients and ranks of its own queries against all parts.
+        exclude: (index [B], queue_index [K]) int64. Where queue_index[j] == index[i], queue row j is not a negative of
+            query i and is not counted in its rank. ``impl="auto"`` then takes the chunked path, on a GPU too.
+        group: processes that each hold one shard of the queue (``queue`` is this process's shard, of any length) and the
+            same number of queries. Each gets the loss, gradients and ranks of its queries against the whole queue.
 
     Returns:
-        loss, or (loss, rank): loss float32 (float64 for float64 inputs), rank int64 with the shape of the queries.
-        Gradients flow to q and k. Results are deterministic. NaN in a query, key or any queue row gives NaN.
+        loss, or (loss, rank): loss is float32 (float64 for float64 inputs), rank is int64, one per query. Gradients flow
+        to q and k. Results are deterministic. A NaN in a query, a key or any queue row gives NaN.
 
     Raises:
-        TypeError: an argument is not a floating tensor, temperature is not a number, or exclude not int64.
+        TypeError: an argument is not a floating tensor, temperature is not a number, or exclude is not int64.
         ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option, or a group with
             ``impl="reference"``.
         RuntimeError: second derivatives (``create_graph=True``) of a fused path.
@@ -120,12 +121,12 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor, skip: Tensor | None = 
     Args:
         queue: [K, D].
         pointer: 0-d int64 tensor in [0, K), on the queue's device.
-        keys: [B, D], cast to the queue's dtype. Any B: with B > K the last K keys remain, where a one-by-one writer
-            would have left them.
+        keys: [B, D] for any B, cast to the queue's dtype. With B > K the last K keys remain, in the slots where writing
+            one key at a time would have left them.
         skip: 0-d bool tensor; where it is true nothing changes.
 
     Raises:
-        TypeError: pointer is not int64, or queue or keys not floating.
+        TypeError: pointer is not int64, or queue or keys are not floating.
         ValueError: wrong rank, width or device.
     """
     check_floating("enqueue", queue=queue, keys=keys)
@@ -191,7 +192,7 @@ def _infonce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
     if impl == "triton":
-        from kernels import infonce_triton
+        from kernels import infonce_triton  # here, because triton may not be installed
 
         if not group:
             return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
@@ -308,8 +309,10 @@ def partial(
 
 
 def _send_home(part: Partial, group: str) -> Partial:
-    """From partials of all queries over this process's rows to those of its own queries over every process's, stacked.
-    One exchange: the counts travel as the bits of a float of their width."""
+    """Given the partials of all queries over this process's shard, returns those of its queries over every shard, stacked.
+
+    One all-to-all: the ranks travel as the bits of a float of the same width.
+    """
     dtype, processes = part.m_i.dtype, world_size(group)
     integers = torch.int64 if dtype == torch.float64 else torch.int32
     columns = [part.m_i[:, None], part.l_i[:, None]]

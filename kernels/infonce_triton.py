@@ -1,35 +1,39 @@
-"""InfoNCE against a queue on CUDA: a split of the queue a program, online softmax, then one merge.
+"""InfoNCE against a queue on CUDA: each program takes one split of the queue (online softmax), then one kernel merges them.
 
-Program (m, s) walks over chunk s of the queue with BLOCK_B queries. For each block of queue rows it takes the scores,
-the running maximum, the exponentials and their product with the same rows, which is the gradient's sum: two matrix
-products a row loaded. It stores the maximum, the sum, the count of rows that beat the positive and the acc rows,
-relative to its own maximum; the merge rescales them, adds the positive once and divides. Scores are in log2, for exp2.
+Program (m, s) walks over split s of the queue with BLOCK_B queries. For each block of queue rows it computes the scores,
+the running maximum, the exponentials and their product with the same rows, which becomes the gradient: two matrix
+products per block loaded. It stores m_i, l_i and acc relative to its maximum (``online_softmax.py``), and the number of
+rows that score above the positive. The merge rescales them, adds the positive once and divides. Scores are in units of
+log2, for exp2.
 
-Accumulation is float32. The weights go into the second product in the operands' dtype. Wider than 256, the acc
-rows do not fit a program's registers: the gradient's D axis is cut in two and the kernel launched for each half.
+Accumulation is in float32. The second product takes the exponentials in the dtype of the operands. An acc wider than 256
+does not fit into the registers of a program: then D is cut in two, and the kernel is launched once for each half.
 Extra memory: splits x B x (D + 3) x 4 bytes, with at most as many splits as the device has multiprocessors.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, multiprocessors, operand_dtype, table
 from kernels.online_softmax import Partial, merge
 from kernels.selection import interpreting
 
 LN2 = tl.constexpr(math.log(2))
 MASKED = tl.constexpr(-1e30)
-"""Score of a row that is not there. Finite, so that a difference of two is not NaN; its weight underflows to 0."""
+"""Score of a row beyond the queue. Finite, so that the difference of two is not NaN; its exponential underflows to 0."""
 MAX_BLOCK_D = 256
 MERGE_SPLITS = 16
-"""Splits that the merge adds up at a time."""
+"""How many splits the merge adds up at a time."""
 INTERPRETED = Config(rows=16, cols=32, warps=1, stages=1)
 INTERPRETED_SPLITS = 3
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -38,7 +42,7 @@ OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float3
 @triton.jit
 def _tile(ptr, row, n_rows, first_d, dim, stride_row, stride_d, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
           MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_D] of a matrix from (row, first_d); what lies outside is 0."""
+    """The tile [ROWS, BLOCK_D] of a matrix that starts at (row, first_d), with zeros outside the matrix."""
     offs_row = tl.arange(0, ROWS)
     offs_d = first_d + tl.arange(0, BLOCK_D)
     pointers = ptr + row.to(tl.int64) * stride_row + offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -55,7 +59,7 @@ def _tile(ptr, row, n_rows, first_d, dim, stride_row, stride_d, ROWS: tl.constex
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16: there the operands go up first."""
+    """a @ b + acc in float32. UPCAST is for the interpreter, which multiplies the bit patterns of bfloat16 operands."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -98,7 +102,7 @@ def _split_kernel(
     offs_b = row + tl.arange(0, BLOCK_B)
     mask_b = offs_b < n_rows
 
-    # 1. The queries of this program, and for their rank the score s_+ = q.k / T of the positive.
+    # 1. Load the queries of this program. For their rank, the score of the positive: s_+ = q.k / T.
     q = _tile(q_ptr, row, n_rows, 0, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
     if PARTS == 2:
         q_high = _tile(q_ptr, row, n_rows, BLOCK_D, dim, stride_qb, stride_qd, BLOCK_B, BLOCK_D, True, not EVEN_D).to(dtype)
@@ -110,7 +114,7 @@ def _split_kernel(
             positive += tl.sum(q_high.to(tl.float32) * k.to(tl.float32), 1)
         positive = positive * scale
         rank = tl.zeros([BLOCK_B], tl.int32)
-    # 2. m_i, l_i and acc_i of no row at all (online_softmax.py).
+    # 2. Start with no rows: m_i = -inf, l_i = 0, acc_i = 0 (online_softmax.py).
     m_i = tl.full([BLOCK_B], MASKED, tl.float32)
     l_i = tl.zeros([BLOCK_B], tl.float32)
     acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
@@ -118,7 +122,7 @@ def _split_kernel(
     first = pid_s * chunk
     last = tl.minimum(first + chunk, n_queue)
     for block in tl.range(0, tl.cdiv(last - first, BLOCK_K), num_stages=STAGES):
-        # 3. The next block of queue rows, and its scores s = q.row / T in log2.
+        # 3. Load the next block of queue rows and compute their scores, in log2: s = q.row / T.
         n = first + block * BLOCK_K
         rows = _tile(
             queue_ptr, n, last, 0, dim, stride_nk, stride_nd, BLOCK_K, BLOCK_D, not EVEN_K, not EVEN_D
@@ -147,7 +151,7 @@ def _split_kernel(
             else:
                 acc = _dot(weights.to(dtype), rows, acc, PRECISION, UPCAST)
 
-    # 7. The part of this split, for the merge.
+    # 7. Store m_i, l_i, rank and acc_i of this split for the merge.
     out = pid_s.to(tl.int64) * n_rows + offs_b
     tl.store(m_ptr + out, m_i, mask=mask_b)
     if PART == 0:
@@ -186,13 +190,13 @@ def _merge_kernel(
     BLOCK_D: tl.constexpr,  # at least dim
     PART_D: tl.constexpr,
 ):  # fmt: skip
-    # One query per program; the formulas are derived in online_softmax.py.
+    # One query per program. online_softmax.py derives the formulas.
     b = tl.program_id(0)
     offs_d = tl.arange(0, BLOCK_D)
     offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < dim
     row = b.to(tl.int64)
-    # 1. s_+ = q.k / T in log2, of operands rounded as the products' were.
+    # 1. s_+ = q.k / T in log2, with operands rounded as in the split kernel.
     q = tl.load(q_ptr + row * stride_qb + offs_d * stride_qd, mask=mask_d, other=0.0).to(OPERAND).to(tl.float32)
     k = tl.load(k_ptr + row * stride_kb + offs_d * stride_kd, mask=mask_d, other=0.0).to(OPERAND).to(tl.float32)
     positive = tl.sum(q * k, 0) * scale
@@ -225,12 +229,12 @@ def _merge_kernel(
 
     # 4. e = exp(s_+ - m); loss = log(1 + l) where m = s_+, else (m - s_+) + log(l + e).
     e = tl.exp2(positive - m_i)
-    # log(1 + l_i) by its series where float32 would round 1 + l_i; otherwise the logarithm of the whole.
+    #    log(1 + l) by its series where it is small, since float32 rounds 1 + l.
     small = l_i * (1.0 - 0.5 * l_i)
     large = (m_i - positive + tl.log2(l_i + e)) * LN2
     tl.store(loss_ptr + b, tl.where((m_i == positive) & (l_i < 1e-3), small, large))
     if WITH_DQ:
-        # 5. dloss/dq = (acc - l k) / ((l + e) T), which has no 1 - p: that would cancel.
+        # 5. dloss/dq = (acc - l k) / ((l + e) T); a form with 1 - p would suffer from cancellation.
         dq = (acc - l_i * k) / (l_i + e) * inverse_temperature
         tl.store(dq_ptr + row * dim + offs_d, dq, mask=mask_d)
     if WITH_RANK:
@@ -238,7 +242,7 @@ def _merge_kernel(
 
 
 def plan(batch: int, size: int, rows: int, cols: int, programs: int) -> tuple[int, int]:
-    """(splits, chunk): about ``programs`` programs in all; no split is empty, and only the last may be ragged."""
+    """(number of splits, rows per split) for about ``programs`` programs. No split is empty; only the last may be shorter."""
     blocks = triton.cdiv(size, cols)
     splits = max(1, min(blocks, programs // triton.cdiv(batch, rows)))
     chunk = triton.cdiv(blocks, splits) * cols
@@ -246,26 +250,26 @@ def plan(batch: int, size: int, rows: int, cols: int, programs: int) -> tuple[in
 
 
 def block_d(dim: int) -> int:
-    """Columns of a tile: a power of two that holds D, or half of it beyond 256."""
+    """Columns of a tile: a power of two that holds D, or half of D if D is more than 256."""
     return min(MAX_BLOCK_D, max(32, triton.next_power_of_2(dim)))
 
 
 def operand_key(dtype: torch.dtype, precision: str) -> str:
-    """The configuration table's name of an operand type."""
+    """The key of an operand type in the table of configurations."""
     return precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
 class Splits(NamedTuple):
-    """What the split kernel leaves: S splits of the queue, PARTS halves of a wide gradient. Scores are in log2."""
+    """Output of the split kernel for S splits of the queue and PARTS halves of a wide gradient. m_i is in units of log2."""
 
     m_i: Tensor
     """[PARTS, S, B]"""
     l_i: Tensor
     """[S, B]"""
     rank: Tensor
-    """[S, B] int32, or a tensor without meaning."""
+    """[S, B] int32, or a placeholder."""
     acc: Tensor
-    """[S, B, D], or a tensor without meaning."""
+    """[S, B, D], or a placeholder."""
 
 
 def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Splits:
@@ -371,7 +375,7 @@ def forward(
 def partial(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Partial:
     """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
     m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
-    if len(m_i) == 2:  # the upper half of the gradient was summed relative to a maximum of its own
+    if len(m_i) == 2:  # the upper half of acc is relative to the m_i of its own launch
         acc[..., block_d(q.shape[1]) :] *= torch.exp2(m_i[1] - m_i[0])[..., None]
     splits = l_i.shape[0]
     return merge(Partial(
@@ -389,9 +393,9 @@ EXCEPTIONS = {
 
 
 def variants(arch: str) -> list[Variant]:
-    """Every tabulated form of the split kernel, and the merge.
+    """The split kernel with every configuration in the table, and the merge kernel.
 
-    float16 where it has a configuration of its own, and once besides: otherwise it is bfloat16's code with another type.
+    float16 is included at D 128 and where its configuration differs from that of bfloat16: otherwise the code is the same.
     """
     short = {"bfloat16": "bf16", "float16": "fp16", "ieee": "fp32", "tf32": "fp32"}
     found = []
@@ -496,3 +500,18 @@ def _merge_variant(width: int) -> Variant:
         stages=3,
         kind="small",
     )
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries for the split kernel."""
+    return map(Config._make, itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """The loss and dq of ``batch`` queries, at most 128, against a queue of 65536 rows."""
+    batch = {16: 16, 64: 64}.get(batch, 128)
+    draws = (torch.randn(rows, width, device=device) for rows in (batch, batch, 65536))
+    q, k, queue = (F.normalize(draw, dim=1).to(operand_dtype(operand)) for draw in draws)
+    precision = operand if operand == "tf32" else "ieee"
+    arguments = dict(q=q.requires_grad_(), k=k, queue=queue, temperature=0.2, precision=precision)
+    return Workload("queue_infonce", arguments)

@@ -1,20 +1,21 @@
-"""Max-out/Hadamard projection: 1x1 conv (C -> M), batch-norm, ReLU, max over M, min-max, times the feature, pooled.
+"""Max-out/Hadamard projection: 1x1 conv (C -> M), batch-norm, ReLU, max over M, min-max, product with the feature, pooling.
 
-With rows ``x_s`` of the feature, ``u = x W^T``, ``v = gamma (u - mean) / sqrt(var + eps) + beta``:
+With the rows ``x_s`` of the feature, ``u = x W^T`` and ``v = gamma (u - mean) / sqrt(var + eps) + beta``:
 
     a_s = max_m relu(v_sm)      mask = (a - min a) / (1e-7 + max a - min a)      pooled = 1/S sum_s mask_s x_s
 
-Never in memory: the normalized projections, the product ``mask * feature``, nor anything else of the feature's size but
-its gradient. Saved: the feature (alive anyway), ``u`` [B S, M] and a few vectors. The backward pass recomputes ``v``:
+The normalized projections and the product ``mask * feature`` are never in memory; the only new tensor of the size of the
+feature is its gradient. Saved for the backward pass are the feature (which is alive anyway), ``u`` [B S, M] and a few
+vectors. The backward pass recomputes ``v``:
 
     t      = dmask + 1/S x . dpooled
-    da     = t / den + [a = min] sum(t (mask - 1)) / den - [a = max] sum(t mask) / den        (ties share evenly)
-    dv_sm  = da_s where m is the first maximum and v_sm > 0
-    du     = gamma rstd (dv - (sum dv + xhat sum(dv xhat)) / n)      (training; without the sums in evaluation)
+    da     = t / den + [a = min] sum(t (mask - 1)) / den - [a = max] sum(t mask) / den        (ties share equally)
+    dv_sm  = da_s where m is the first maximum of v_s and v_sm > 0, otherwise 0
+    du     = gamma rstd (dv - (sum dv + xhat sum(dv xhat)) / n)      (in training; without the sums otherwise)
     dx     = du W + 1/S mask dpooled,   dW = du^T x,   dgamma = sum(dv xhat),   dbeta = sum dv
 
-Statistics, ReLU, maximum and min-max are float32 (float64 for float64 features) under any autocast. Reductions are
-deterministic. Batch statistics are returned: running ones are the caller's to update.
+Statistics, ReLU, maximum and min-max are computed in float32 (float64 for float64 features), under autocast too.
+Reductions are deterministic. Batch statistics are returned; the caller updates the running statistics.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kernels.reference import MINMAX_EPS, MaxOut, MinMax
 from kernels.selection import check_projection, choose, compute_dtype, refuse_double_backward
 
 MAX_WIDTH = 64
-"""Most projections M of the Triton kernels."""
+"""The largest number of projections M that the Triton kernels take."""
 
 
 def maxout(
@@ -53,19 +54,21 @@ def maxout(
 
     Args:
         feature: [B, C, H, W], NCHW or channels_last (both used in place).
-        weight: [M, C], the 1x1 convolution without bias. Rounded to the feature's dtype by the Triton path.
+        weight: [M, C], the 1x1 convolution without bias. The Triton path rounds it to the dtype of the feature.
         gamma, beta: [M], scale and shift of the batch-norm.
-        running_mean, running_var: [M], used when ``training`` is false; never written.
-        training: normalize with the batch's mean and biased variance.
+        running_mean, running_var: [M], used if ``training`` is false; never written.
+        training: normalize with the mean and biased variance of the batch.
         minmax: scale the mask to [0, 1] over each image, over the batch (the published form), or not at all.
-        group: processes that share the batch, as with SyncBatchNorm: its statistics and the range of ``minmax="batch"``
-            are theirs together. Gradients are those of the sum of their losses; each has its share of the parameters'.
+        group: processes that share the batch, as with SyncBatchNorm: the statistics and the range of ``minmax="batch"``
+            are those of the global batch. Gradients are those of the sum of the losses of all processes; the gradient
+            to a parameter is this process's summand, to be summed over the processes.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
         MaxOut(mask [B, H, W], pooled [B, C], mean [M], var [M]), float32 (float64 for float64 features). ``mean`` and
-        ``var`` carry no gradient; update running statistics with ``var * n / (n - 1)``, n = B H W. The maximum over M
-        sends its gradient to the first winner (``torch.max``), ties of the min-max share it (``torch.amin``).
+        ``var`` carry no gradient; update running statistics with ``var * n / (n - 1)``, n = B H W. The gradient of the
+        maximum over M goes to the first maximum (as in ``torch.max``); ties of the min-max share it (as in
+        ``torch.amin``).
 
     Raises:
         TypeError: an argument is not a floating tensor.
@@ -112,9 +115,9 @@ def _maxout(
     group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B H W, M], den [groups]); minmax "" stands for None."""
+    """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B H W, M], den [groups]); minmax "" is None."""
     if impl == "triton":
-        from kernels import maxout_triton
+        from kernels import maxout_triton  # here, because triton may not be installed
 
         return maxout_triton.forward(feature, weight, gamma, beta, running_mean, running_var, training, eps, minmax, group)
     with torch.autocast(feature.device.type, enabled=False):
@@ -159,9 +162,9 @@ def _maxout_backward(
     group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dfeature or [0], dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
+    """(dfeature or [0], dweight, dgamma, dbeta), each in the dtype of its tensor."""
     if impl == "triton":
-        from kernels import maxout_triton
+        from kernels import maxout_triton  # here, because triton may not be installed
 
         return maxout_triton.backward(
             grad_mask,
@@ -270,7 +273,7 @@ _maxout.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _is_rows(feature: Tensor) -> bool:
-    """channels_last: the C values of a position lie together. Then a position is a matrix row; otherwise a column."""
+    """Whether the C values of a position are contiguous (channels_last), so that positions are the rows of a matrix."""
     return feature.stride(1) == 1 and feature.shape[1] > 1
 
 
@@ -282,7 +285,7 @@ def _forward(feature, weight, gamma, beta, running_mean, running_var, training, 
     if _is_rows(feature):
         u = x.transpose(1, 2).reshape(-1, channels) @ w.T
     else:
-        # bmm, because matmul of a matrix with a batch may copy the batch to fold it into one product
+        # bmm, because matmul of a matrix with a batch may copy the batch into one large matrix
         u = torch.bmm(w.expand(batch, -1, -1), x).transpose(1, 2).reshape(-1, w.shape[0])
     if training:
         mean = u.mean(0)

@@ -1,22 +1,22 @@
-"""The max-out mask of an image, min-max over pixels and max-pooled by cells, without ever holding [B, M, H, W].
+"""The max-out mask of an image, min-max over pixels and max-pooled over cells; [B, M, H, W] is never in memory.
 
-A 1x1 convolution of three channels is linear in them, ``u_m(p) = w_m . x(p)``, and that gives everything:
+A 1x1 convolution is linear in the three channels, ``u_m(p) = w_m . x(p)``. Everything follows from that:
 
-1. Its batch-norm statistics are moments of the image: ``mean_m = w_m . mu`` and ``var_m = w_m S w_m`` with mu [3] and
-   S [3, 3] the mean and biased covariance of all pixels. Nine numbers, accumulated in float64.
-2. So ``v_m(p) = A_m . x(p) + s_m`` with ``A_m = gamma_m rstd_m w_m`` and ``s_m = beta_m - A_m . mu`` is known before
-   any pixel is visited again, and relu(max_m v_m(p)) takes 3 M multiplications a pixel and no memory.
-3. ReLU, maximum, min-max and max-pooling are monotone, so a cell's value is that of one pixel, the one whose maximum is
-   largest. A second pass over the image finds it, and the pixel of the smallest value for the min-max.
-4. The gradient of max and max-pool is that of the winner. Hence the backward pass needs the winners' three colours and
-   channel, the smallest pixel's, and the derivative of mu and S through step 1:
-   with ``dA_m = sum_p dz_p x_p``, ``ds_m = sum_p dz_p`` over the pixels p that channel m won, ``G_m = dA_m - ds_m mu``,
+1. Its batch-norm statistics are moments of the image: ``mean_m = w_m . mu`` and ``var_m = w_m S w_m``, where mu [3] and
+   S [3, 3] are the mean and the biased covariance of all pixels. These are nine numbers, accumulated in float64.
+2. So ``v_m(p) = A_m . x(p) + s_m`` with ``A_m = gamma_m rstd_m w_m`` and ``s_m = beta_m - A_m . mu`` is known before the
+   second pass over the pixels, and relu(max_m v_m(p)) takes 3 M multiplications per pixel and no memory.
+3. ReLU, maximum, min-max and max-pooling are monotone, so the value of a cell is that of its winner, the pixel whose
+   maximum is largest. The second pass finds it, and for the min-max the pixel with the smallest value.
+4. The gradient of max and max-pooling goes to the winner. Hence the backward pass needs the three colors of each winner
+   and of the smallest pixel, and the derivatives of mu and S from step 1. With ``dA_m = sum_p dz_p x_p`` and
+   ``ds_m = sum_p dz_p`` over the pixels p at which channel m is largest, and ``G_m = dA_m - ds_m mu``,
 
        dbeta_m = ds_m,   dgamma_m = rstd_m G_m . w_m,
        dw_m = gamma_m rstd_m (G_m - rstd_m^2 (G_m . w_m) S w_m)      (the last term in training only)
 
-No step approximates: values and gradients are those of the plain form up to rounding. The same algorithm runs on CPU
-and, in ``maxout_image_triton.py``, on CUDA.
+No step is an approximation: values and gradients equal those of the direct computation up to rounding. The same algorithm
+runs on the CPU and, in ``maxout_image_triton.py``, on CUDA.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def maxout_image(
     """The max-out mask of an image on a grid of cells (PP-SSL, IADM's image branch).
 
     Args:
-        image: [B, 3, H, W], NCHW or channels_last; H and W multiples of ``cell``. A constant: it receives no gradient.
+        image: [B, 3, H, W], NCHW or channels_last; H and W are multiples of ``cell``. It receives no gradient.
         weight: [M, 3], the 1x1 convolution without bias.
         gamma, beta: [M], scale and shift of the batch-norm.
-        running_mean, running_var: [M], used when ``training`` is false; never written.
-        cell: side of a cell in pixels. The Triton path wants a power of two of at most 128.
+        running_mean, running_var: [M], used if ``training`` is false; never written.
+        cell: side of a cell in pixels. The Triton path takes powers of two of at most 128.
         minmax: scale the pixels' mask to [0, 1] over each image, over the batch, or not at all, before pooling.
-        pool: ``"mean"`` has no shortcut: ``impl="auto"`` runs the reference for it.
-        group: processes that share the batch; see :func:`kernels.maxout`. Here the statistics carry no gradient between
-            them, because images are constants.
+        pool: how pixels become cells. ``"mean"`` has no fused path: ``impl="auto"`` runs the reference for it.
+        group: processes that share the batch; see :func:`kernels.maxout`. No gradient flows between them, because images
+            are constants.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
@@ -71,7 +71,7 @@ def maxout_image(
 
     Raises:
         TypeError: an argument is not a floating tensor.
-        ValueError: wrong rank or shape, H or W no multiple of cell, missing running statistics, unknown option, or
+        ValueError: wrong rank or shape, H or W not a multiple of cell, missing running statistics, unknown option,
             ``pool="mean"`` with an explicit fused path, or a group where the reference runs.
         RuntimeError: second derivatives of a fused path.
     """
@@ -132,10 +132,10 @@ def _maxout_image(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(mask [B, h, w], mean [M], var [M], winners [B h w, 3], lowest [groups, 3], den [groups], moments [4, 3]).
 
-    ``winners`` and ``lowest`` are colours; ``moments`` (float64): mu, then the rows of S. minmax "" stands for None.
+    ``winners`` and ``lowest`` are colors; ``moments`` (float64) holds mu, then the rows of S. minmax "" is None.
     """
     if impl == "triton":
-        from kernels import maxout_image_triton
+        from kernels import maxout_image_triton  # here, because triton may not be installed
 
         return maxout_image_triton.forward(
             image, weight, gamma, beta, running_mean, running_var, training, eps, cell, minmax, group
@@ -183,9 +183,9 @@ def _maxout_image_backward(
     group: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dweight, dgamma, dbeta), each in the dtype of what it is the gradient of."""
+    """(dweight, dgamma, dbeta), each in the dtype of its tensor."""
     if impl == "triton":
-        from kernels import maxout_image_triton
+        from kernels import maxout_image_triton  # here, because triton may not be installed
 
         return maxout_image_triton.backward(
             grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group
@@ -234,13 +234,13 @@ _maxout_image.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _moments(image: Tensor, group: str) -> Tensor:
-    """Mean of the colours and their biased covariance over all pixels of the batch: [4, 3] float64."""
+    """Mean and biased covariance of the colors of all pixels of the batch: [4, 3] float64."""
     total = torch.zeros(3, dtype=torch.float64, device=image.device)
     products = torch.zeros(3, 3, dtype=torch.float64, device=image.device)
     for picture in image:
-        colours = picture.flatten(1).double()
-        total += colours.sum(1)
-        products.addmm_(colours, colours.T)
+        colors = picture.flatten(1).double()
+        total += colors.sum(1)
+        products.addmm_(colors, colors.T)
     pixels = image.shape[0] * image.shape[2] * image.shape[3]
     sums = gather(torch.cat([total[None], products])[None] / pixels, group).mean(0)
     mean, products = sums[0], sums[1:]
@@ -266,8 +266,8 @@ def _forward(image, weight, gamma, beta, running_mean, running_var, training, ep
     slope, shift, _ = _affine(weight, gamma, beta, mean, var, eps)
     winners, lowest = _search(image, slope.to(dtype), shift.to(dtype), cell)
 
-    def value(colours):
-        return torch.relu((colours.double() @ slope.T + shift).amax(-1))
+    def value(colors):
+        return torch.relu((colors.double() @ slope.T + shift).amax(-1))
 
     mask = value(winners)  # [B, h w]
     smallest, den = lowest[:0, 0], mask.new_empty(0)
@@ -297,29 +297,29 @@ def _forward(image, weight, gamma, beta, running_mean, running_var, training, ep
 
 
 def _search(image: Tensor, slope: Tensor, shift: Tensor, cell: int) -> tuple[Tensor, Tensor]:
-    """Colours of each cell's winning pixel [B, h w, 3] and of each image's lowest pixel [B, 3]; one image at a time."""
+    """Colors of each cell's winner [B, h w, 3] and of each image's smallest pixel [B, 3], one image at a time."""
     batch, _, height, width = image.shape
     winners = image.new_empty((batch, (height // cell) * (width // cell), 3), dtype=slope.dtype)
     lowest = image.new_empty((batch, 3), dtype=slope.dtype)
     pixels = cell * width
     values = image.new_empty((height * width,), dtype=slope.dtype)
     for b, picture in enumerate(image):
-        colours = picture.flatten(1).to(slope.dtype)
+        colors = picture.flatten(1).to(slope.dtype)
         for start in range(0, height * width, pixels):
             # One row of cells at a time: its [M, cell * W] block stays in the cache.
             stop = start + pixels
-            values[start:stop] = torch.addmm(shift[:, None], slope, colours[:, start:stop]).amax(0)
+            values[start:stop] = torch.addmm(shift[:, None], slope, colors[:, start:stop]).amax(0)
         values.relu_()
         _, index = F.max_pool2d(values.view(1, height, width), cell, return_indices=True)
-        winners[b] = colours[:, index.flatten()].T
-        lowest[b] = colours[:, values.argmin()]
+        winners[b] = colors[:, index.flatten()].T
+        lowest[b] = colors[:, values.argmin()]
     return winners, lowest
 
 
 def _backward(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, den, moments, training, eps, minmax, group):
     slope, shift, rstd = _affine(weight, gamma, beta, mean, var, eps)
     t = grad_mask.double().reshape(mask.shape[0], -1)
-    colours = winners.double()
+    colors = winners.double()
     if minmax:
         wide = mask.double().view(t.shape)
         if minmax == "batch":
@@ -332,22 +332,22 @@ def _backward(grad_mask, weight, gamma, beta, mask, mean, var, winners, lowest, 
         t = ((t - highest * to_highest) / den.double()[:, None]).view(shape)
         if minmax == "batch":
             t = local_shard(t, group)
-            to_lowest = to_lowest * is_first(group)  # the group's smallest pixel counts once
-        colours = torch.cat([colours, lowest.double()])
+            to_lowest = to_lowest * is_first(group)  # the smallest pixel of the group counts once
+        colors = torch.cat([colors, lowest.double()])
         t = torch.cat([t.flatten(), to_lowest])
-    top, winner = (colours @ slope.T + shift).max(1, keepdim=True)
-    dv = colours.new_zeros(colours.shape[0], slope.shape[0])
+    top, winner = (colors @ slope.T + shift).max(1, keepdim=True)
+    dv = colors.new_zeros(colors.shape[0], slope.shape[0])
     dv.scatter_(1, winner, torch.where(top > 0, t.reshape(-1, 1), 0))
     dshift = dv.sum(0)
     w, scale = weight.double(), gamma.double() * rstd
     center = moments[0] if training else None
     if training:
-        pull = dv.T @ colours - torch.outer(dshift, center)
+        pull = dv.T @ colors - torch.outer(dshift, center)
         along = (pull * w).sum(1)
         dw = scale[:, None] * (pull - (rstd * rstd * along)[:, None] * (w @ moments[1:]))
         dgamma = rstd * along
     else:
-        slopes = dv.T @ colours
+        slopes = dv.T @ colors
         dw = scale[:, None] * slopes
         dgamma = rstd * ((slopes * w).sum(1) - mean.double() * dshift)
     return dw.to(weight.dtype), dgamma.to(gamma.dtype), dshift.to(beta.dtype)

@@ -1,12 +1,16 @@
-"""The image's max-out mask on CUDA: moments, their merge, the search, the range; backward, cells and parameters.
+"""The max-out mask of an image on CUDA. Forward: moments, affine, search, scale. Backward: cells, parameters.
 
-The proof is in ``maxout_image.py``. A program of the two passes over the image is one row of cells of one picture, cut
-into tiles of a few pixel rows. Pass 1 adds up colours and their products in float64. Pass 2 keeps, for each lane of the
-tile, the best value seen and its step, and picks each cell's winner once at the end; the smallest value likewise.
-Nothing larger than three colours a cell is written. Reductions are deterministic, all that follows the passes is tiny.
+The derivation is in ``maxout_image.py``. In the two passes over the image, a program is one row of cells of one image, cut
+into tiles of a few pixel rows. Pass 1 adds up the colors and their products in float64. Pass 2 keeps, for each lane of
+the tile, the largest value so far and its step, and finds the winner of each cell once, at the end; the same for the
+smallest value. Nothing larger than three colors per cell is written. Reductions are deterministic, and the work after the
+two passes is small.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -14,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_statistics import minmax_groups
-from kernels.configs import Config, Variant, architecture, lookup, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, table
 from kernels.group import gather, local_shard, world_size
 from kernels.selection import interpreting
 
@@ -23,7 +27,7 @@ ABSENT = tl.constexpr(-1e30)
 INTERPRETED = Config(rows=4, cols=0, warps=1, stages=1)
 KERNELS = ("moments", "search")
 BLOCK = 64
-"""Partial results, cells or pictures that a loop takes at a time."""
+"""How many partial results, cells or images a loop takes at a time."""
 
 
 @triton.jit
@@ -108,7 +112,7 @@ def _affine_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    # 1. mu = E[x] and Sigma = E[x x^T] - mu mu^T of the colours x.
+    # 1. mu = E[x] and S = E[x x^T] - mu mu^T of the colors x.
     r1 = _column(partial_ptr, n_programs, n_pixels, 0, BLOCK_P)
     g1 = _column(partial_ptr, n_programs, n_pixels, 1, BLOCK_P)
     b1 = _column(partial_ptr, n_programs, n_pixels, 2, BLOCK_P)
@@ -130,7 +134,7 @@ def _affine_kernel(
     tl.store(moments_ptr + 9, rb)
     tl.store(moments_ptr + 10, gb)
     tl.store(moments_ptr + 11, bb)
-    # 2. Of the projection w.x: mean = w.mu, var = w^T Sigma w.
+    # 2. Of the projection u = w.x: mean = w.mu, var = w^T S w.
     offs = tl.arange(0, BLOCK_M)
     there = offs < n_proj
     wr = tl.load(w_ptr + offs * stride_wm, mask=there, other=0.0).to(tl.float64)
@@ -139,7 +143,7 @@ def _affine_kernel(
     if TRAINING:
         mean = wr * r1 + wg * g1 + wb * b1
         var = wr * (wr * rr + 2.0 * (wg * rg + wb * rb)) + wg * (wg * gg + 2.0 * (wb * gb)) + wb * wb * bb
-        # Rounding may leave a variance of 0 just below it; a comparison that fails keeps a NaN.
+        # Rounding may turn a variance of 0 slightly negative. tl.where keeps a NaN, which tl.maximum would drop.
         var = tl.where(var < 0.0, 0.0, var)
         tl.store(mean_ptr + offs, mean.to(tl.float32), mask=there)
         tl.store(var_ptr + offs, var.to(tl.float32), mask=there)
@@ -160,9 +164,9 @@ def _search_kernel(
     x_ptr,  # [B, 3, H, W]
     slope_ptr,  # [M, 4]
     value_ptr,  # [B, h, w] the winner's relu(max v)
-    winner_ptr,  # [B h w, 3] its colours
+    winner_ptr,  # [B h w, 3] its colors
     low_ptr,  # [B, h] smallest relu(max v) of the band
-    lowest_ptr,  # [B, h, 3] its colours
+    lowest_ptr,  # [B, h, 3] its colors
     width,
     n_cols,
     n_proj,
@@ -191,14 +195,14 @@ def _search_kernel(
         g = tl.load(pixels + stride_c, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(pixels + 2 * stride_c, mask=inside, other=0.0).to(tl.float32)
         # 2. z = max over projections m of relu(A_m.x + shift_m) at every pixel.
-        value = tl.zeros([ROWS, BLOCK_W], tl.float32)  # the ReLU's floor
+        value = tl.zeros([ROWS, BLOCK_W], tl.float32)  # the ReLU
         for m in tl.range(0, n_proj):
             slope = slope_ptr + m * 4
             v = r * tl.load(slope) + g * tl.load(slope + 1) + b * tl.load(slope + 2) + tl.load(slope + 3)
             value = tl.maximum(value, v, propagate_nan=tl.PropagateNan.ALL)
         # A comparison drops a NaN; 0 * z keeps it.
         poison += value * 0.0
-        # 3. Each lane keeps the best z it has seen, and when; and the smallest one.
+        # 3. Each lane keeps the largest z so far and its step, and the smallest.
         better = value > best
         best = tl.where(better, value, best)
         best_step = tl.where(better, step, best_step)
@@ -208,7 +212,7 @@ def _search_kernel(
             least = tl.where(lower, value, least)
             least_step = tl.where(lower, step, least_step)
     # [ROWS, BLOCK_W] -> [cells, ROWS * CELL]
-    # 4. The winner of each cell over its lanes: the first pixel among equals, its z and its colors.
+    # 4. Over the lanes of each cell, the winner: the first pixel with the largest z. Store its z and colors.
     cells: tl.constexpr = BLOCK_W // CELL
     pixel = (band * CELL + best_step * ROWS + offs_r[:, None]) * width + offs_w[None, :]
     by_cell = tl.reshape(tl.permute(tl.reshape(best, [ROWS, cells, CELL]), [1, 0, 2]), [cells, ROWS * CELL])
@@ -224,7 +228,7 @@ def _search_kernel(
     tl.store(winner_ptr + out * 3, tl.load(found, mask=kept, other=0.0).to(tl.float32), mask=kept)
     tl.store(winner_ptr + out * 3 + 1, tl.load(found + stride_c, mask=kept, other=0.0).to(tl.float32), mask=kept)
     tl.store(winner_ptr + out * 3 + 2, tl.load(found + 2 * stride_c, mask=kept, other=0.0).to(tl.float32), mask=kept)
-    # 5. The smallest pixel of the band likewise, for the min-max.
+    # 5. In the same way the smallest pixel of the band, for the min-max.
     if WITH_LOW:
         bottom = tl.min(tl.min(least, 1), 0)
         pixel = (band * CELL + least_step * ROWS + offs_r[:, None]) * width + offs_w[None, :]
@@ -292,7 +296,7 @@ def _scale_kernel(
         group = image * 0
     if (not BATCH) or image == 0:
         tl.store(den_ptr + group, den)
-        # A NaN compares with nothing: then no band is found, and any colours do.
+        # With a NaN no band compares equal. The result is NaN, whatever the colors.
         band = tl.minimum(band, last_band - 1)
         tl.store(lowest_out_ptr + group * 3, tl.load(lowest_ptr + band * 3))
         tl.store(lowest_out_ptr + group * 3 + 1, tl.load(lowest_ptr + band * 3 + 1))
@@ -301,7 +305,7 @@ def _scale_kernel(
 
 @triton.jit
 def _spread(r, g, b, dz, there, slope_r, slope_g, slope_b, shift, BLOCK_M: tl.constexpr):
-    """Sums over pixels of dz times (r, g, b, 1) for the channel that won each pixel, [BLOCK_M]; 0 below the ReLU."""
+    """Per projection [BLOCK_M], sums of dz times (r, g, b, 1) over the pixels where it is the largest and above the ReLU."""
     offs = tl.arange(0, BLOCK_M)
     v = r[:, None] * slope_r[None, :] + g[:, None] * slope_g[None, :] + b[:, None] * slope_b[None, :] + shift[None, :]
     top, winner = tl.max(v, 1, return_indices=True)
@@ -331,7 +335,7 @@ def _grad_cells_kernel(
     image = tl.program_id(0)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_proj
-    # 1. A_m and shift_m as in the forward pass; projections that are not there never win.
+    # 1. A_m and shift_m as in the forward pass; projections beyond M are never the largest.
     mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
     scale = tl.load(gamma_ptr + offs_m, mask=mask_m, other=0.0).to(tl.float32)
     scale = scale / tl.sqrt(tl.load(var_ptr + offs_m, mask=mask_m, other=1.0) + eps)
@@ -342,7 +346,7 @@ def _grad_cells_kernel(
     group = image
     if MINMAX == 2:
         group = image * 0
-    # 2. With t = dL/dmask: the smallest pixel gets sum t (mask - 1) / den, the largest share -sum t mask / #(largest).
+    # 2. With t = dL/dmask: the smallest pixel gets sum t (mask - 1) / den, each largest cell -sum t mask / #(largest) / den.
     if MINMAX:
         first = image * n_cells
         last = first + n_cells
@@ -368,7 +372,7 @@ def _grad_cells_kernel(
             highest += tl.where(there & (mask == top), 1.0, 0.0)
         to_low = tl.sum(low_sum, 0) / den
         to_high = tl.sum(high_sum, 0) / tl.sum(highest, 0)
-    # 3. dz of every winning pixel, spread over the projection that won it: sums of dz x and dz.
+    # 3. dz of every winner; per projection, sums of dz x and dz over the winners where it is the largest.
     sum_r = tl.zeros([BLOCK_M], tl.float32)
     sum_g = tl.zeros([BLOCK_M], tl.float32)
     sum_b = tl.zeros([BLOCK_M], tl.float32)
@@ -445,8 +449,9 @@ def _grad_affine_kernel(
     wb = tl.load(w_ptr + offs * stride_wm + 2 * stride_wc, mask=there, other=0.0).to(tl.float64)
     rstd = 1.0 / tl.sqrt(tl.load(var_ptr + offs, mask=there, other=1.0).to(tl.float64) + eps)
     scale = tl.load(gamma_ptr + offs, mask=there, other=0.0).to(tl.float64) * rstd
-    # 2. Through mean = w.mu and var = w^T Sigma w:  dw = gamma rstd [ s - d1 mu - rstd^2 (w.(s - d1 mu)) Sigma w ],
-    #    dgamma = rstd w.(s - d1 mu),  dbeta = d1.
+    # 2. With G = s - d1 mu, through mean = w.mu and var = w^T S w:
+    #    dw = gamma rstd [ G - rstd^2 (G.w) S w ],  dgamma = rstd G.w,  dbeta = d1.
+    #    Out of training, with constant mean and var: dw = gamma rstd s,  dgamma = rstd (s.w - mean d1).
     if TRAINING:
         dr -= d1 * tl.load(moments_ptr)
         dg -= d1 * tl.load(moments_ptr + 1)
@@ -562,7 +567,7 @@ def forward(
             num_warps=config.warps,
         )
         if minmax:
-            if minmax == "batch":  # every process scales the masks of all, which costs less than a second exchange
+            if minmax == "batch":  # every process scales all masks, which costs less than a second collective
                 value, low, lowest = (gather(tensor, group) for tensor in (value, low, lowest))
                 mask = torch.empty_like(value)
             _scale_kernel[(value.shape[0],)](
@@ -658,14 +663,14 @@ def backward(
 
 
 EXCEPTIONS = {
-    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes a thread keep the nine float64 sums at 112 registers",
+    ("maxout_image moments bf16 nchw", "*", "loads"): "8 bytes per thread keep the nine float64 sums at 112 registers",
     ("maxout_image * nhwc", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
 }
 """See ``registry.exceptions``."""
 
 
 def variants(arch: str) -> list[Variant]:
-    """The two passes over images of 224 x 224 with cells of 32, in both memory orders, and the small kernels."""
+    """The two passes over images of 224 x 224 with cells of 32, NCHW and channels_last, and the small kernels."""
     f32, f64 = "*fp32", "*fp64"
     weights = dict(w_ptr=f32, gamma_ptr=f32, beta_ptr=f32, mean_ptr=f32, var_ptr=f32)
     scalars = dict(width="i32", cell="i32", n_cols="i32", n_proj="i32", n_programs="i32", n_pixels="i32",
@@ -701,3 +706,18 @@ def variants(arch: str) -> list[Variant]:
         weights | dict(partial_ptr=f32, moments_ptr=f64, dw_ptr=f32, dgamma_ptr=f32, dbeta_ptr=f32),
         dict(stride_wc=1, TRAINING=True, BLOCK_N=16, BLOCK_M=32), small, "small")  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries for the two passes over the image."""
+    return map(Config._make, itertools.product((1, 2, 4, 8, 16), (committed.cols,), (2, 4, 8), (1,)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """The mask of images [128, 3, 224, 224] on 7 x 7 cells, and the gradients of the parameters."""
+    image = torch.randn(128, 3, 224, 224, device=device).bfloat16()
+    leaves = dict(
+        weight=torch.randn(32, 3, device=device), gamma=torch.ones(32, device=device), beta=torch.randn(32, device=device)
+    )
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    return Workload("maxout_image", dict(image=image, minmax="batch") | leaves)

@@ -1,17 +1,21 @@
-"""The max-out projection on CUDA: four launches forward, four and two sums backward, two reads of the feature in each.
+"""The max-out projection on CUDA: four launches forward, three launches and two sums backward, two reads of the feature in each.
 
-A tile is BLOCK_S positions of one image. Forward: projections and each tile's centered statistics (1), their merge by
-Chan's rule (2), the mask before scaling with its range (3), scaling and pooling (4). Backward: the gradient to the mask
-(5), through min-max, maximum and batch-norm's sums (6), then the gradients to feature and weight together (7). Every
-reduction over tiles is a buffer of partial results that is added up afterwards: no atomics, equal bits every time.
+A tile is BLOCK_S positions of one image. Forward: projections and the statistics of each tile (1), their merge by Chan's
+rule (2), the mask before scaling and its range (3), scaling and pooling (4). Backward: the gradient to the mask (5), back
+through min-max and maximum with the sums of batch-norm (6), then the gradients to feature and weight (7). Every reduction
+over tiles goes through a buffer of partial results that is added up afterwards: no atomics, so that results are
+bit-identical from run to run.
 
-Projections and all that derives from them are float32. Products take operands in the feature's dtype. A NaN in a row
-of projections is carried past the maximum, which would drop it, by adding the sum of the row times zero.
+Projections and everything derived from them are float32. Products take operands in the dtype of the feature. A maximum
+drops NaN, so the sum of a row of projections, times zero, is added to its maximum.
 
-A tile's statistics are (mean, sum of squared deviations): batch-norm over processes is a merge over all their tiles.
+The statistics of a tile are its mean and its sum of squared deviations, which merge over tiles and over processes.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -19,22 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_statistics import merge_statistics, minmax_groups
-from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, multiprocessors, operand_dtype, table
 from kernels.group import gather, world_size
 from kernels.selection import interpreting
 
 MINMAX_EPS = tl.constexpr(1e-7)
 ABSENT = tl.constexpr(-1e30)
-"""Value of a projection that is not there: loses every maximum, and the ReLU would cut it anyway."""
+"""Value of a projection beyond M: below every maximum, and the ReLU would zero it anyway."""
 INTERPRETED = Config(rows=16, cols=32, warps=1, stages=1)
 KERNELS = ("project", "pool", "grad_mask", "grad_feature")
 MERGE_TILES = 64
-"""Tiles that a merge adds up at a time."""
+"""How many tiles a merge adds up at a time."""
 
 
 @triton.jit
 def _dot(a, b, acc, UPCAST: tl.constexpr):
-    """a @ b + acc in float32. The interpreter multiplies bit patterns of bfloat16: there the operands go up first."""
+    """a @ b + acc in float32. UPCAST is for the interpreter, which multiplies the bit patterns of bfloat16 operands."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
@@ -42,7 +46,7 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M: tl.constexpr):
-    """(mean, rstd, scale, shift), [BLOCK_M] each, of ``v = u * scale + shift``; what is absent becomes ABSENT."""
+    """(mean, rstd, scale, shift), [BLOCK_M] each, of ``v = u * scale + shift``; v is ABSENT beyond M."""
     offs = tl.arange(0, BLOCK_M)
     mask = offs < n_proj
     mean = tl.load(mean_ptr + offs, mask=mask, other=0.0)
@@ -94,9 +98,9 @@ def _project_kernel(
     out = (image.to(tl.int64) * n_positions + offs_s)[:, None] * n_proj + offs_m[None, :]
     mask = mask_s[:, None] & mask_m[None, :]
     tl.store(u_ptr + out, u, mask=mask)
-    # 3. Of the tile, per projection: mean(u) and sum (u - mean)^2, which merge without cancelling (Chan et al. 1979).
+    # 3. Of the tile, per projection: mean(u) and sum (u - mean)^2, which merge without cancellation (Chan et al. 1979).
     count = tl.minimum(n_positions - (tile % tiles_per_image) * BLOCK_S, BLOCK_S)
-    mean = tl.sum(u, 0) / count  # rows that are not there are zeros
+    mean = tl.sum(u, 0) / count  # rows beyond the image are zero
     deviation = tl.where(mask, u - mean[None, :], 0.0)
     tl.store(partial_ptr + (tile * 2) * n_proj + offs_m, mean, mask=mask_m)
     tl.store(partial_ptr + (tile * 2 + 1) * n_proj + offs_m, tl.sum(deviation * deviation, 0), mask=mask_m)
@@ -179,7 +183,7 @@ def _activate_kernel(
 
 @triton.jit
 def _extent(range_ptr, image, n_images, MINMAX: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(smallest, denominator) of the range that ``image`` belongs to: 1 its own, 2 the batch's."""
+    """(smallest value, denominator) of the range of ``image``: the image's with MINMAX 1, the batch's with 2."""
     if MINMAX == 1:
         low = tl.load(range_ptr + image)
         high = tl.load(range_ptr + n_images + image)
@@ -251,8 +255,8 @@ def _grad_mask_kernel(
     grad_mask_ptr,  # [B, S]
     grad_pooled_ptr,  # [B, C]
     mask_ptr,  # [B, S]
-    t_ptr,  # [B, S] whole gradient to the mask
-    partial_ptr,  # [tiles, 5] sum t (mask - 1), sum t mask, how many are 0, largest mask, how many reach it
+    t_ptr,  # [B, S] total gradient to the mask
+    partial_ptr,  # [tiles, 5] sum t (mask - 1), sum t mask, how many are 0, largest mask, how many equal it
     n_positions,
     n_channels,
     tiles_per_image,
@@ -308,7 +312,7 @@ def _grad_projection_kernel(
     den_ptr,  # [groups]
     t_ptr,  # [B, S]
     tiles_ptr,  # [tiles, 5], see _grad_mask_kernel
-    dv_ptr,  # [B S] gradient to the winning v, 0 where the ReLU cut it
+    dv_ptr,  # [B S] gradient to the largest v, 0 where the ReLU zeroed it
     partial_ptr,  # [tiles, 2, M] sum dv, sum dv xhat
     n_tiles,
     n_positions,
@@ -360,7 +364,7 @@ def _grad_projection_kernel(
         mask = tl.load(mask_ptr + row, mask=mask_s, other=0.0)
         da += tl.where(mask == 0.0, to_low / n_low, 0.0) - tl.where(mask == top, to_high / n_high, 0.0)
         da = da / den
-    # 2. Only the winning projection gets it, and nothing where the ReLU cut: dv = [v_max > 0] dL/da.
+    # 2. It goes to the largest projection, unless the ReLU zeroed that: dv = [v_max > 0] dL/da.
     mean, rstd, scale, shift = _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, n_proj, BLOCK_M)
     u = tl.load(u_ptr + row[:, None] * n_proj + offs_m[None, :], mask=mask_s[:, None] & mask_m[None, :], other=0.0)
     v = u * scale[None, :] + shift[None, :]
@@ -384,7 +388,7 @@ def _grad_feature_kernel(
     dv_ptr,  # [B S]
     sums_ptr,  # [2, M] sum dv, sum dv xhat over the batch
     grad_pooled_ptr,  # [B, C]
-    dx_ptr,  # as x
+    dx_ptr,  # like x
     partial_ptr,  # [splits, M, C] gradient to the weight
     n_tiles,
     tiles_per_program,
@@ -464,7 +468,7 @@ def _grad_feature_kernel(
 
 
 def _configs(device: torch.device, dtype: torch.dtype, channels: int) -> dict[str, Config]:
-    """A configuration for each kernel; all four share the rows of a tile."""
+    """The configuration of each kernel; all four have the same number of rows per tile."""
     if interpreting():
         return dict.fromkeys(KERNELS, INTERPRETED)
     arch = architecture(device)
@@ -487,7 +491,7 @@ def forward(
     """(mask [B, H, W], pooled [B, C], mean [M], var [M], u [B S, M], den [groups])."""
     batch, channels, height, width = feature.shape
     n_proj, positions = weight.shape[0], height * width
-    x = feature.flatten(2)  # NCHW and channels_last as they lie; other orders (a crop, a transpose) are copied
+    x = feature.flatten(2)  # a view of NCHW and channels_last; other memory orders (a crop, a transpose) are copied
     configs = _configs(feature.device, feature.dtype, channels)
     rows = configs["project"].rows
     tiles_per_image = triton.cdiv(positions, rows)
@@ -723,7 +727,7 @@ def backward(
 
 
 def variants(arch: str) -> list[Variant]:
-    """Every tabulated form for channels_last features of 7 x 7, and the small kernels between."""
+    """Every configuration in the table for channels_last features of 7 x 7, and the small kernels."""
     short = {"bfloat16": "bf16", "float16": "fp16", "ieee": "fp32"}
     fp32 = "*fp32"
     norm = dict(gamma_ptr=fp32, beta_ptr=fp32, mean_ptr=fp32, var_ptr=fp32)
@@ -742,7 +746,7 @@ def variants(arch: str) -> list[Variant]:
         if operand == "float16" and all(
             table()[arch][f"maxout {name}"]["float16"] == table()[arch][f"maxout {name}"]["bfloat16"] for name in KERNELS
         ):
-            continue  # bfloat16's code with another type
+            continue  # otherwise the same code as for bfloat16
         x = f"*{short[operand]}"
         for width, by_batch in widths.items():
             config = Config(**next(iter(by_batch.values())))
@@ -784,3 +788,18 @@ def variants(arch: str) -> list[Variant]:
         norm | dict(u_ptr=fp32, mask_ptr=fp32, den_ptr=fp32, t_ptr=fp32, tiles_ptr=fp32, dv_ptr=fp32, partial_ptr=fp32),
         dict(MINMAX=2, BLOCK_S=small.rows, BLOCK_M=32, BLOCK_T=MERGE_TILES), small, "small")  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries; all four kernels share the rows of a tile, so these stay."""
+    return map(Config._make, itertools.product((committed.rows,), (64, 128, 256, 512), (4, 8), (1, 2, 3)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """Mask, pooled feature and all gradients of a channels_last feature [128, width, 7, 7]."""
+    feature = torch.relu(torch.randn(128, width, 7, 7, device=device))
+    feature = feature.to(operand_dtype(operand)).to(memory_format=torch.channels_last)
+    weight = torch.randn(32, width, device=device) * width**-0.5
+    gamma, beta = torch.ones(32, device=device), torch.randn(32, device=device)
+    leaves = dict(feature=feature, weight=weight, gamma=gamma, beta=beta)
+    return Workload("maxout", {name: leaf.requires_grad_() for name, leaf in leaves.items()} | dict(minmax="batch"))

@@ -1,6 +1,6 @@
-"""The specification of every op in plain eager PyTorch: any floating dtype, float64 too, differentiable by autograd.
+"""The specification of every op, in plain eager PyTorch: for any floating dtype including float64, differentiated by autograd.
 
-Nothing here is fast. Tests and benchmarks compare the fused paths with it, and ``impl="reference"`` runs it.
+Nothing here is meant to be fast. Tests and benchmarks compare the fused paths with it, and ``impl="reference"`` runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 MINMAX_EPS = 1e-7
 """Added to the range before dividing, as in the published code."""
 BLUR_RADIUS = 11
-"""Largest half width of the blur's window in pixels (a window of 23, MoCo v2's at 224)."""
+"""Largest half-width of the window of the blur in pixels (a window of 23, as in MoCo v2 at 224)."""
 
 Reduction = Literal["mean", "sum", "none"]
 MinMax = Literal["image", "batch"] | None
@@ -30,7 +30,7 @@ class MaxOut(NamedTuple):
     pooled: Tensor
     """[B, C] global average pool of mask * feature."""
     mean: Tensor
-    """[M] mean that normalized the projections (the batch's in training)."""
+    """[M] mean that normalized the projections (that of the batch in training)."""
     var: Tensor
     """[M] biased variance that normalized the projections."""
 
@@ -56,13 +56,13 @@ def infonce(
     return_rank: bool = False,
     exclude: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of the positive ``<q, k> / temperature`` among the queue's ``<q, queue_j> / temperature`` (MoCo).
+    """Cross-entropy of the positive ``<q, k> / temperature`` against the negatives ``<q, queue_j> / temperature`` (MoCo).
 
     Args:
         q, k: [B, D], or [V, B, D] for V stacked queries (k may then stay [B, D]).
-        queue: [K, D], no gradient.
+        queue: [K, D], receives no gradient.
         reduction: over the batch axis.
-        return_rank: also return how many queue rows score strictly above the positive, int64, shape of the losses.
+        return_rank: also return how many queue rows score strictly above the positive: int64, one per query.
         exclude: (index [B], queue_index [K]): rows of a query's own index are left out.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
@@ -79,7 +79,7 @@ def infonce(
 
 
 def minmax(z: Tensor, over: MinMax) -> Tensor:
-    """``(z - min z) / (1e-7 + max(z - min z))`` with the range of each image (``z[b]``) or of the whole batch."""
+    """``(z - min z) / (1e-7 + max(z - min z))`` over each image (``z[b]``) or over the whole batch."""
     if over is None:
         return z
     dims = tuple(range(1, z.dim())) if over == "image" else tuple(range(z.dim()))
@@ -97,7 +97,7 @@ def _maxout_map(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """max over the M channels of relu(batch_norm(conv1x1(x))): [B, H, W], and the statistics used, [M] each."""
+    """max over M of relu(batch_norm(conv1x1(x))): [B, H, W], and the mean and variance that were used: [M] each."""
     projected = F.conv2d(x, weight.to(x.dtype)[:, :, None, None])
     projected = projected.to(torch.promote_types(x.dtype, torch.float32))
     if training:
@@ -126,8 +126,8 @@ def maxout(
     Args:
         feature: [B, C, H, W].
         weight: [M, C], the 1x1 convolution without bias.
-        gamma, beta: [M], affine part of the batch-norm.
-        running_mean, running_var: [M], read when not ``training``; never written.
+        gamma, beta: [M], scale and shift of the batch-norm.
+        running_mean, running_var: [M], used if ``training`` is false; never written.
     """
     mask, mean, var = _maxout_map(feature, weight, gamma, beta, running_mean, running_var, training, eps)
     mask = _minmax(mask, minmax)
@@ -149,7 +149,7 @@ def maxout_image(
     minmax: MinMax = None,
     pool: Literal["max", "mean"] = "max",
 ) -> MaxOutImage:
-    """The same mask taken on the image [B, 3, H, W], min-max over pixels, then pooled over cells."""
+    """The same mask of an image [B, 3, H, W]: min-max over pixels, then pooling over cells."""
     mask, mean, var = _maxout_map(image, weight, gamma, beta, running_mean, running_var, training, eps)
     mask = _minmax(mask, minmax)
     pooling = F.max_pool2d if pool == "max" else F.avg_pool2d
@@ -169,7 +169,7 @@ def gradcam(
 
     Args:
         act: [B, C, H, W], differentiable.
-        grad: [B, C, H, W], a constant.
+        grad: [B, C, H, W], receives no gradient.
 
     Returns:
         [B, h, w], float32 (float64 for float64 inputs).
@@ -189,17 +189,17 @@ class ViewValues(NamedTuple):
     crop: Tensor
     """int32 [B, 4] top, left, height, width in pixels of the image."""
     flip: Tensor
-    """bool [B] mirrored left to right."""
+    """bool [B] whether to flip left to right."""
     jitter: Tensor
-    """bool [B] colour jitter happens."""
+    """bool [B] whether to apply color jitter."""
     factors: Tensor
     """float32 [B, 4] brightness, contrast, saturation, hue (turns)."""
     order: Tensor
-    """uint8 [B, 4] a permutation: the column of ``factors`` that is applied first, second, …"""
+    """uint8 [B, 4] the permutation of the columns of ``factors`` in which they are applied."""
     grey: Tensor
-    """bool [B] turned to grey."""
+    """bool [B] whether to convert to grayscale."""
     blur_sigma: Tensor
-    """float32 [B] pixels of the view; 0 is no blur."""
+    """float32 [B] in pixels of the view; 0 is no blur."""
 
 
 def augment(
@@ -213,20 +213,21 @@ def augment(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random resized crop, flip, colour jitter, grey, Gaussian blur and normalization of 8-bit images (MoCo v2's recipe).
+    """Random resized crop, flip, color jitter, grayscale, Gaussian blur and normalization of 8-bit images (as MoCo v2).
 
     Args:
-        pixels: uint8 [total], images of [height, width, 3] one after the other.
-        offsets: int64 [B], where each image begins. sizes: int32 [B, 2], its height and width.
+        pixels: uint8 [total], the concatenated images, [height, width, 3] each.
+        offsets: int64 [B], where each image begins.
+        sizes: int32 [B, 2], height and width of each image.
         mean, std: of RGB in [0, 1].
 
     Returns:
-        [B, 3, side, side] of ``dtype``; float64 computes in float64.
+        [B, 3, side, side] of ``dtype``, computed in float32, or in float64 if ``dtype`` is that.
     """
     views = []
     for b, (start, (height, width)) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
         image = pixels[start : start + 3 * height * width].view(height, width, 3)
-        view = resized_crop(image, values.crop[b].tolist(), side)  # torchvision's are 8-bit again
+        view = resized_crop(image, values.crop[b].tolist(), side)  # torchvision rounds to 8 bits
         view = (view + 0.5).floor().clamp(0, 255)
         views.append(view.flip(-2) if values.flip[b] else view)
     if not views:
@@ -237,8 +238,8 @@ def augment(
 def recolour(
     views: Tensor, values: ViewValues, *, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The second half of :func:`augment`, on views [B, S, S, 3] that are cropped and flipped: jitter in the order of the
-    values, grey, blur, normalization."""
+    """The second half of :func:`augment`, for views [B, S, S, 3] that are cropped and flipped: jitter in the order of the
+    values, grayscale, blur, normalization."""
     compute = torch.promote_types(dtype, torch.float32)
     adjust = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     results = []
@@ -258,8 +259,8 @@ def recolour(
 def resized_crop(image: Tensor, crop: Sequence[int], side: int) -> Tensor:
     """The box (top, left, height, width) of an image [H, W, 3], resized: float64 [side, side, 3], not rounded.
 
-    Antialiased bilinear as PIL's and torchvision's: a triangle around each output pixel's center whose half width is one
-    input pixel, or ``box / side`` of them where the image shrinks; pixels beyond the box do not count.
+    Antialiased bilinear as in PIL and torchvision: a triangle around the center of each output pixel, whose half-width is
+    one input pixel, or ``box / side`` of them where the image shrinks. Pixels beyond the box have no weight.
     """
     top, left, height, width = crop
 
@@ -280,22 +281,22 @@ def grey(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: float) -> Tensor:
-    """torchvision's, for float images [3, H, W] in 0..255; so for the next three."""
+    """As in torchvision. Here and in the next three functions, x is float [3, H, W] in 0..255."""
     return (factor * x).clamp(0, 255)
 
 
 def adjust_contrast(x: Tensor, factor: float) -> Tensor:
-    """Blend with the mean of the image's grey values."""
+    """Blend with the mean of the image's gray values."""
     return (factor * x + (1 - factor) * grey(x).mean()).clamp(0, 255)
 
 
 def adjust_saturation(x: Tensor, factor: float) -> Tensor:
-    """Blend with the grey image."""
+    """Blend with the grayscale image."""
     return (factor * x + (1 - factor) * grey(x)).clamp(0, 255)
 
 
 def adjust_hue(x: Tensor, turns: float) -> Tensor:
-    """To HSV, hue turned by ``turns`` (1 is the full circle), and back."""
+    """Convert to HSV, rotate the hue by ``turns`` (1 is the full circle), and convert back."""
     r, g, b = x
     value, chroma = x.amax(0), x.amax(0) - x.amin(0)
     divisor = torch.where(chroma == 0, 1, chroma)
@@ -311,8 +312,8 @@ def adjust_hue(x: Tensor, turns: float) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of an image [3, H, W], mirrored at the borders without repeating the edge; the window reaches 4 sigma, at
-    most BLUR_RADIUS and the image's own size. ``sigma`` in pixels; 0 leaves the image."""
+    """Gaussian blur of an image [3, H, W] with reflect padding. ``sigma`` is in pixels; 0 returns x itself. The window reaches
+    4 sigma, at most BLUR_RADIUS and the size of the image - 1."""
     radius = min(BLUR_RADIUS, math.ceil(4 * sigma), x.shape[-2] - 1, x.shape[-1] - 1)
     if radius < 1:
         return x

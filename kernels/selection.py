@@ -1,4 +1,4 @@
-"""Which implementation runs: ``impl="auto"`` looks at the tensors, an explicit choice is obeyed or refused."""
+"""Which implementation runs: ``impl="auto"`` depends on the tensors; an explicit choice either runs or raises."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the triton package can be imported (asked without importing it; a constant, so that tracing can read it)."""
+"""Whether triton is installed, found out without importing it. A constant, so that tracing can read it."""
 
 
 def interpreting() -> bool:
-    """True when Triton runs in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before triton is imported)."""
+    """Whether Triton runs in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` set before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -32,9 +32,9 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
 
     Args:
         op: name of the public function, for messages.
-        impl: what the caller asked for: auto, triton, reference or ``fast``.
-        tensor: decides the device and the dtype.
-        fast: name of the op's PyTorch path, which runs everywhere.
+        impl: the choice of the caller: auto, triton, reference or ``fast``.
+        tensor: its device and dtype decide.
+        fast: name of the op's PyTorch path, which runs on every device.
         unsupported: why the Triton kernel cannot take this input, or None.
 
     Raises:
@@ -67,7 +67,7 @@ def choose(op: str, impl: str, tensor: Tensor, *, fast: str, unsupported: str | 
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Every argument is a floating tensor on one device.
+    """Checks that every argument is a floating tensor, and that all are on one device.
 
     Raises:
         TypeError: not a tensor, or not float16/bfloat16/float32/float64.
@@ -84,7 +84,7 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Called at the start of a backward formula: under ``create_graph=True`` its result would silently lack terms."""
+    """Raises under ``create_graph=True``, where the gradient of a backward formula would silently lack terms."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: no second derivative; use impl='reference' for create_graph=True")
 
@@ -101,7 +101,7 @@ def check_projection(
     eps: float,
     minmax: str | None,
 ) -> None:
-    """The contract that the max-out of a feature map and of an image share; errors are those of :func:`maxout`."""
+    """Checks the arguments that ``maxout`` and ``maxout_image`` have in common, and raises what they document."""
     check_floating(op, x=x, weight=weight, gamma=gamma, beta=beta)
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"{op}: the input must be a non-empty [B, C, H, W], got {list(x.shape)}")
@@ -124,5 +124,5 @@ def check_projection(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a fused op accumulates in and returns."""
+    """The dtype in which the max-out ops accumulate, and which they return."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -5,7 +5,7 @@
 The mask A is the maximum over 32 projections of the feature map; with so little capacity it can only keep the rationale that many
 images share. Retrieval uses gap(A * F). The variant ``published`` computes what the authors' code computes: a softmax over rows of
 gradients of size 1e-5, a cam that is itself pulled towards the mask (F in it carries gradient), and a batch-norm that is updated
-three times a step, once for the map of the key. ``guided`` computes what the text aims at. They differ in named switches only
+three times per step, once for the map of the key. ``guided`` computes what the text aims at. They differ in named switches only
 (``LCRSettings.variants``).
 """
 

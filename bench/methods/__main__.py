@@ -1,13 +1,14 @@
-"""The methods on one engine: every cell trained at the same budget of images on the synthetic dataset, several seeds, one table.
+"""Every method at the same budget of images on a synthetic dataset, several seeds, one table.
 
-    python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both forms, 5 seeds
+    python -m bench.methods                              {untrained, moco, lcr, ldfs, ppssl, simclr, byol}, both variants, 5 seeds
     python -m bench.methods --study parts                at half the budget: parts, layers, weights, prompts, teacher
     python -m bench.methods --only "ppssl guided" --seeds 3 --budget 51200 optim.lr=0.03
 
-The world is drawn from a seed of its own (--world), other than the one the demo's settings were chosen on, and so are the
-seeds of the runs. A cell is one process, as many at a time as there are cores (--jobs), and leaves one JSON file; a cell whose
-file is there is not run again, so the same command continues after any interruption. Seconds are those of the CPU, not of the
-clock. KEY=VALUE after the options changes every cell. The table, of all cells that have records, is rewritten after each cell.
+Every cell starts from bench/methods/synthetic.yaml, which is pinned. The dataset is drawn with another seed (--dataset-seed) than
+the one on which the demo's settings were chosen, and the runs have other seeds too. A cell is one process and leaves one JSON
+file; as many run at a time as there are cores (--jobs). A cell whose file exists is not run again, so the same command continues
+after any interruption. Seconds are CPU time. KEY=VALUE after the options changes every cell. The table, of all cells that have
+records, is rewritten after each cell.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -29,15 +31,23 @@ from engine.console import say
 from engine.data.machine import cores
 
 
+class Renamed(argparse.Action):
+    """An option that has another name now, ``const``: using it ends the command with code 2."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser.error(f"{option_string} is called {self.const} now")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--study", choices=list(STUDIES), default="main")
     parser.add_argument("--budget", type=int, default=25600, metavar="IMAGES", help="a run sees (studies: half of it)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
     default = 1 if torch.cuda.is_available() else cores()
-    parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells at a time, which share the cores")
+    parser.add_argument("--jobs", type=int, default=default, metavar="N", help="cells that run at a time")
     parser.add_argument("--first-seed", type=int, default=10, metavar="SEED")
-    parser.add_argument("--world", type=int, default=1, metavar="SEED", help="of the drawn images (the demo's is 0)")
+    parser.add_argument("--dataset-seed", type=int, default=1, metavar="SEED", help="of the synthetic dataset (the demo's is 0)")
+    parser.add_argument("--world", action=Renamed, const="--dataset-seed", help=argparse.SUPPRESS)
     parser.add_argument("--only", action="append", metavar="CELL", help="train this cell (several times: these)")
     parser.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "methods", help="folder of the tables")
@@ -51,7 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [cell.name for cell in STUDIES[args.study].cells]
     for name in args.only or []:
         if name not in names:
-            parser.error(f"--only {name!r} is no cell of study {args.study}; its cells: {', '.join(names)}")
+            parser.error(f"--only {name!r} is not a cell of study {args.study}; its cells: {', '.join(names)}")
     overrides = {}
     for text in args.overrides:
         key, equals, value = text.partition("=")
@@ -67,11 +77,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def command_of(argv: Sequence[str]) -> str:
     """The command line that makes the whole table: without this machine's folders and jobs, and without the choice of cells."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    local = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--out", "--work", "--jobs"):
-        own.add_argument(option)
-    own.add_argument("--only", action="append")
-    return shlex.join(["python", "-m", "bench.methods", *own.parse_known_args(argv)[1]])
+        local.add_argument(option)
+    local.add_argument("--only", action="append")
+    return shlex.join(["python", "-m", "bench.methods", *local.parse_known_args(argv)[1]])
 
 
 @command(RuntimeError)

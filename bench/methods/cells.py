@@ -1,4 +1,4 @@
-"""The cells of the comparison: what each trains and how it differs from the demo recipe, by study."""
+"""The cells of the comparison: what each trains and how it differs from the pinned recipe, by study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 from typing import Any, NamedTuple
 
 CLASS_NAMES = "bench/class_names.yaml"
-"""Relative: a record is to read the same on every machine, and python -m bench.methods runs in the repository's root."""
+"""Relative, so that a record reads the same on every machine: python -m bench.methods runs in the root of the repository."""
 
 
 class Cell(NamedTuple):
@@ -14,12 +14,12 @@ class Cell(NamedTuple):
 
     name: str
     overrides: dict[str, Any]
-    """Config keys beside the demo recipe's."""
+    """Config keys beside those of synthetic.yaml."""
     kind: str = "train"
     """train, untrained (the starting network), or teacher (the image-text model's own image features)."""
     teacher: str = "true"
-    """The cached embeddings that a method listens to: true, shuffled (another image's each), constant (their mean), or species (an
-    oracle that was told the labels)."""
+    """The cached embeddings that a method gets: true, shuffled (each image has another's), constant (their mean), or species (an
+    oracle that knows the labels)."""
 
 
 class Study(NamedTuple):
@@ -28,14 +28,14 @@ class Study(NamedTuple):
     title: str
     reference: str
     cells: list[Cell]
-    share: float = 0.5
-    """Of the budget of images."""
+    budget_fraction: float = 0.5
+    """Of the images that --budget allows a run."""
 
 
 def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
     """PP-SSL with keys by section, as ``ais={"weight": 0}``."""
-    own = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "ppssl", "method.variant": variant} | own, teacher=teacher)
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return Cell(name, {"method.name": "ppssl", "method.variant": variant} | values, teacher=teacher)
 
 
 def plain(name: str, variant: str | None = None, **overrides: Any) -> Cell:
@@ -51,7 +51,7 @@ ALPHAS, BETAS = (0.0, 0.1, 0.4), (0.0, 0.4, 1.28, 4.0)
 
 
 def choice(name: str, *, masked: bool, reach: str = "branch", beta: float = 1.28, alpha: float = 0.0) -> Cell:
-    """A candidate for the variant ``guided``: every switch in question is set, whatever the variant says by now."""
+    """A candidate for the variant ``guided``: every switch in question is set, independent of the defaults of the variant."""
     switches = {"contrast_mask": masked, "mask_reach": reach}
     return ppssl(name, method=switches, iadm={"weight": beta} if beta != 1.28 else {}, ais={"weight": alpha})
 
@@ -70,12 +70,12 @@ STUDIES = {
             ppssl("ppssl published", "published"),
             ppssl("ppssl guided"),
             plain("simclr"),
-            # nothing keeps a target that follows at once from a constant answer
+            # a target network that follows too fast collapses to a constant output
             Cell("byol", {"method.name": "byol", "ema.decay": 0.99}),
         ],
-        share=1.0,
+        budget_fraction=1.0,
     ),
-    # its evidence chose guided's defaults: to be run with --world 2 --first-seed 0, apart from what the others are evaluated on
+    # guided's defaults were chosen by it: to be run with --dataset-seed 2 --first-seed 0, which the other studies do not use
     "choice": Study(
         "Candidates for the variant guided",
         "moco",
@@ -91,7 +91,7 @@ STUDIES = {
             choice("plain contrast, CAM to the trunk", masked=False, reach="trunk"),
             choice("plain contrast, CAM to the trunk, text", masked=False, reach="trunk", alpha=0.1),
         ],
-        share=1.0,
+        budget_fraction=1.0,
     ),
     "parts": Study(
         "Parts of PP-SSL",
@@ -135,7 +135,7 @@ STUDIES = {
         "What the teacher knows",
         "true teacher",
         [ppssl(f"{kind} teacher", teacher=kind) for kind in ("true", "shuffled", "constant", "species")]
-        # a softmax that is sure of the category tells of the rest only what a higher temperature lets through
+        # the softmax is certain of the category; a higher temperature lets it say more about the rest
         + [ppssl(f"{kind} teacher, tau 4", teacher=kind, ais={"temperature": 4.0}) for kind in ("true", "species")]
         + [ppssl("no teacher", ais=OFF)],
     ),

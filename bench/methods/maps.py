@@ -1,4 +1,4 @@
-"""Where a trained network looks, held against where the bird of a synthetic dataset really is."""
+"""Where a trained network looks, compared with where the bird of a synthetic image is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.data import contact_sheet
 from engine.data.catalog import ImageList
-from engine.data.loaders.torch_loader import clean_batches, clean_view
+from engine.data.loaders.clean_batches import clean_batches
+from engine.data.loaders.torch_loader import clean_view
 from engine.data.views import clean_resize
 from engine.evaluation import attention_maps
 from engine.evaluation.features import extract
@@ -33,8 +34,8 @@ EVERY = 5
 
 
 def coverage(images: ImageList, image_size: int, cache: Path) -> Tensor | None:
-    """[N, S, S] in [0, 1]: how much of each pixel of the clean views is bird, kept in ``cache``; None where the images are no demo
-    world's."""
+    """[N, S, S] in [0, 1]: how much of each pixel of the clean views is bird, kept in ``cache``; None where the images are not
+    those of a synthetic dataset."""
     path = cache / f"silhouettes-{images.fingerprint[:16]}-{image_size}.safetensors"
     if not path.is_file():
         try:
@@ -46,9 +47,9 @@ def coverage(images: ImageList, image_size: int, cache: Path) -> Tensor | None:
     return load_weights(path)["coverage"].float() / 255
 
 
-def share_on_bird(maps: Tensor, covered: Tensor) -> float:
-    """Mean over images of (share of a map's mass that lies on the bird) / (share of the image that is bird): 1 is blind, more looks
-    at the bird. maps [N, h, w] non-negative, a map that is zero everywhere counts as blind; covered [N, S, S]."""
+def relative_mass_on_bird(maps: Tensor, covered: Tensor) -> float:
+    """Mean over images of (fraction of a map's mass that lies on the bird) / (fraction of the image that is bird): 1 is chance,
+    more is concentrated on the bird. maps [N, h, w] non-negative; one that is zero everywhere counts as 1; covered [N, S, S]."""
     bird = F.adaptive_avg_pool2d(covered[:, None], maps.shape[1:])[:, 0]
     mass, area = maps.sum((1, 2)), bird.mean((1, 2))
     on = torch.where(mass > 0, (maps * bird).sum((1, 2)) / mass.clamp_min(1e-30), area)
@@ -56,8 +57,8 @@ def share_on_bird(maps: Tensor, covered: Tensor) -> float:
 
 
 class SilhouettePool(nn.Module):
-    """l2 of F averaged over the cells by how much of each is bird: what a perfect mask would make of this trunk. Images come in the
-    order of ``covered`` [N, S, S], once."""
+    """l2 of F averaged over the cells by how much of each is bird: the feature of this trunk with a perfect mask. Images come in
+    the order of ``covered`` [N, S, S], once."""
 
     def __init__(self, trunk: nn.Module, covered: Tensor):
         super().__init__()
@@ -72,8 +73,8 @@ class SilhouettePool(nn.Module):
 
 
 def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
-    """Writes a sheet of the run folders ``(name, folder)``: one row a watched image, as it is and under every map of every cell at
-    its last look."""
+    """Writes a sheet of the run folders ``(name, folder)``: one row per watched image, as it is and under every map of every cell
+    after its last epoch."""
     kept = [(name, found) for name, folder in cells if (found := attention_maps.read(folder)) is not None]
     if not kept:
         return
@@ -91,8 +92,8 @@ def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
 
 
 def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device: torch.device, cache: Path) -> dict[str, Any]:
-    """``silhouette_rank1`` (``SilhouettePool``), and ``share_on_bird`` of the maps, as ``feature_on_bird``, ``mask_on_bird`` and
-    ``cam_on_bird``; nothing where the images are no synthetic dataset's."""
+    """``silhouette_rank1`` (``SilhouettePool``), and ``relative_mass_on_bird`` of the maps, as ``feature_on_bird``,
+    ``mask_on_bird`` and ``cam_on_bird``; empty where the images are not synthetic."""
     covered = coverage(images, cfg.data.image_size, cache)
     if covered is None:
         return {}
@@ -106,4 +107,4 @@ def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device:
     for x, index in views:
         for name, values in attention_maps.attention(method, x[index % EVERY == 0]).items():
             maps.setdefault(name, []).append(values.cpu())
-    return found | {f"{name}_on_bird": share_on_bird(torch.cat(parts), covered[::EVERY]) for name, parts in maps.items()}
+    return found | {f"{name}_on_bird": relative_mass_on_bird(torch.cat(parts), covered[::EVERY]) for name, parts in maps.items()}

@@ -1,4 +1,4 @@
-"""How a study is carried out: its cells in processes of their own, their records, and the tables of all records."""
+"""How a study is carried out: its cells in separate processes, their records, and the tables of all records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.methods.cells import STUDIES, Cell, Study
 from bench.methods.maps import coverage, look, picture
-from bench.methods.table import markdown, summarise
+from bench.methods.table import markdown, summarize
 from engine import build
 from engine.build import assemble
 from engine.config import Config, flatten, read, resolve, to_yaml
@@ -39,20 +39,16 @@ from ppssl.method import Method
 from ppssl.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 RECIPE = Path(__file__).with_name("synthetic.yaml")
 """What every cell starts from. It is pinned here, so that committed studies keep their meaning when the demo changes."""
 PERCENTS = (100, 50, 20)
 """Of the training labels that the linear probes see."""
-
-
 NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
 number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
 pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
-bird" is the share of a map's mass that lies on the bird over the share of the image that is bird: 1 is blind. A synthetic
-dataset shows how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained weights or
-hundreds of epochs.
+bird" is the fraction of a map's mass that lies on the bird over the fraction of the image that is bird: 1 is chance. The
+synthetic dataset shows how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained
+weights or hundreds of epochs.
 """
 
 
@@ -72,7 +68,7 @@ def epochs_of(budget: float, train_images: int, batch_size: int) -> int:
 
 
 def specification(cell: Cell, cfg: Config) -> dict[str, Any]:
-    """What a cell's result depends on: its record is found again by it."""
+    """What a cell's result depends on; its hash is in the name of the record. ``world`` is the stamp of the synthetic dataset."""
     free = ("out", "resume", "data.root", "data.workers")
     keys = {key: value for key, value in flatten(cfg).items() if key not in free and not key.startswith("run.")}
     stamp = Path(cfg.data.root, "birds.json")
@@ -81,7 +77,7 @@ def specification(cell: Cell, cfg: Config) -> dict[str, Any]:
 
 
 def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder: Path | None, threads: int) -> None:
-    """Trains and measures one cell and writes its record; in a process of its own, so that memory and CPU time are the cell's."""
+    """Trains and measures one cell and writes its record; in a separate process, so that memory and CPU time are the cell's."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = build.resolve(cfg, device)
@@ -132,7 +128,7 @@ def altered(rows: Tensor, how: str, seed: int, labels: Tensor) -> Tensor:
     found = F.normalize(rows.float().mean(0, keepdim=True), dim=1).expand(len(rows), -1)
     if how == "species":
         directions = F.normalize(torch.randn(int(labels.max()) + 1, rows.shape[1], generator=generator), dim=1).to(rows.device)
-        # 0.8: between species the logits then differ by a standard deviation of 1.4 (the demo teacher's, 0.1)
+        # 0.8: between species the logits then differ by a standard deviation of 1.4 (of the demo's teacher: 0.1)
         found = F.normalize(found + 0.8 * directions[labels], dim=1)
     return found.to(rows.dtype).contiguous()
 
@@ -153,7 +149,7 @@ def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) 
 
 
 def measure_features(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
-    """rank1, rank5, mAP inside the test split; accuracy of probes fitted on shares of the training labels. Fractions."""
+    """rank1, rank5, mAP inside the test split; accuracy of linear probes on ``PERCENTS`` of the training labels; in [0, 1]."""
     of_train, of_test = (labels_of(part, test.device) for part in (images.train, images.test))
     ranked = retrieval(test, of_test)
     found = {"rank1": ranked.rank1, "rank5": ranked.rank5, "mAP": ranked.mAP}
@@ -161,7 +157,7 @@ def measure_features(train: Tensor, test: Tensor, images: Catalog) -> dict[str, 
     for percent in PERCENTS:
         some = linear.fraction(of_train, percent, seed=0)
         if int(torch.bincount(of_train[some]).max()) < 2:
-            continue  # nothing to hold out, by which the probe's penalty is chosen
+            continue  # nothing to hold out for the choice of the penalty
         found[f"linear_{percent}"] = linear.convex(train[some], of_train[some], classes).probe.accuracy(test, of_test)
     return found
 
@@ -194,24 +190,30 @@ def write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def world_of(args: argparse.Namespace) -> Path:
-    """The folder of images: ``data.root`` from the command line, or the synthetic dataset of --world, drawn where it is missing."""
+def dataset_root(args: argparse.Namespace) -> Path:
+    """``data.root`` from the command line, or the synthetic dataset of --dataset-seed, drawn where it is missing."""
     if root := args.overrides.get("data.root"):
         return Path(root)
-    root = cache_folder() / f"birds-{args.world}"
-    return dataset.generate(root, seed=args.world) if dataset.is_missing(root) else root
+    root = cache_folder() / f"birds-{args.dataset_seed}"
+    return dataset.generate(root, seed=args.dataset_seed) if dataset.is_missing(root) else root
 
 
 def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
     """Writes STUDY.json and STUDY.md."""
-    rows = summarise(records, [cell.name for cell in study.cells], study.reference)
+    rows = summarize(records, [cell.name for cell in study.cells], study.reference)
     images = sorted({r["images"] for r in records if "images" in r})  # whole epochs, the nearest to the budget
-    whole = {"study": study_name, "command": command, "images": images, "reference": study.reference}
-    write(args.out / f"{study_name}.json", one_record_per_line(whole | {"rows": rows, "records": records}))
-    commits = ", ".join(sorted({r["commit"] for r in records}))
-    seen = " or ".join(f"{count:,}" for count in images) or "no"
-    head = f"# {study.title}\n\n`{command}`\n\n{seen} images a run; commit {commits}.\n\n"
-    write(args.out / f"{study_name}.md", head + markdown(rows, study.reference) + "\n" + NOTE)
+    table = {"study": study_name, "command": command, "images": images, "reference": study.reference}
+    table |= {"rows": rows, "records": records}
+    write(args.out / f"{study_name}.json", one_record_per_line(table))
+    write(args.out / f"{study_name}.md", page(table))
+
+
+def page(table: dict[str, Any]) -> str:
+    """The Markdown of what STUDY.json holds."""
+    commits = ", ".join(sorted({r["commit"] for r in table["records"]}))
+    seen = " or ".join(f"{count:,}" for count in table["images"]) or "no"
+    head = f"# {STUDIES[table['study']].title}\n\n`{table['command']}`\n\n{seen} images per run; commit {commits}.\n\n"
+    return head + markdown(table["rows"], table["reference"]) + "\n" + NOTE
 
 
 def one_record_per_line(table: dict[str, Any]) -> str:
@@ -227,12 +229,12 @@ def one_record_per_line(table: dict[str, Any]) -> str:
 
 
 def run_study(name: str, args: argparse.Namespace, command: str) -> None:
-    """Every cell of a study that has no record yet, ``args.jobs`` at a time, seed by seed, so that a table is fair at any time."""
+    """Runs every cell without a record, ``args.jobs`` at a time, seed by seed, so that a table is balanced at any time."""
     study = STUDIES[name]
-    root = world_of(args)
+    root = dataset_root(args)
     some = configure(study.cells[0], args, args.first_seed, root)
     images = build.data(some, cache_dir=cache_folder())
-    coverage(images.test, some.data.image_size, cache_folder())  # once, before several cells want it
+    coverage(images.test, some.data.image_size, cache_folder())  # once, before several cells need it
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     plans = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in study.cells]
     asked = [plan for plan in plans if not args.only or plan.cell.name in args.only]
@@ -248,7 +250,7 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
                     continue
                 if code := future.result():
                     failures.append(f"cell {plan.cell.name!r}, seed {plan.cfg.seed} ended with exit code {code}; see above")
-                    pool.shutdown(wait=False, cancel_futures=True)  # those that run go on to their end
+                    pool.shutdown(wait=False, cancel_futures=True)  # running cells are completed
                     continue
                 done.append(plan)
                 say(f"{name} {len(done)}/{len(asked)}: {plan.cell.name}, seed {plan.cfg.seed}: {shown(plan.record)}")
@@ -277,7 +279,7 @@ class Plan(NamedTuple):
 def planned(study_name: str, cell: Cell, args: argparse.Namespace, seed: int, root: Path, train_images: int) -> Plan:
     cfg = configure(cell, args, seed, root)
     if cell.kind == "train":
-        budget = STUDIES[study_name].share * args.budget
+        budget = STUDIES[study_name].budget_fraction * args.budget
         cfg = dataclasses.replace(cfg, epochs=epochs_of(budget, train_images, cfg.batch_size))
     spec = specification(cell, cfg)
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
@@ -286,7 +288,7 @@ def planned(study_name: str, cell: Cell, args: argparse.Namespace, seed: int, ro
 
 
 def run_apart(plan: Plan, args: argparse.Namespace) -> int:
-    """Runs one cell in a process of its own; returns its exit code."""
+    """Runs one cell in a separate process; returns its exit code."""
     folder = plan.record.with_suffix("") if args.keep else None
     threads = max(1, torch.get_num_threads() // args.jobs)
     process = multiprocessing.get_context("spawn").Process(target=run_cell, args=(*plan, folder, threads))

@@ -18,8 +18,9 @@ MASKS = {
     "plain_rank1": "rank-1 unmasked", "plain_mAP": "mAP unmasked", "mask_gain": "rank-1 the mask adds",
     "silhouette_gain": "rank-1 the silhouette would add",
 }  # fmt: skip
-SHARES = {"feature_on_bird": "feature map on the bird", "mask_on_bird": "mask", "cam_on_bird": "CAM"}
-"""What a record may hold, and how a table calls it. Scores and masks are in percent (in the record fractions), shares ratios."""
+RATIOS = {"feature_on_bird": "feature map on the bird", "mask_on_bird": "mask", "cam_on_bird": "CAM"}
+"""What a record may hold, and how a table calls it. Scores and masks are in percent (fractions in the
+record), the last ones ratios."""
 TESTED = {"rank1": "rank-1", "mAP": "mAP", "plain_rank1": "rank-1 unmasked"}
 
 
@@ -50,8 +51,8 @@ def paired(values: dict[int, float], reference: dict[int, float]) -> dict[str, A
     return found
 
 
-def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -> list[dict[str, Any]]:
-    """One row a cell, in ``order``, of the cells that have records: per measure mean and sample standard deviation (None with one
+def summarize(records: list[dict[str, Any]], order: list[str], reference: str) -> list[dict[str, Any]]:
+    """One row per cell, in ``order``, of the cells that have records: per measure mean and sample standard deviation (None with one
     seed), ``against`` the reference, the ``seeds`` that ended and those that ``failed``, with why."""
     by_cell = {name: [derived(r) for r in records if r["cell"] == name] for name in order}
 
@@ -63,7 +64,7 @@ def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -
         if not by_cell[name]:
             continue
         row: dict[str, Any] = {"cell": name, "measures": {}, "against": {}}
-        for measure in (*SCORES, *COSTS, *MASKS, *SHARES):
+        for measure in (*SCORES, *COSTS, *MASKS, *RATIOS):
             found = list(values(name, measure).values())
             if found:
                 deviation = statistics.stdev(found) if len(found) > 1 else None
@@ -77,9 +78,9 @@ def summarise(records: list[dict[str, Any]], order: list[str], reference: str) -
 
 
 def markdown(rows: list[dict[str, Any]], reference: str) -> str:
-    """The rows as two Markdown tables: what the methods reach and cost, and what their masks and maps are worth."""
+    """The rows as two Markdown tables: what the methods reach and cost, and what their masks contribute."""
     return _table(rows, SCORES | COSTS, reference, ("rank1", "mAP"), counted=True) + "\n" + _table(
-        rows, MASKS | SHARES, reference, ("plain_rank1",)
+        rows, MASKS | RATIOS, reference, ("plain_rank1",)
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def _table(rows: list[dict[str, Any]], names: dict[str, str], reference: str, te
 def _value(measure: str, value: dict[str, float | None] | None) -> str:
     if value is None:
         return "–"
-    factor, digits = (1, 0 if measure == "peak_memory_mib" else 2) if measure in COSTS | SHARES else (100, 1)
+    factor, digits = (1, 0 if measure == "peak_memory_mib" else 2) if measure in COSTS | RATIOS else (100, 1)
     text = f"{factor * value['mean']:{'+' if measure.endswith('_gain') else ''}.{digits}f}"
     return text if value["deviation"] is None or measure in COSTS else f"{text} ± {factor * value['deviation']:.{digits}f}"
 

@@ -1,12 +1,12 @@
-"""The paper's tables and figures as commands: every cell is a run, and stands beside what was published.
+"""The paper's tables and figures as commands: every cell is a run, shown beside the published number.
 
     python -m bench.paper --table 1 --data-root /data                 # /data/cub, /data/cars, ... as the recipes expect them
     python -m bench.paper --table 4 --seeds 5 amp=bf16                # any override of engine.train goes to every run
     python -m bench.paper --figure 5 --dry-run                        # one step of every cell, nothing kept
 
-What the exhibits consist of is data: bench/paper.yaml. A cell is a run folder below --out, named by what differs from the recipe:
-exhibits share their runs, a stopped command continues where it was, a finished run is neither trained nor evaluated again. Reported
-is the last epoch. A cell without its data set or method is left empty, with the reason.
+bench/paper/paper.yaml says what the exhibits consist of. A cell is a run folder below --out, named by what differs from the recipe:
+exhibits share their runs, a stopped command continues where it was, a finished run is neither trained nor evaluated again. The last
+epoch is reported. A cell without its dataset or method is left empty, with the reason.
 """
 
 from __future__ import annotations

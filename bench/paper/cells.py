@@ -1,4 +1,4 @@
-"""Carrying cells out: training, evaluation, and what became of each."""
+"""Runs cells: training, evaluation, and the outcome of each."""
 
 from __future__ import annotations
 

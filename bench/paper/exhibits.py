@@ -16,7 +16,7 @@ from ppssl.method import METHODS
 HERE = Path(__file__).resolve().parent
 
 
-# Where a run lies and how it is executed makes no other cell of it.
+# A cell is the same wherever its run lies and however it is executed.
 _NOT_IN_A_NAME = ("seed", "out", "resume", "data.root", "data.loader", "data.resident", "data.workers")
 
 
@@ -60,7 +60,7 @@ class Exhibit:
 
 
 def exhibits() -> dict[str, Exhibit]:
-    """What bench/paper.yaml holds, by ``table N`` and ``figure N``."""
+    """What bench/paper/paper.yaml holds, by ``table N`` and ``figure N``."""
     found = {}
     for key, entry in yaml.safe_load((HERE / "paper.yaml").read_text(encoding="utf-8")).items():
         lists = {name: tuple(entry.pop(name, ())) for name in ("data", "measures", "notes")}
@@ -110,7 +110,7 @@ def cells(exhibit: Exhibit, plan: Plan) -> Iterator[Cell]:
 
 
 def _word(value: Any) -> str:
-    """A value as an override is written; files of bench/ are found from anywhere."""
+    """A value in the form of an override; files of bench/ are found from anywhere."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     return str(HERE.parent / value) if str(value).endswith(".yaml") else "null" if value is None else str(value)
@@ -126,9 +126,9 @@ def obstacle(cell: Cell) -> str | None:
 
 
 class Outcome(NamedTuple):
-    """What became of one row on one data set."""
+    """The outcome of one row on one dataset."""
 
     measures: list[dict[str, float]]
-    """One a seed."""
+    """One per seed."""
     reason: str | None
     """Why seeds are missing."""

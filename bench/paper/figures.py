@@ -37,8 +37,8 @@ def draw(exhibit: Exhibit, ran: list[Cell], found: dict[tuple[str, str], Outcome
 
 
 def masks(exhibit: Exhibit, here: list[Cell], path: Path) -> None:
-    """One row an image: as it is, then under the mask of every run; all images of a run in one batch, as the mask is scaled over it
-    in variant ``published``."""
+    """One row per image: as it is, then under the mask of every run. All images of a run are in one batch, since variant
+    ``published`` scales the mask over it."""
     images = build.data(here[0].config, cache_dir=files.cache_folder()).test
     _, first = np.unique(images.labels, return_index=True)
     chosen = first[np.linspace(0, len(first) - 1, min(IMAGES, len(first))).round().astype(int)]

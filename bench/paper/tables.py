@@ -1,4 +1,4 @@
-"""Outcomes beside what was published, as text and as JSON."""
+"""Outcomes beside the published numbers, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.files import write_atomically
 
 
 def show(exhibit: Exhibit, found: dict[tuple[str, str], Outcome], plan: Plan) -> None:
-    """Prints one table a data set: percent, mean and standard deviation over the seeds, with what was published below a number;
+    """Prints one table per dataset: percent, mean and standard deviation over the seeds, with what was published below a number;
     then the claims in full beside what was found here, and why cells are empty."""
     seeds = "one seed" if plan.seeds == 1 else f"mean ± standard deviation over {plan.seeds} seeds"
     for data in exhibit.data:

@@ -159,7 +159,8 @@ def _value(key: str, text: str) -> Any:
         return None
     if any(typing.get_origin(option) is tuple for option in options) and not text.startswith("["):
         return [part.strip() for part in text.split(",") if part.strip()]
-    if any(option is str or typing.get_origin(option) is Literal for option in options):
+    number = NUMBER.match(text) and any(option in (int, float) for option in options)  # eval.every=0, not "auto"
+    if not number and any(option is str or typing.get_origin(option) is Literal for option in options):
         return text
     try:
         return yaml.load(text, Loader=YamlLoader)

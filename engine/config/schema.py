@@ -92,7 +92,7 @@ class RunConfig:
     log_every: Annotated[int, Ge(1), FREE] = 10
     """Steps between log lines (each is one host sync)."""
     save_every_steps: Annotated[Annotated[int, Ge(1)] | None, FREE] = None
-    """Steps between checkpoints; null is once an epoch."""
+    """Steps between checkpoints; null is once per epoch."""
     keep: Annotated[int, Ge(1), FREE] = 2
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10

@@ -25,7 +25,9 @@ from engine.console import with_progress
 from engine.data import layouts
 from engine.data.layouts.lists import BadFile, Split
 from engine.data.layouts.official import AIRCRAFT_BANNER
+from engine.data.machine import cores
 from engine.errors import BrokenFile
+from engine.files import write_atomically
 
 MAX_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs."""
@@ -131,8 +133,6 @@ def load(
 def write_bad_files(catalog: Catalog, path: Path) -> None:
     """One line ``name<TAB>reason`` for each file or class that was left out; an empty file says that all were used. What would
     break a line is escaped as in Python, and so is a backslash."""
-    from engine.files import write_atomically
-
     lines = (f"{printable(name)}\t{printable(reason)}\n" for name, reason in catalog.bad)
     text = "".join(lines)
     write_atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
@@ -248,8 +248,6 @@ def _check_files(
             return n, _Check(found.st_size, found.st_mtime_ns, 0, 0, False, reason)
         return n, _Check(found.st_size, found.st_mtime_ns, image.height, image.width, plain, None)
 
-    from engine.data.machine import cores
-
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:  # PIL decodes without the GIL
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; what matters becomes a reason
         checks.update(with_progress(pool.map(check, todo), len(todo), f"checking {name}", progress))
@@ -279,8 +277,6 @@ def _is_row(row: list) -> bool:
 
 
 def _write_cache(path: Path, files: dict[str, list]) -> None:
-    from engine.files import write_atomically
-
     text = json.dumps({"version": _CACHE_VERSION, "files": files})
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 

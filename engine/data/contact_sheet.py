@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from engine.files import write_atomically
+
 PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (214, 214, 210)
 _GAP, _TEXT = 8, 12
 _LINE = _TEXT + 4
@@ -64,8 +66,6 @@ def draw(tiles: Sequence[Tile], *, columns: int, side: int = 128, title: str = "
 
 def write(sheet: Image.Image, path: Path) -> None:
     """Saves a sheet as PNG, whole or not at all. Raises OSError where it cannot be written."""
-    from engine.files import write_atomically
-
     write_atomically(Path(path), lambda temporary: sheet.save(temporary, "PNG"))
 
 

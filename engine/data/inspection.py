@@ -63,7 +63,7 @@ def duplicates(catalog: Catalog, *, workers: int | None = None, progress: bool =
 
 
 def table(catalog: Catalog) -> Table:
-    """One column a split: images, classes, images a class, sizes, what PIL has to decode."""
+    """One column per split: images, classes, images per class, sizes, what PIL has to decode."""
     made = Table("", *splits(catalog), title=Text(printable(str(catalog.train.root))), title_justify="left")
     columns = [_column(images) for images in splits(catalog).values()]
     for row in columns[0]:
@@ -74,12 +74,12 @@ def table(catalog: Catalog) -> Table:
 def _column(images: ImageList) -> dict[str, str]:
     rows = {"images": f"{len(images):,}"}
     if images.labels is None:
-        rows |= {"classes": "no labels", "images a class": "", "classes of one image": ""}
+        rows |= {"classes": "no labels", "images per class": "", "classes of one image": ""}
     else:
         counts = np.bincount(images.labels, minlength=len(images.classes))
         used = counts[counts > 0]
         rows["classes"] = f"{len(used):,} of {len(counts):,}"
-        rows["images a class"] = _range(used)
+        rows["images per class"] = _range(used)
         rows["classes of one image"] = str((used == 1).sum())
     rows["height"], rows["width"] = (_range(side) for side in images.sizes.T)
     rows["decoded by PIL alone"] = f"{(~images.plain).sum():,}"

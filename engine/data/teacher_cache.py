@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.console import bar, say
 from engine.data.catalog import ImageList
-from engine.data.loaders.torch_loader import clean_batches
+from engine.data.loaders.clean_batches import clean_batches
 from engine.files import write_atomically
 from ppssl.teacher import Teacher
 

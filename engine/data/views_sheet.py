@@ -43,7 +43,7 @@ def backends(device: torch.device) -> list[Backend]:
 
 
 def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.Image:
-    """The sheet: a row an image; the original, then the query and the key view of every backend. Under a view stands how far it
+    """The sheet: a row per image; the original, then the query and the key view of every backend. Under a view stands how far it
     is from torchvision's, in levels of 0..255 in the mean, and the largest distance of a pixel; under torchvision's, the values."""
     count = min(IMAGES, len(images))
     chosen = sampler.epoch_order(cfg.seed, 0, len(images))[:count]

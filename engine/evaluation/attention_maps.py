@@ -1,4 +1,4 @@
-"""What the network looks at while it learns: maps of the same few images, kept in RUN/maps five times a run or more."""
+"""What the network looks at while it learns: maps of the same few images, kept in RUN/maps at least five times per run."""
 
 from __future__ import annotations
 

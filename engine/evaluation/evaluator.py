@@ -141,7 +141,7 @@ def evaluate_features(
             }  # fmt: skip
             for solver in solvers:
                 if solver == "convex" and counts.max() < 2:
-                    say(f"linear convex, {percent:g} %: left out, one image a class leaves none to choose the penalty on")
+                    say(f"linear convex, {percent:g} %: left out, one image per class leaves none to choose the penalty on")
                     continue
                 setting, probe, more = _PROBES[solver](bank[some], known[some], len(images.train.classes))
                 add("linear", setting, {"solver": solver, "top1": probe.accuracy(features, labels)} | drawn | more)

@@ -45,7 +45,7 @@ class Chart(NamedTuple):
 
 
 def line_chart(title: str, runs: Mapping[str, Sequence[Point]], *, x_name: str, percent: bool = False) -> Chart | None:
-    """One line a run; None where no run has two finite points. ``percent``: values are shares, shown in % from 0."""
+    """One line per run; None where no run has two finite points. ``percent``: values are shares, shown in % from 0."""
     series = {name: _thinned([p for p in points if math.isfinite(p[1])]) for name, points in runs.items()}
     drawn = {name: points for name, points in series.items() if len(points) > 1}
     if not drawn:

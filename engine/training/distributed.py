@@ -61,7 +61,7 @@ class World:
             self.barrier()
 
     def vote(self, number: int) -> int:
-        """The largest ``number`` that any process gave at its last call; called by all once a step. It is read one step late,
+        """The largest ``number`` that any process gave at its last call; called by all once per step. It is read one step late,
         so nobody waits for the others, and on the host, so nobody waits for a device."""
         if not self.group:
             return number
@@ -197,7 +197,7 @@ def restarted(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def average_all(tensors: list[Tensor], group: str) -> list[Tensor]:
-    """The means over the processes, in one collective a dtype; each in the memory order of its tensor."""
+    """The means over the processes, in one collective per dtype; each in the memory order of its tensor."""
     means = list(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         places = [i for i, t in enumerate(tensors) if t.dtype == dtype]

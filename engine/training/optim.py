@@ -22,7 +22,7 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str) ->
 def sgd(
     parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, backend: str = "auto"
 ) -> torch.optim.Optimizer:
-    """SGD over ``parameters`` in one fused kernel a step.
+    """SGD over ``parameters`` in one fused kernel per step.
 
     backend: ``torch`` is torch's fused SGD; ``apex`` NVIDIA apex's FusedSGD, a ``ValueError`` when it is not importable;
     ``auto`` takes apex where it is importable and the parameters are on a GPU.

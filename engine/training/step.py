@@ -106,7 +106,7 @@ class Step:
         self.guard = Guard(method, device, patience=max_bad_steps)
         for module in method.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.num_batches_tracked = None  # one more kernel a layer, and unused with a fixed momentum
+                module.num_batches_tracked = None  # one more kernel per layer, and unused with a fixed momentum
         self.compile = compile
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         self._keep_buffers()
@@ -161,7 +161,7 @@ class Step:
         with self.precision.autocast():
             output = self.method(batch, context=self.context) if self.takes_context else self.method(batch)
         scaled = output.total * self.context.loss_scale if self.precision.scales else output.total
-        # not backward(): it would compute the gradient of the images a second time
+        # not backward(): it would compute the gradient of the images per second time
         with span("backward"):
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if self.method.group:

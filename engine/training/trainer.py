@@ -232,7 +232,7 @@ class Trainer:
             ) from error
 
     def run_hooks(self) -> None:
-        """Calls the hooks where an epoch has just ended, once an epoch. Before the save, which remembers it: nothing that they
+        """Calls the hooks where an epoch has just ended, once per epoch. Before the save, which remembers it: nothing that they
         write is lost when the run dies."""
         if self.step.steps_done % self.loader.steps_per_epoch == 0 and self.epoch > max(0, self.hooked_epoch):
             for hook in self.hooks:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.methods import maps
-from bench.methods.maps import SilhouettePool, coverage, look, share_on_bird
+from bench.methods.maps import SilhouettePool, coverage, look, relative_mass_on_bird
 from engine import build
 from engine.config import Config, DataConfig, EncoderConfig, EvalConfig, MethodConfig, QueueConfig
 from engine.data import catalog
@@ -22,23 +22,23 @@ from ppssl.encoder import Trunk, global_average_pool
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> catalog.ImageList:
     root = dataset.generate(
-        tmp_path_factory.mktemp("world") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False
+        tmp_path_factory.mktemp("dataset") / "birds", train_per_species=1, test_per_species=2, workers=1, progress=False
     )
     return catalog.load("birds", root, cache_dir=None, progress=False).test
 
 
-def test_share_on_the_bird() -> None:
+def test_relative_mass_on_the_bird() -> None:
     covered = torch.zeros(3, 8, 8)
     covered[:, :4] = 1  # the upper half
     flat, upper, nothing = torch.ones(4, 4), torch.zeros(4, 4), torch.zeros(4, 4)
     upper[:2] = 1
-    assert share_on_bird(torch.stack([flat, flat, flat]), covered) == pytest.approx(1)
-    assert share_on_bird(torch.stack([upper, upper, upper]), covered) == pytest.approx(2)
-    assert share_on_bird(torch.stack([upper, flat, nothing]), covered) == pytest.approx((2 + 1 + 1) / 3)
+    assert relative_mass_on_bird(torch.stack([flat, flat, flat]), covered) == pytest.approx(1)
+    assert relative_mass_on_bird(torch.stack([upper, upper, upper]), covered) == pytest.approx(2)
+    assert relative_mass_on_bird(torch.stack([upper, flat, nothing]), covered) == pytest.approx((2 + 1 + 1) / 3)
     lower = 1 - upper
-    assert share_on_bird(torch.stack([lower, upper + flat, 5 * upper]), covered) == pytest.approx((0 + 4 / 3 + 2) / 3)
-    covered[2] = 0  # an image without a bird says nothing
-    assert share_on_bird(torch.stack([flat, upper, upper]), covered) == pytest.approx(1.5)
+    assert relative_mass_on_bird(torch.stack([lower, upper + flat, 5 * upper]), covered) == pytest.approx((0 + 4 / 3 + 2) / 3)
+    covered[2] = 0  # an image without a bird does not count
+    assert relative_mass_on_bird(torch.stack([flat, upper, upper]), covered) == pytest.approx(1.5)
 
 
 def test_coverage_is_that_of_the_clean_views_and_kept(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,20 @@ import engine
 from bench.methods import __main__ as command
 from bench.methods import study as studies
 from bench.methods.cells import STUDIES
-from bench.methods.table import markdown, paired, summarise
+from bench.methods.table import markdown, paired, summarize
+from engine.config import history
 from engine.evaluation import attention_maps
 from engine.synthetic import dataset
 from ppssl.method import METHODS
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "methods"
+
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dataset.generate(
-        tmp_path_factory.mktemp("world") / "birds", train_per_species=2, test_per_species=2, workers=1, progress=False
+        tmp_path_factory.mktemp("dataset") / "birds", train_per_species=2, test_per_species=2, workers=1, progress=False
     )
 
 
@@ -45,13 +50,13 @@ class Inline:
 
 
 @pytest.fixture
-def arguments(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     Inline.ran.clear()
     return [
         "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--budget", "48", "--amp", "off", "--jobs", "1",
-        f"data.root={world}", "data.image_size=32", "data.loader=torch", "data.workers=0", "batch_size=16", "queue.size=32",
+        f"data.root={images}", "data.image_size=32", "data.loader=torch", "data.workers=0", "batch_size=16", "queue.size=32",
         "encoder.arch=resnet18_w8_s16", "encoder.dim=8",
     ]  # fmt: skip
 
@@ -72,7 +77,7 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
         assert record["specification"]["seed"] == seed and record["specification"]["world"]["train_per_species"] == 2
         assert record["cpu_seconds_per_epoch"] > 0 and record["peak_memory_mib"] > 10
         assert 0 <= record["rank1"] <= record["rank5"] <= 1 and 0 < record["mAP"] < 1 and 0 <= record["linear_100"] <= 1
-        assert ("mask_on_bird" in record) == (cell == "lcr guided") and "linear_20" not in record  # one image a class
+        assert ("mask_on_bird" in record) == (cell == "lcr guided") and "linear_20" not in record  # one image per class
         assert cell == "lcr guided" or record["plain_rank1"] == record["rank1"]
         assert str(tmp_path) not in json.dumps(record)
     text = (tmp_path / "out" / "main.md").read_text()
@@ -118,12 +123,12 @@ def test_a_key_that_the_study_sets_itself_is_refused(text: str, remedy: str, cap
     assert remedy in capsys.readouterr().err
 
 
-def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) -> None:
+def test_every_cell_of_every_study_is_a_config_of_a_known_method(images: Path) -> None:
     args = command.parse(["--budget", "51200"])
     for study in STUDIES.values():
         names = [cell.name for cell in study.cells]
         assert len(set(names)) == len(names) and study.reference in names
-        configs = [studies.configure(cell, args, 3, world) for cell in study.cells]
+        configs = [studies.configure(cell, args, 3, images) for cell in study.cells]
         specs = {json.dumps(studies.specification(*pair), sort_keys=True) for pair in zip(study.cells, configs, strict=True)}
         assert len(specs) == len(configs)  # no two cells are the same run
         assert all(cfg.method.name in METHODS and cfg.seed == 3 and cfg.amp == "bf16" for cfg in configs)
@@ -131,6 +136,33 @@ def test_every_cell_of_every_study_is_a_config_of_a_known_method(world: Path) ->
     assert len(STUDIES["weights"].cells) == 12 and len(STUDIES["layers"].cells) == 8
     assert studies.epochs_of(51200, 1600, 64) == 32 and studies.epochs_of(0.5 * 51200, 1600, 64) == 16
     assert studies.epochs_of(100, 1600, 64) == 1
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_committed_studies_are_what_the_pinned_recipe_still_means(name: str) -> None:
+    table = json.loads((RESULTS / f"{name}.json").read_text())
+    argv = shlex.split(table["command"].replace("--world", "--dataset-seed"))  # the option's name when the study was made
+    args = command.parse(argv[3:])
+    cells = {cell.name: cell for cell in STUDIES[name].cells}
+    assert len(table["records"]) >= 14
+    for record in table["records"]:
+        stored = dict(record["specification"])
+        drawn = dict(version=dataset.VERSION, seed=args.dataset_seed, train_per_species=40, test_per_species=30)
+        assert stored.pop("world") == drawn
+        plan = studies.planned(name, cells[record["cell"]], args, record["seed"], Path("not drawn"), 40 * len(dataset.SPECIES))
+        found = json.loads(json.dumps(plan.specification))
+        for key, value in stored.items():
+            key = history.KEYS.get(key, key)
+            assert found[key] == (history.VALUES.get((key, value), value) if isinstance(value, str) else value), key
+
+
+@pytest.mark.parametrize("name", list(STUDIES))
+def test_committed_tables_are_those_of_their_records(name: str) -> None:
+    text = (RESULTS / f"{name}.json").read_text()
+    table = json.loads(text)
+    assert text == studies.one_record_per_line(table) and len(text.splitlines()) < 30 + len(table["records"])
+    rows = summarize(table["records"], [cell.name for cell in STUDIES[name].cells], table["reference"])
+    assert studies.page(table | {"rows": rows}) == studies.page(table) == (RESULTS / f"{name}.md").read_text()
 
 
 def test_class_names_are_descriptions_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +218,7 @@ def test_rows_are_means_spreads_and_failures_in_the_studys_order() -> None:
         record("b", 1, 0.2), record("b", 2, 0.4), record("a", 1, 0.1), record("a", 2, 0.2, **looks),
         {"cell": "c", "seed": 1, "failed": "step 3: not finite", "commit": "c"},
     ]  # fmt: skip
-    rows = summarise(records, ["a", "b", "c", "never run"], reference="a")
+    rows = summarize(records, ["a", "b", "c", "never run"], reference="a")
     assert [row["cell"] for row in rows] == ["a", "b", "c"]
     a, b, c = rows
     assert a["measures"]["rank1"] == {"mean": pytest.approx(0.15), "deviation": pytest.approx(math.sqrt(0.005))}
@@ -215,6 +247,8 @@ def test_the_command_that_a_table_states_makes_all_of_it_anywhere() -> None:
     [
         (["--only", "nothing"], ["--only 'nothing'", "ppssl guided"]),
         (["--seeds", "0"], ["--seeds 0"]),
+        (["--world", "2"], ["--world is called --dataset-seed now"]),
+        (["--world=2"], ["--world is called --dataset-seed now"]),
         (["optim.lrr=1"], ["optim.lrr=1", "did you mean optim.lr?"]),
     ],
 )

@@ -42,7 +42,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic dataset where CUB is looked for: the same layout."""
+    """A synthetic dataset in the place of CUB, whose layout it has."""
     root = tmp_path_factory.mktemp("data")
     dataset.generate(root / "cub", train_per_species=1, test_per_species=2, workers=1, progress=False)
     return root
@@ -126,7 +126,7 @@ def test_a_table_is_run_once_and_read_afterwards(
     more = replace(table, measures=("rank1", "mAP", "linear 100 %", "linear 20 %"))
     monkeypatch.setattr(command, "exhibits", lambda: {"table 9": more})
     capfd.readouterr()
-    assert main(argv) == 0  # another exhibit with these runs: evaluated by more, not trained
+    assert main(argv) == 0  # another exhibit with these runs: evaluated by more measures, not trained
     said = " ".join(capfd.readouterr().err.split())
     assert "absent: method byol9 is not registered" in said and "± standard deviation over 2 seeds" in said
     kept = json.loads(Path("runs/paper/table9.json").read_text())

@@ -1,6 +1,5 @@
 """The baseline of bench/bench_step.py computes the published method: the fixtures' numbers, and PPSSL's losses."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,12 @@ from test_published_parity import CASES, RELATIVE, rebuild
 from test_published_parity import build as fixture_method
 from torch import nn
 
+from bench import published_style
 from engine.training import optim, precision
 from engine.training.step import Step
 from ppssl import PPSSL, Batch
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.settings import variant
-
-_path = Path(__file__).parents[2] / "bench" / "published_style.py"
-_spec = importlib.util.spec_from_file_location("published_style", _path)
-published_style = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(published_style)
 
 TERMS = ("contrast", "iadm", "ais")
 
@@ -62,8 +57,7 @@ def test_several_steps_follow_the_engines() -> None:
     baseline = published_style.PublishedStyle(method).train()
     optimizer = published_style.default_sgd(baseline)
 
-    frozen = {id(p) for p in method.ema_pairs()[1]}
-    trained = [p for p in method.parameters() if p.requires_grad and id(p) not in frozen]
+    trained = method.trained_parameters()
     step = Step(
         method, optim.sgd(trained, lr=0.03, momentum=0.9, weight_decay=1e-4), lr=lambda _: 0.03, decay=0.999,
         precision=precision.resolve(None, torch.device("cpu")), total_steps=5,

@@ -58,7 +58,7 @@ def test_the_command_prints_a_table_and_writes_a_sheet(cub, capsys):
     printed = capsys.readouterr().err
     rows = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:4]] for line in printed.splitlines() if "│" in line}
     assert rows["images"] == ["5", "6"] and rows["classes"] == ["3 of 3", "3 of 3"]
-    assert rows["images a class"] == ["1 to 2, median 2", "2"] and rows["classes of one image"] == ["1", "0"]
+    assert rows["images per class"] == ["1 to 2, median 2", "2"] and rows["classes of one image"] == ["1", "0"]
     assert rows["height"] == ["30", "20 to 30, median 30"] and rows["width"] == ["40", "40 to 50, median 40"]
     assert rows["decoded by PIL alone"] == ["0", "1"]
     assert "official split of CUB-200-2011 has 5994 training images" in printed

@@ -16,10 +16,9 @@ from made_runs import SIZE, exported_run
 from safetensors.torch import load_file
 
 import engine
-import engine.export
+import engine.pretrained.export_targets
 from engine import run_folder
 from engine.export import main
-from engine.training import log
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +156,9 @@ def test_the_card(plain: Path) -> None:
 
 
 def test_the_commit_is_of_this_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (Path(log.__file__).parents[1] / ".git").exists():
+    if (Path(run_folder.__file__).parents[1] / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", run_folder.commit())
-    monkeypatch.setattr(log, "__file__", str(tmp_path / "engine" / "log.py"))
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "engine" / "run_folder.py"))
     assert run_folder.commit() is None
 
 
@@ -188,7 +187,7 @@ def test_what_cannot_be_exported(
 def test_a_graph_that_computes_something_else_is_not_kept(
     masked: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = engine.export.Plain.forward
-    monkeypatch.setattr(engine.export.Plain, "forward", lambda self, images: forward(self, 0.5 * images))
+    forward = engine.pretrained.export_targets.Plain.forward
+    monkeypatch.setattr(engine.pretrained.export_targets.Plain, "forward", lambda self, images: forward(self, 0.5 * images))
     fails([str(masked), "--to", "torch-export", "--out", str(tmp_path)], capfd, "differ by", "nothing was written")
     assert list(tmp_path.iterdir()) == []

@@ -330,7 +330,7 @@ def test_hooks_that_a_signal_kept_from_running_run_when_the_run_goes_on(recipe: 
     trainer.hooks.append(hook)
     trainer.resume(tmp_path / "hooked/checkpoints/step_000000010.pt")
     trainer.fit()
-    assert seen == [1, 2]  # once an epoch
+    assert seen == [1, 2]  # once per epoch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

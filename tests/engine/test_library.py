@@ -16,8 +16,8 @@ import engine
 from engine import Trainer, run_folder
 from engine.config import Config, DataConfig, OptimConfig, RunConfig
 from engine.data.catalog import load as load_catalog
+from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import clean_batches
 from engine.data.views import clean_resize
 from engine.errors import ConfigError
 from engine.training import checkpoint

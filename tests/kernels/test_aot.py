@@ -76,7 +76,8 @@ SCRIPT = """
 from dataclasses import asdict
 import json
 from kernels import aot
-chosen = [v for v in aot.variants("sm_90") if v.name in ("infonce bfloat16 D64 B64", "gradcam image bf16 nchw mean")]
+by_name = {v.name: v for v in aot.variants("sm_90")}
+chosen = [by_name[name] for name in ("infonce bfloat16 D64 B64", "gradcam image bf16 nchw mean")]
 print(json.dumps([asdict(aot.compile_variant(v, "sm_90")) for v in chosen]))
 """
 

@@ -105,7 +105,7 @@ def test_own_rows_are_left_out_as_if_the_queue_did_not_hold_them(case, dtype, po
         row = [t.double() for t in (q[one], k[one], kept)]
         if len(kept):
             truths.append(run(kernels.reference.infonce, *row, grad[one], temperature=case.temperature))
-        else:  # every row is the query's exclude: nothing is left to be told from
+        else:  # every row is excluded: no negative is left
             truths.append([torch.zeros(1).double(), torch.zeros(1).long(), torch.zeros_like(row[0]), torch.zeros_like(row[0])])
     truth = [torch.cat(parts) for parts in zip(*truths, strict=True)]
     assert torch.equal(ours[1], truth[1])

@@ -1,4 +1,4 @@
-"""The prompt corpora: one a data set, the relevant description first, the method's categories before any other."""
+"""The prompt corpora: one per data set, the relevant description first, the method's categories before any other."""
 
 from __future__ import annotations
 

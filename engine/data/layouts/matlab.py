@@ -51,7 +51,7 @@ def _plain(value: Any) -> Any:
 
 
 def _child() -> None:
-    """Answers a line a file: its variables, or what is wrong with it."""
+    """Answers a line per file: its variables, or what is wrong with it."""
     import numpy as np
     from scipy.io import loadmat
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -167,61 +166,3 @@ class _StepDataset(Dataset):
                 pixels[2, b] = np.asarray(clean_view(image, resize, self.side, Image.Resampling.BILINEAR))
         views = torch.from_numpy(pixels)
         return views[0], views[1], views[2] if self.with_clean else None, torch.from_numpy(index.copy())
-
-
-def clean_batches(
-    images: ImageList,
-    *,
-    resize: int,
-    crop: int,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-    batch_size: int = 128,
-    workers: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Clean (clean) images in file order: short side resized (PIL, antialiased), center crop, normalized.
-
-    workers: processes that decode; None takes the machine's cores, 0 decodes in this process.
-    Yields (x float32 [b, 3, crop, crop] channels_last on ``device``, index int64 [b]); the last batch may be smaller.
-    Raises ``ValueError`` where ``crop`` exceeds ``resize``, ``BrokenFile`` naming a file that no longer opens.
-    """
-    if crop > resize:
-        raise ValueError(f"crop={crop} exceeds resize={resize}; a center crop cannot be larger than the resized image")
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    if interpolation not in filters:
-        raise ValueError(f"interpolation={interpolation!r}; known are {', '.join(filters)}")
-    dataset = _CleanDataset(images, resize, crop, filters[interpolation], batch_size)
-    normalize = Normalize(mean, std, torch.device(device), torch.float32)
-    workers = min(cores() if workers is None else workers, len(dataset))
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_leave_interrupts,
-        generator=torch.Generator(),
-    )
-    for pixels, index in _checked(loader):
-        yield normalize(pixels), index.to(device)
-
-
-class _CleanDataset(Dataset):
-    """Batch number -> (uint8 [b, crop, crop, 3], index int64 [b]) in file order, or what is wrong with a file."""
-
-    def __init__(self, images: ImageList, resize: int, crop: int, filter: Image.Resampling, batch_size: int):
-        self.images, self.resize, self.crop, self.filter, self.batch_size = images, resize, crop, filter, batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
-
-    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor] | str:
-        if not 0 <= batch < len(self):
-            raise IndexError(batch)
-        index = range(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
-        try:
-            views = [np.asarray(clean_view(self.images.read(i), self.resize, self.crop, self.filter)) for i in index]
-        except BrokenFile as error:
-            return str(error)
-        return torch.from_numpy(np.stack(views)), torch.arange(index.start, index.stop)

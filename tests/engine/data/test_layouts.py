@@ -17,7 +17,7 @@ from engine.data import layouts
 from engine.data.catalog import load
 from engine.data.layouts import matlab
 from engine.data.loaders.choose import build_loader
-from engine.data.loaders.torch_loader import clean_batches
+from engine.data.loaders.clean_batches import clean_batches
 from engine.errors import ConfigError
 
 

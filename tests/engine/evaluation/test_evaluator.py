@@ -141,7 +141,7 @@ def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
     )
     assert headline(records)["rank1"] > 0.95 and headline(records)["linear_top1"] > 0.95
     probes = [(r["solver"], r["fraction"], r["train_images"]) for r in records if r["protocol"] == "linear"]
-    assert probes == [("convex", 100, 80), ("sgd", 100, 80), ("sgd", 50, 40)]  # one image a class: none to choose on
+    assert probes == [("convex", 100, 80), ("sgd", 100, 80), ("sgd", 50, 40)]  # one image per class: none to choose on
     assert all(r["top1"] > 0.95 for r in records if r["protocol"] == "linear")
     for record in records:
         assert {"protocol", "setting", "feature", "split", "epoch", "step", "model", "seconds"} <= record.keys()

@@ -216,7 +216,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_nothing(net: nn.Module, tmp
 
 def test_the_remedy_for_a_refused_pickle_works(net: nn.Module, tmp_path: Path) -> None:
     torch.save({"state_dict": under("backbone.", net), "hyper_parameters": Config()}, tmp_path / "solo.ckpt")
-    with pytest.raises(ValueError, match=r"engine\.config\.Config") as refused:
+    with pytest.raises(ValueError, match=r"engine\.config\.schema\.Config") as refused:
         initialize(Trunk("resnet18"), str(tmp_path / "solo.ckpt"))
     exec(str(refused.value).partition('python -c "')[2].rstrip('"'), {})
     assert "(below backbone)" in initialize(Trunk("resnet18"), str(tmp_path / "solo.tensors.pth"))

@@ -18,7 +18,7 @@ HISTOGRAM_LIMIT = 20.0
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The standard test split, with one training image a species."""
+    """The standard test split, with one training image per species."""
     return dataset.generate(tmp_path_factory.mktemp("birds") / "world", train_per_species=1, test_per_species=30, progress=False)
 
 

@@ -139,7 +139,7 @@ def test_every_mode_computes_the_eager_step(mode: str, name: str) -> None:
 
 
 class OneConvolution(torch.nn.Module):
-    """The smallest trunk, for the compiler that takes seconds a layer."""
+    """The smallest trunk, for the compiler that takes seconds per layer."""
 
     channels, stride = 8, 8
 

@@ -15,8 +15,8 @@ from PIL import Image
 from engine.config import Config, DataConfig
 from engine.data.catalog import ImageList, load
 from engine.data.loaders.choose import build_loader
+from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_STD
-from engine.data.loaders.torch_loader import clean_batches
 from engine.data.sampler import batch_at
 from engine.data.views import view_values
 from engine.errors import BrokenFile

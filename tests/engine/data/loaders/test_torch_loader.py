@@ -17,8 +17,9 @@ import engine.data.loaders.choose
 from engine.config import Config, DataConfig
 from engine.data.catalog import ImageList, load
 from engine.data.loaders.choose import build_loader
+from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import clean_batches, execute_view
+from engine.data.loaders.torch_loader import execute_view
 from engine.data.sampler import batch_at
 from engine.data.views import view_values
 from engine.errors import BrokenFile
@@ -110,6 +111,18 @@ def test_clean_batches_are_torchvision_s_test_transform_in_file_order(images, wo
     assert torch.cat([i for _, i in batches]).tolist() == list(range(13))
     expected = torch.stack([transform(images.read(i)) for i in range(13)])
     torch.testing.assert_close(torch.cat([x for x, _ in batches]), expected, rtol=0, atol=1e-5)
+
+
+def test_clean_batches_need_neither_processes_nor_shared_memory(images, monkeypatch):
+    def none(*_, **__):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", none)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", none)
+    batches = list(clean_batches(images, resize=40, crop=32, batch_size=4, workers=3))
+    alone = list(clean_batches(images, resize=40, crop=32, batch_size=4, workers=0))
+    assert [i.tolist() for _, i in batches] == [list(range(s, min(s + 4, len(images)))) for s in range(0, len(images), 4)]
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(batches, alone, strict=True))
 
 
 def test_clean_batches_refuse_what_cannot_be(images):
