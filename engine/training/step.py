@@ -161,7 +161,7 @@ class Step:
         with self.precision.autocast():
             output = self.method(batch, context=self.context) if self.takes_context else self.method(batch)
         scaled = output.total * self.context.loss_scale if self.precision.scales else output.total
-        # not backward(): it would compute the gradient of the images per second time
+        # not backward(): it would compute the gradient of the images a second time
         with span("backward"):
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if self.method.group:
