@@ -101,7 +101,7 @@ class BatchNormConfig:
     groups: Annotated[int, Ge(1)] = 1
     """Split the batch into this many groups with statistics of their own (imitates as many GPUs)."""
     sync: bool = False
-    """Shard statistics between processes (SyncBN)."""
+    """Statistics over the batch of all processes (SyncBN)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class AisConfig:
     scale: Annotated[float, Gt(0)] = 100.0
     """Factor on the student's cosine similarities before the softmax."""
     warmup: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Shard of all steps over which the weight rises linearly from 0."""
+    """Fraction of all steps over which the weight rises linearly from 0."""
     prompts: str = "birds"
     """Corpus in ppssl/prompts, or the path of a YAML file."""
     count: Annotated[int, Ge(2)] = 8
@@ -172,11 +172,11 @@ class LdfsConfig:
     pair: Annotated[float, Ge(0)] = 0.5
     """nu, weight of the contrast of drawn images."""
     share: Annotated[float, Ge(0), Le(1)] = 0.2
-    """Shard of the feature's dimensions that count as not discriminative, by each of the two criteria."""
+    """Fraction of the feature's dimensions that count as not discriminative, by each of the two criteria."""
     noise: Annotated[float, Ge(0)] = 1.0
     """Noise on those dimensions, in standard deviations of each."""
     warmup: Annotated[float, Ge(0), Le(1)] = 0.2
-    """Shard of the run in which the decoder learns before its images are contrasted."""
+    """Fraction of the run in which the decoder learns before its images are contrasted."""
 
 
 @dataclass(frozen=True)
