@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +58,21 @@ def lookup(arch: str, kernel: str, operand: str, width: int, batch: int) -> Conf
     by_width = table()[arch][kernel][operand]
     by_batch = by_width[bucket(by_width, width)]
     return Config(**by_batch[bucket(by_batch, batch)])
+
+
+def operand_dtype(operand: str) -> torch.dtype:
+    """The dtype of tensors that a kernel multiplies as ``operand``; bfloat16 for ``"any"``."""
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
+    return dtypes.get(operand, torch.bfloat16)
+
+
+class Workload(NamedTuple):
+    """A call of a public op that runs the kernel of one table entry, for ``bench/gpu/sweep.py`` to time."""
+
+    function: str
+    """Name of the op in ``kernels``."""
+    arguments: dict[str, Any]
+    """Its keyword arguments, without ``impl``. Gradients are taken with respect to the tensors that require one."""
 
 
 class Variant(NamedTuple):

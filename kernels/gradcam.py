@@ -187,7 +187,8 @@ def _backward(grad_map, act, grad, weighting, pool, sign):
     elif pool == "mean":
         grad_cam = torch.ops.aten._adaptive_avg_pool2d_backward(grad_map, cam)
     else:
-        _, index = _pool(cam, *grad_map.shape[1:], pool)
+        _, height, width = grad_map.shape
+        _, index = _pool(cam, height, width, pool)
         grad_cam = torch.zeros_like(cam).flatten(1)
         grad_cam.scatter_add_(1, index.flatten(1), grad_map.flatten(1))
         grad_cam = grad_cam.view_as(cam)

@@ -8,13 +8,16 @@ of ``grad``, from a separate kernel, which is then the only one that reads ``gra
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configs import Config, Variant, architecture, lookup, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, table
 from kernels.selection import interpreting
 
 FEW_CHANNELS = 8
@@ -352,3 +355,23 @@ def variants(arch: str) -> list[Variant]:
                  BLOCK_C=configs["scale"].cols), configs["scale"], "stream",
             [*inner, "stride_gb", "stride_gs", "stride_ob", "stride_os"])  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries; the kernel of images has no columns to choose."""
+    if key == "gradcam image":
+        grid = itertools.product((1, 2, 4, 8, 16), (committed.cols,), (2, 4, 8), (1,))
+    else:
+        grid = itertools.product((8, 16, 32, 64), (64, 128, 256, 512), (4, 8), (1, 2, 3))
+    return map(Config._make, grid)
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """Images [128, 3, 224, 224] pooled to 7 x 7, forward only; or channels_last features [128, 2048, 7, 7] and their gradient."""
+    shape = (128, 3, 224, 224) if key == "gradcam image" else (128, 2048, 7, 7)
+    act, grad = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
+    if key != "gradcam image":
+        act, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (act, grad))
+        act.requires_grad_()
+    weighting = "channel" if key == "gradcam mean" else "elementwise"
+    return Workload("gradcam", dict(act=act, grad=grad, size=(7, 7), weighting=weighting))

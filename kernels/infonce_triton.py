@@ -13,15 +13,18 @@ Extra memory: splits x B x (D + 3) x 4 bytes, with at most as many splits as the
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, multiprocessors, operand_dtype, table
 from kernels.online_softmax import Partial, merge
 from kernels.selection import interpreting
 
@@ -497,3 +500,18 @@ def _merge_variant(width: int) -> Variant:
         stages=3,
         kind="small",
     )
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries for the split kernel."""
+    return map(Config._make, itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """The loss and dq of ``batch`` queries, at most 128, against a queue of 65536 rows."""
+    batch = {16: 16, 64: 64}.get(batch, 128)
+    draws = (torch.randn(rows, width, device=device) for rows in (batch, batch, 65536))
+    q, k, queue = (F.normalize(draw, dim=1).to(operand_dtype(operand)) for draw in draws)
+    precision = operand if operand == "tf32" else "ieee"
+    arguments = dict(q=q.requires_grad_(), k=k, queue=queue, temperature=0.2, precision=precision)
+    return Workload("queue_infonce", arguments)

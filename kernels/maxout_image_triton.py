@@ -9,13 +9,16 @@ two passes is small.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_statistics import minmax_groups
-from kernels.configs import Config, Variant, architecture, lookup, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, table
 from kernels.group import gather, local_shard, world_size
 from kernels.selection import interpreting
 
@@ -703,3 +706,18 @@ def variants(arch: str) -> list[Variant]:
         weights | dict(partial_ptr=f32, moments_ptr=f64, dw_ptr=f32, dgamma_ptr=f32, dbeta_ptr=f32),
         dict(stride_wc=1, TRAINING=True, BLOCK_N=16, BLOCK_M=32), small, "small")  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries for the two passes over the image."""
+    return map(Config._make, itertools.product((1, 2, 4, 8, 16), (committed.cols,), (2, 4, 8), (1,)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """The mask of images [128, 3, 224, 224] on 7 x 7 cells, and the gradients of the parameters."""
+    image = torch.randn(128, 3, 224, 224, device=device).bfloat16()
+    leaves = dict(
+        weight=torch.randn(32, 3, device=device), gamma=torch.ones(32, device=device), beta=torch.randn(32, device=device)
+    )
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    return Workload("maxout_image", dict(image=image, minmax="batch") | leaves)

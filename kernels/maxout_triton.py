@@ -14,13 +14,16 @@ The statistics of a tile are its mean and its sum of squared deviations, which m
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_statistics import merge_statistics, minmax_groups
-from kernels.configs import Config, Variant, architecture, lookup, multiprocessors, table
+from kernels.configs import Config, Variant, Workload, architecture, lookup, multiprocessors, operand_dtype, table
 from kernels.group import gather, world_size
 from kernels.selection import interpreting
 
@@ -785,3 +788,18 @@ def variants(arch: str) -> list[Variant]:
         norm | dict(u_ptr=fp32, mask_ptr=fp32, den_ptr=fp32, t_ptr=fp32, tiles_ptr=fp32, dv_ptr=fp32, partial_ptr=fp32),
         dict(MINMAX=2, BLOCK_S=small.rows, BLOCK_M=32, BLOCK_T=MERGE_TILES), small, "small")  # fmt: skip
     return found
+
+
+def candidates(key: str, committed: Config) -> Iterator[Config]:
+    """The configurations that a sweep tries; all four kernels share the rows of a tile, so these stay."""
+    return map(Config._make, itertools.product((committed.rows,), (64, 128, 256, 512), (4, 8), (1, 2, 3)))
+
+
+def workload(key: str, operand: str, width: int, batch: int, device: str) -> Workload:
+    """Mask, pooled feature and all gradients of a channels_last feature [128, width, 7, 7]."""
+    feature = torch.relu(torch.randn(128, width, 7, 7, device=device))
+    feature = feature.to(operand_dtype(operand)).to(memory_format=torch.channels_last)
+    weight = torch.randn(32, width, device=device) * width**-0.5
+    gamma, beta = torch.ones(32, device=device), torch.randn(32, device=device)
+    leaves = dict(feature=feature, weight=weight, gamma=gamma, beta=beta)
+    return Workload("maxout", {name: leaf.requires_grad_() for name, leaf in leaves.items()} | dict(minmax="batch"))

@@ -31,3 +31,13 @@ def variants(arch: str) -> list[Variant]:
 def exceptions() -> dict[tuple[str, str, str], str]:
     """The ``EXCEPTIONS`` of all ops."""
     return {key: why for module in triton_modules() for key, why in getattr(module, "EXCEPTIONS", {}).items()}
+
+
+def table_module(key: str) -> ModuleType:
+    """The module of the kernel that ``configs.json`` lists under ``key``, such as ``"maxout project"``: the first word is the op.
+
+    For ``bench/gpu/sweep.py`` it defines ``candidates(key, committed)``, the ``Config`` to try besides the committed one, and
+    ``workload(key, operand, width, batch, device)``, a ``Workload`` in the regime of one entry. Raises ``ImportError`` where
+    triton is not installed.
+    """
+    return importlib.import_module(f"kernels.{key.split()[0]}_triton")

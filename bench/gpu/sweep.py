@@ -11,7 +11,6 @@ they were; ``build/sweep_done.json`` records the progress: delete it to start ov
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
@@ -19,75 +18,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import kernels
-from kernels import configs
+from kernels import configs, registry
 
 PROGRESS = Path(__file__).resolve().parents[2] / "build" / "sweep_done.json"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
-SIZE = 65536
 
 
 def candidates(kernel: str, entry: dict) -> Iterator[dict]:
     """Configurations worth trying, the committed one first."""
     yield entry
-    if kernel == "infonce":
-        grid = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-    elif kernel.startswith("maxout ") or kernel in ("gradcam map", "gradcam mean", "gradcam scale"):
-        rows = (entry["rows"],) if kernel.startswith("maxout ") else (8, 16, 32, 64)
-        grid = itertools.product(rows, (64, 128, 256, 512), (4, 8), (1, 2, 3))
-    else:
-        grid = itertools.product((1, 2, 4, 8, 16), (entry["cols"],), (2, 4, 8), (1,))
-    for values in grid:
-        found = dict(zip(("rows", "cols", "warps", "stages"), values, strict=True))
-        if found != entry:
-            yield found
+    for config in registry.table_module(kernel).candidates(kernel, configs.Config(**entry)):
+        if config._asdict() != entry:
+            yield config._asdict()
 
 
-def workload(kernel: str, operand: str, width: int, batch: int) -> Callable[[], list[torch.Tensor]]:
-    """The public op, forward and backward, in the regime of one entry."""
+def workload(
+    kernel: str, operand: str, width: int, batch: int, device: str = "cuda", impl: str = "triton"
+) -> Callable[[], list[torch.Tensor]]:
+    """The public op in the regime of one entry: its differentiable results and their gradients, all results where it has none."""
     torch.manual_seed(0)
-    dtype = DTYPES.get(operand, torch.bfloat16)
+    name, arguments = registry.table_module(kernel).workload(kernel, operand, width, batch, device)
+    function = getattr(kernels, name)
+    leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
 
-    def draw(*shape):
-        return torch.randn(*shape, device="cuda")
-
-    if kernel == "infonce":
-        batch = {16: 16, 64: 64}.get(batch, 128)
-        q, k, queue = (F.normalize(draw(rows, width), dim=1).to(dtype) for rows in (batch, batch, SIZE))
-        q.requires_grad_()
-        precision = operand if operand == "tf32" else "ieee"
-
-        def run():
-            loss = kernels.queue_infonce(q, k, queue, temperature=0.2, precision=precision, impl="triton")
-            return [loss, *torch.autograd.grad(loss, q)]
-    elif kernel.startswith("maxout "):
-        feature = torch.relu(draw(128, width, 7, 7)).to(dtype).to(memory_format=torch.channels_last)
-        weight, gamma, beta = draw(32, width) * width**-0.5, torch.ones(32, device="cuda"), draw(32)
-        leaves = [tensor.requires_grad_() for tensor in (feature, weight, gamma, beta)]
-
-        def run():
-            out = kernels.maxout(*leaves, minmax="batch", impl="triton")
-            return [out.mask, out.pooled, *torch.autograd.grad(out.mask.sum() + out.pooled.sum(), leaves)]
-    elif kernel.startswith("maxout_image"):
-        image = draw(128, 3, 224, 224).bfloat16()
-        leaves = [tensor.requires_grad_() for tensor in (draw(32, 3), torch.ones(32, device="cuda"), draw(32))]
-
-        def run():
-            mask = kernels.maxout_image(image, *leaves, minmax="batch", impl="triton").mask
-            return [mask, *torch.autograd.grad(mask.sum(), leaves)]
-    else:
-        shape, size = ((128, 3, 224, 224), (7, 7)) if kernel == "gradcam image" else ((128, 2048, 7, 7), (7, 7))
-        act, grad = (draw(*shape).bfloat16() for _ in range(2))
-        if kernel != "gradcam image":
-            act, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (act, grad))
-        act.requires_grad_()
-        weighting = "channel" if kernel == "gradcam mean" else "elementwise"
-
-        def run():
-            cam = kernels.gradcam(act, grad, size=size, weighting=weighting, impl="triton")
-            return [cam, *(torch.autograd.grad(cam.sum(), act) if kernel != "gradcam image" else ())]
+    def run() -> list[torch.Tensor]:
+        results = function(**arguments, impl=impl)
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        if not leaves:
+            return results
+        results = [result for result in results if result.requires_grad]
+        return results + list(torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results]))
 
     return run
 

@@ -41,6 +41,8 @@ def changed(line: str) -> dict[str, object]:
         ("--cfg cub iadm.sources=[layer4]", {"iadm.sources": ("layer4",)}),
         ("--cfg cub --queue.exclude-same-image bn.sync=true", {"queue.exclude_same_image": True, "bn.sync": True}),
         ("--cfg cub iadm.weight=0.5 iadm.weight=null", {}),
+        ("--cfg cub eval.every=7", {"eval.every": 7}),
+        ("--cfg cub eval.every=auto", {"eval.every": "auto"}),
     ],
 )
 def test_lines(line: str, expected: dict[str, object]):
