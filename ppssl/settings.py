@@ -101,7 +101,7 @@ class BatchNormConfig:
     groups: Annotated[int, Ge(1)] = 1
     """Split the batch into this many groups with statistics of their own (imitates as many GPUs)."""
     sync: bool = False
-    """Compute batch statistics over the batches of all processes (SyncBN)."""
+    """Statistics over the batch of all processes (SyncBN)."""
 
 
 @dataclass(frozen=True)

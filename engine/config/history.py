@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.errors import ConfigError
+
 KEYS = {"method.form": "method.variant", "queue.mask_own": "queue.exclude_same_image"}
 VALUES = {("iadm.image", "orig"): "clean", ("iadm.image_bn", "own"): "separate"}
 
@@ -46,12 +48,19 @@ def new_name(key: str, value: Any) -> str | None:
 
 
 def translate(values: dict[str, Any]) -> dict[str, Any]:
-    """{dotted key: value} of a run in today's names; an old run's nulls with the values that they had."""
+    """{dotted key: value} of a run in today's names; an old run's nulls with the values that they had.
+
+    Raises ``ConfigError`` for a key that is given by both of its names.
+    """
+    for former, key in KEYS.items():
+        if former in values and key in values:
+            raise ConfigError(f"key {key} is given twice, once by its former name {former}; keep one")
     old = "method.form" in values
     values = {
         KEYS.get(key, key): VALUES.get((key, value), value) if isinstance(value, str) else value for key, value in values.items()
     }
     if old:
-        meant = NULLS.get((values.get("method.name", "ppssl"), values["method.variant"]), {})
+        run = (values.get("method.name", "ppssl"), values["method.variant"])  # compared, not looked up: neither is checked yet
+        meant = next((nulls for of, nulls in NULLS.items() if of == run), {})
         values |= {key: value for key, value in meant.items() if values.get(key) is None}
     return values

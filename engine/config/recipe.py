@@ -85,7 +85,12 @@ def from_run(source: str | Path) -> Config:
 def read(text: str | bytes, origin: str, *, of_run: bool = False) -> dict[str, Any]:
     """YAML text as {dotted key: value}, keys checked; ``of_run``: see ``from_run``."""
     values = _read(text, origin)
-    return _known(history.translate(values) if of_run else values, origin)
+    if of_run:
+        try:
+            values = history.translate(values)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+    return _known(values, origin)
 
 
 def _read(text: str | bytes, origin: str) -> dict[str, Any]:
@@ -110,15 +115,12 @@ def _read(text: str | bytes, origin: str) -> dict[str, Any]:
 
 
 def _known(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """``values``. Raises ``ConfigError`` for a key that there is not, one that has another name now, and an interpolation."""
+    """``values``. Raises ``ConfigError`` for a key that there is not, and one that has another name now."""
     for key, value in values.items():
         if remedy := history.new_name(key, value):
             raise ConfigError(f"{origin}: {key}: {value!r}: {remedy}")
         if key not in keys():
             raise ConfigError(f"{origin}: unknown key {key}: {value!r}; {nearest(str(key))}")
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and "${" in text:
-                raise ConfigError(f"{origin}: {key}: the interpolation in {text!r} is refused; write the value out")
     return values
 
 

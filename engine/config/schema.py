@@ -221,6 +221,9 @@ def _adapter(key: str) -> pydantic.TypeAdapter:
 
 def checked(key: str, value: Any) -> Any:
     """``value`` in the type of ``key``. Raises ``ConfigError`` naming key, value and what is expected."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "${" in text:
+            raise ConfigError(f"{key}: the interpolation in {text!r} is refused; write the value out")
     value = tuple(value) if isinstance(value, list) else value
     try:
         found = _adapter(key).validate_python(value)
@@ -228,14 +231,14 @@ def checked(key: str, value: Any) -> Any:
         kinds = {problem["type"] for problem in error.errors()}
         if "finite_number" in kinds:
             raise ConfigError(f"{key}: got {value!r}, must be finite") from None
-        if kinds & _OUT_OF_RANGE:
+        if kinds & _OUT_OF_RANGE and ("too_short" not in kinds or not value):  # a list of wrong members counts as too short too
             raise ConfigError(f"{key}: got {_plain(value)!r}, must {_range(keys()[key])}") from None
         shown = "null" if value is None else f"{_plain(value)!r} ({type(_plain(value)).__name__})"
         raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}") from None
     if any(isinstance(mark, OneOf) and found not in mark.choices() for mark in keys()[key].marks):
         raise ConfigError(f"{key}: got {value!r}, expected {keys()[key].expected}")
-    if isinstance(found, tuple) and len(set(found)) < len(found):
-        raise ConfigError(f"{key}: got {list(found)!r}, must name {keys()[key].expected}, each once")
+    if any(isinstance(mark, Distinct) for mark in keys()[key].marks) and len(set(found)) < len(found):
+        raise ConfigError(f"{key}: got {list(found)!r}, must name {_member(keys()[key])}, each once")
     return found
 
 
@@ -246,12 +249,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _member(key: Key) -> str:
+    return key.expected.removeprefix("a list of ")
+
+
 def _range(key: Key) -> str:
     """The range of a key in words that follow "must"."""
     low = next((m for m in key.marks if isinstance(m, (Ge, Gt))), None)
     high = next((m for m in key.marks if isinstance(m, (Le, Lt))), None)
     if low is None:
-        return f"name at least one of {key.expected}" if any(isinstance(m, MinLen) for m in key.marks) else "not be empty"
+        return f"name at least one of {_member(key)}" if any(isinstance(m, MinLen) for m in key.marks) else "not be empty"
     least = low.ge if isinstance(low, Ge) else low.gt
     if high is None:
         return f"be at least {least}" if isinstance(low, Ge) else f"be above {least}"

@@ -102,6 +102,9 @@ def test_switches():
         ("--cfg cub --dry-run=yes", ["--dry-run", "no value"]),
         ("cub.yaml", ["cub.yaml", "--cfg"]),
         ("--cfg nothing.yaml", ["nothing.yaml", "demo"]),
+        ("--cfg cub out=${HOME}/x", ["out", "interpolation", "${HOME}/x", "write the value out"]),
+        ("--cfg cub --data.root ${data.name}", ["data.root", "interpolation", "write the value out"]),
+        ("--cfg cub data.csv=1", ["data.csv", "--help lists every key"]),
         ("epochs=3", ["--cfg", "demo"]),
     ],
 )

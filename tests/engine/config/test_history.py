@@ -85,3 +85,19 @@ def test_a_recipe_with_a_former_name_is_told_the_new_one(text: str, words: list[
     said = capsys.readouterr().err
     for word in words:
         assert word in str(refused.value) and word.strip("'") in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: {form: [guided]}", ["method.variant", "['guided']", "published or guided"]),
+        ("method: {form: guided, name: {a: 1}}", ["method.name", "text"]),
+        ("method: {form: guided, variant: published}", ["method.variant", "twice", "method.form"]),
+        ("queue: {exclude_same_image: true, mask_own: true}", ["queue.exclude_same_image", "twice", "queue.mask_own"]),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_one_clear_error(text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_run(text)
+    for word in ["the config of the run", *words]:
+        assert word in str(refused.value)

@@ -273,6 +273,26 @@ def test_interpolation_is_refused(text: str):
         from_yaml(text)
 
 
+def test_interpolation_is_refused_in_code_too():
+    with pytest.raises(ConfigError, match=r"^out: the interpolation in '\$\{HOME\}/x' is refused"):
+        validate(Config(out="${HOME}/x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "got [], must name at least one of image, layer1"),
+        ("[layer5]", "got ['layer5'] (list), expected a list of image, layer1"),
+        ("[[1]]", "got [[1]] (list), expected a list of image, layer1"),
+        ("[image, image]", "got ['image', 'image'], must name image, layer1"),
+    ],
+)
+def test_a_list_is_told_what_is_wrong_with_it(text: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(f"iadm: {{sources: {text}}}")
+    assert f"iadm.sources: {message}" in str(caught.value)
+
+
 def test_a_suggestion_is_of_the_same_kind():
     assert nearest("data.csv") == "--help lists every key"
     assert nearest("data.image_sise") == "did you mean data.image_size?"
