@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from engine.data.catalog import Catalog, load
+
 CLASSES = 3
 EACH = 2
 """Images a class and split."""
@@ -123,3 +125,8 @@ def make(name: str, root: Path, size: tuple[int, int] = (20, 14), **options) -> 
     """Writes the miniature of ``name`` at ``root``, images of ``size`` (width, height): six for training, six for test."""
     MAKERS[name](root, size, **options)
     return root
+
+
+def open_set(name: str, root: Path, **options) -> Catalog:
+    """The image lists of the layout ``name``, without a progress bar."""
+    return load(name, root, progress=False, **options)

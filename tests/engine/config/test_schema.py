@@ -254,7 +254,10 @@ def test_image_size_is_a_multiple_of_the_map_stride_where_maps_are_compared():
 
 
 def test_null_stands_for_a_later_choice():
-    validate(from_yaml("iadm: {weight: null, temperature: null}\ndata: {workers: null}\nrun: {save_every_steps: null}"))
+    config = from_yaml("iadm: {weight: null, temperature: null}\ndata: {workers: null}\nrun: {save_every_steps: null}")
+    validate(config)
+    values = flatten(config)
+    assert [values[key] for key in ("iadm.weight", "iadm.temperature", "data.workers", "run.save_every_steps")] == [None] * 4
 
 
 FREE = {"out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers"}

@@ -13,28 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from miniatures import make, picture
+from miniatures import make, open_set, picture
 from PIL import Image, ImageFile
 
 from engine.config import Config, DataConfig
 from engine.console import say
 from engine.data import catalog
-from engine.data.catalog import BadFile, load, read_image, write_bad_files
+from engine.data.catalog import BadFile, read_image, write_bad_files
 from engine.data.loaders.choose import build_loader
 from engine.errors import BrokenFile
-
-
-def open_set(name: str, root: Path, **options):
-    return load(name, root, progress=False, **options)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "my photos"
-    names = ("train/a b/1.jpg", "train/a b/2.png", "train/größe/x.jpeg", "test/a b/3.jpg", "test/größe/y.JPG")
-    for i, name in enumerate(names):
-        picture(root / name, seed=i)
-    return root
 
 
 def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):

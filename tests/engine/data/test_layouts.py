@@ -8,30 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniatures import make, picture
+from miniatures import make, open_set, picture
 from PIL import Image
 from scipy.io import loadmat, savemat
 
 from engine.config import Config, DataConfig, from_yaml
 from engine.data import layouts
-from engine.data.catalog import load
 from engine.data.layouts import matlab
 from engine.data.loaders.choose import build_loader
 from engine.data.loaders.clean_batches import clean_batches
 from engine.errors import ConfigError
-
-
-def open_set(name: str, root: Path, **options):
-    return load(name, root, progress=False, **options)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "my photos"
-    names = ("train/a b/1.jpg", "train/a b/2.png", "train/größe/x.jpeg", "test/a b/3.jpg", "test/größe/y.JPG")
-    for i, name in enumerate(names):
-        picture(root / name, seed=i)
-    return root
 
 
 @pytest.fixture
