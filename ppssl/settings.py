@@ -241,12 +241,7 @@ class Settings:
         """The method listens to an image-text teacher."""
         return False
 
-    def having(self: AnySettings, values: Mapping[str, Any]) -> AnySettings:
-        """A copy with the values of some dotted keys."""
-        return replace_keys(self, values)
 
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
 AnySections = TypeVar("AnySections", bound=Sections)
 
 

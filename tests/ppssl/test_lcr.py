@@ -10,7 +10,7 @@ from torch import nn
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.lcr import LCR
 from ppssl.method import METHODS, Batch
-from ppssl.settings import LCRSettings, method_settings, variant
+from ppssl.settings import LCRSettings, method_settings, replace_keys, variant
 
 DIM, QUEUE, BATCH = 8, 20, 6
 GUIDED, PUBLISHED = variant("lcr", "guided"), variant("lcr", "published")
@@ -19,7 +19,7 @@ GUIDED, PUBLISHED = variant("lcr", "guided"), variant("lcr", "published")
 def having(settings: LCRSettings, **switches) -> LCRSettings:
     """``settings`` with switches by the last part of their key."""
     section = {"minmax": "method", "detach": "lcr", "updates": "lcr"}
-    return settings.having({f"{section.get(name, 'iadm')}.{name}": value for name, value in switches.items()})
+    return replace_keys(settings, {f"{section.get(name, 'iadm')}.{name}": value for name, value in switches.items()})
 
 
 class SmallTrunk(Trunk):

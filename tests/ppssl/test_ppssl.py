@@ -11,7 +11,7 @@ from torch import nn
 from ppssl.encoder import FeatureNet, MaskBranch
 from ppssl.method import Batch, StepContext
 from ppssl.ppssl import PPSSL, spatial_kl
-from ppssl.settings import PPSSLSettings, method_settings, variant
+from ppssl.settings import PPSSLSettings, method_settings, replace_keys, variant
 
 CHANNELS, DIM, QUEUE, BATCH, SIDE, CELL = 24, 8, 20, 6, 32, 8
 GUIDED, PUBLISHED = variant("ppssl", "guided"), variant("ppssl", "published")
@@ -26,7 +26,7 @@ def having(settings: PPSSLSettings, **switches) -> PPSSLSettings:
     keys |= {name: f"iadm.{name}" for name in ("pool", "mask", "image_bn", "reduction")}
     keys |= {name: f"method.{name}" for name in ("minmax", "contrast_mask", "mask_reach")} | {"teacher_view": "teacher.view"}
     keys |= {f"ais_{name}": f"ais.{name}" for name in ("weight", "temperature", "scale", "warmup")}
-    return settings.having({keys[name]: value for name, value in switches.items()})
+    return replace_keys(settings, {keys[name]: value for name, value in switches.items()})
 
 
 UNMASKED = having(GUIDED, contrast_mask=False)

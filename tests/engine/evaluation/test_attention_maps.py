@@ -20,7 +20,7 @@ from engine.files import read_metadata
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.lcr import LCR
 from ppssl.method import Batch, Method
-from ppssl.settings import variant
+from ppssl.settings import replace_keys, variant
 from ppssl.simclr import SimCLR
 
 ARCH = "resnet18_w8_s16"
@@ -79,7 +79,7 @@ def test_pp_ssl_s_mask_is_the_one_that_pools_the_feature() -> None:
     with torch.no_grad():
         expected = method.mask(method.encoder_q.trunk(x)).mask
     torch.testing.assert_close(attention_maps.attention(method, x)["mask"], expected)
-    method.settings = method.settings.having({"iadm.weight": 0.0})  # without guidance there is still something to look at
+    method.settings = replace_keys(method.settings, {"iadm.weight": 0.0})  # without guidance there is still something to look at
     assert attention_maps.attention(method, x)["cam"].max() > 0
 
 
