@@ -32,6 +32,11 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """``write_atomically`` of a text in UTF-8."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Removes what writers that died left in ``folder``: their temporary files. Nobody may be writing there meanwhile."""
     for left in folder.glob(".*.tmp") if folder.is_dir() else ():

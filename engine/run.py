@@ -20,7 +20,7 @@ from engine.config import Config, flatten, to_yaml
 from engine.console import say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
-from engine.files import cache_folder, remove_temporary_files, write_atomically
+from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.run_folder import RunFolder, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
 from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
@@ -70,7 +70,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     if world.first:
         for written in (folder.path, folder.checkpoints, folder.replay):
             remove_temporary_files(written)
-        write_atomically(folder.config, lambda temporary: Path(temporary).write_text(to_yaml(cfg), encoding="utf-8"))
+        write_text(folder.config, to_yaml(cfg))
         catalog.write_bad_files(images, folder.bad_files)
     evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.console import say
-from engine.files import write_atomically
+from engine.files import write_text
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def rewind_metrics(out: Path, step: int) -> None:
     """Drops the records after ``step``, so that a resumed run's log reads as one run."""
     records = [r for r in read_metrics(out) if r.get("step", 0) <= step]
     text = "".join(json.dumps(r) + "\n" for r in records)
-    write_atomically(RunFolder(out).metrics, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(RunFolder(out).metrics, text)
 
 
 def commit() -> str | None:

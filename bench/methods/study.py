@@ -32,7 +32,7 @@ from engine.data.catalog import Catalog, ImageList
 from engine.evaluation import attention_maps, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
-from engine.files import cache_folder, write_atomically
+from engine.files import cache_folder, write_text
 from engine.synthetic import dataset
 from ppssl.encoder import FeatureNet
 from ppssl.method import Method
@@ -99,7 +99,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
         teacher = build.teacher(cfg, device)
         trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=cache_folder(), embed=embed)
         if folder is not None:
-            write(folder / "config.yaml", to_yaml(cfg))
+            write_text(folder / "config.yaml", to_yaml(cfg))
             watch = attention_maps.Watch(folder, cfg, images, device)
             trainer.hooks.append(watch.after_epoch)
         before = cpu_seconds()
@@ -114,7 +114,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
             found |= measure(trainer.method, cfg, images, device)
         except FloatingPointError as error:
             found["failed"] = str(error)
-    write(record, json.dumps(found | provenance(), indent=1) + "\n")
+    write_text(record, json.dumps(found | provenance(), indent=1) + "\n")
 
 
 def altered(rows: Tensor, how: str, seed: int, labels: Tensor) -> Tensor:
@@ -185,11 +185,6 @@ def provenance() -> dict[str, str]:
     }  # fmt: skip
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
 def dataset_root(args: argparse.Namespace) -> Path:
     """``data.root`` from the command line, or the synthetic dataset of --dataset-seed, drawn where it is missing."""
     if root := args.overrides.get("data.root"):
@@ -204,8 +199,8 @@ def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args:
     images = sorted({r["images"] for r in records if "images" in r})  # whole epochs, the nearest to the budget
     table = {"study": study_name, "command": command, "images": images, "reference": study.reference}
     table |= {"rows": rows, "records": records}
-    write(args.out / f"{study_name}.json", one_record_per_line(table))
-    write(args.out / f"{study_name}.md", page(table))
+    write_text(args.out / f"{study_name}.json", one_record_per_line(table))
+    write_text(args.out / f"{study_name}.md", page(table))
 
 
 def page(table: dict[str, Any]) -> str:

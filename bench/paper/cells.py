@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,7 @@ from engine.console import say
 from engine.evaluation.evaluator import Candidate, evaluate_features, feature_name, of_teacher
 from engine.evaluation.evaluator import keep as keep_records
 from engine.evaluation.features import of_run
-from engine.files import read_metadata, write_atomically
+from engine.files import read_metadata, write_text
 from engine.pretrained import third_party, weights_file
 from engine.pretrained.run import load_run
 from engine.training.trainer import Stopped
@@ -38,7 +37,7 @@ def run_cell(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
     elif cell.row.untouched is None and not finished(cell):
         run.train(cell.config, cell.folder, time.perf_counter())
     known |= measure(cell, measures)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(known, indent=2) + "\n")
     return known
 
 
@@ -55,9 +54,7 @@ def keep_initial(cell: Cell) -> None:
     trunk = Trunk(cell.config.encoder.arch)
     say(f"encoder: {third_party.initialize(trunk, cell.config.encoder.weights)}")
     cell.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        cell.folder / "config.yaml", lambda temporary: Path(temporary).write_text(to_yaml(cell.config), encoding="utf-8")
-    )
+    write_text(cell.folder / "config.yaml", to_yaml(cell.config))
     weights_file.save_weights(cell.folder / "weights.safetensors", FeatureNet(trunk).weights(), {"step": "0", "epoch": "0"})
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from bench.paper.exhibits import Claim, Exhibit, Outcome, Plan
 from engine import run_folder
 from engine.console import console, say
-from engine.files import write_atomically
+from engine.files import write_text
 
 
 def show(exhibit: Exhibit, found: dict[tuple[str, str], Outcome], plan: Plan) -> None:
@@ -82,5 +82,5 @@ def keep(exhibit: Exhibit, found: dict[tuple[str, str], Outcome], plan: Plan) ->
     facts = {"exhibit": exhibit.key, "title": exhibit.title, "overrides": plan.overrides, "cells": rows, "claims": claims}
     facts |= {"notes": exhibit.notes, "commit": run_folder.commit()}
     path = plan.out / f"{exhibit.key.replace(' ', '')}.json"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(facts, indent=2) + "\n")
     return path

@@ -27,7 +27,7 @@ from engine.data.layouts.lists import BadFile, Split
 from engine.data.layouts.official import AIRCRAFT_BANNER
 from engine.data.machine import cores
 from engine.errors import BrokenFile
-from engine.files import write_atomically
+from engine.files import write_text
 
 MAX_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs."""
@@ -135,7 +135,7 @@ def write_bad_files(catalog: Catalog, path: Path) -> None:
     break a line is escaped as in Python, and so is a backslash."""
     lines = (f"{printable(name)}\t{printable(reason)}\n" for name, reason in catalog.bad)
     text = "".join(lines)
-    write_atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
 
 
 def printable(text: str) -> str:
@@ -278,7 +278,7 @@ def _is_row(row: list) -> bool:
 
 def _write_cache(path: Path, files: dict[str, list]) -> None:
     text = json.dumps({"version": _CACHE_VERSION, "files": files})
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad: list[BadFile], cut: int) -> ImageList:

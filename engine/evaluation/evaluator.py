@@ -19,7 +19,7 @@ from engine.data import Catalog, ImageList, teacher_cache
 from engine.evaluation import knn, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
-from engine.files import write_atomically
+from engine.files import write_text
 from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import ALONE, Trainer, World
 from ppssl.teacher import Teacher
@@ -201,7 +201,7 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
     new = {identity(r) for r in records}
     kept = [r for r in old if identity(r) not in new and (until is None or (r["step"] or 0) <= until)]
     text = json.dumps([*kept, *records], indent=1) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return [*kept, *records]
 
 

@@ -12,7 +12,7 @@ import torch
 from engine import run_folder
 from engine.config import flatten
 from engine.data import IMAGENET_MEAN, IMAGENET_STD, clean_resize
-from engine.files import write_atomically
+from engine.files import write_text
 from engine.pretrained.run import Run
 from ppssl.settings import method_settings, title
 
@@ -28,8 +28,7 @@ def write(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str,
     """
     facts = describe(path, run, folder, to=to, graph=graph, use=use, notes=notes)
     for suffix, text in ((".json", json.dumps(facts, indent=2) + "\n"), (".md", markdown(facts))):
-        beside = path.with_name(path.name + suffix)
-        write_atomically(beside, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(path.with_name(path.name + suffix), text)
 
 
 def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from engine.config import to_yaml
 from engine.console import say
 from engine.errors import BrokenFile
 from engine.evaluation import neighbours
-from engine.files import write_atomically
+from engine.files import write_text
 from engine.report import charts, numbers, sections
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run, read
@@ -29,7 +29,7 @@ def write(folders: Sequence[Path], out: Path, device: torch.device, *, quick: bo
     runs = [read(folder, device, with_features=number == 0) for number, folder in enumerate(folders)]
     runs = [run._replace(name=name) for run, name in zip(runs, _distinct(folders), strict=True)]
     text = render(runs, quick=quick)
-    write_atomically(out, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(out, text)
     say(f"report: {out} ({len(text.encode()) / 1e6:.1f} MB)")
 
 

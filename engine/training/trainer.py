@@ -20,7 +20,7 @@ from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
 from engine.console import console, say
 from engine.data import Loader
 from engine.errors import BrokenFile
-from engine.files import write_atomically
+from engine.files import write_text
 from engine.run_folder import RunFolder, rewind_metrics
 from engine.training import checkpoint, precision
 from engine.training.distributed import ALONE, World
@@ -158,7 +158,7 @@ class Trainer:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
         text = to_yaml(self.settings)
-        write_atomically(RunFolder(self.out).config, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(RunFolder(self.out).config, text)
 
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done
