@@ -18,6 +18,13 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def printable(text: str) -> str:
+    """``text`` on one line and harmless to a terminal: what comes from outside (names of files, classes, tensors) may hold line
+    feeds, escape sequences and bytes that are no text. They are written as Python escapes them, and so is a backslash."""
+    escaped = text.replace("\\", "\\\\")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in escaped)
+
+
 def bar() -> Progress:
     """A progress bar for work outside the steps: on a terminal only, and gone when the work is done."""
     return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.data import catalog, contact_sheet, inspection, sampler, teacher_cache, views_sheet
-    from engine.data.catalog import Catalog, ImageList, read_image
+    from engine.data.catalog import Catalog, ImageList
+    from engine.data.image_file import read_image
     from engine.data.loaders.choose import build_loader, dali_problem
     from engine.data.loaders.clean_batches import clean_batches
     from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from engine.data.views import clean_resize
 
 _HOME = {
-    "Catalog": "catalog", "ImageList": "catalog", "read_image": "catalog", "build_loader": "loaders.choose",
+    "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "build_loader": "loaders.choose",
     "dali_problem": "loaders.choose", "IMAGENET_MEAN": "loaders.interface", "IMAGENET_STD": "loaders.interface",
     "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.clean_batches",
     "clean_view": "loaders.torch_loader", "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "Transform": "transform",

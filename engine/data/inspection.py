@@ -13,9 +13,9 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from engine.console import with_progress
+from engine.console import printable, with_progress
 from engine.data import contact_sheet
-from engine.data.catalog import Catalog, ImageList, printable
+from engine.data.catalog import Catalog, ImageList
 from engine.data.machine import cores
 
 _USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png] [key.sub=value ...]"

@@ -17,9 +17,10 @@ from miniatures import make, open_set, picture
 from PIL import Image, ImageFile
 
 from engine.config import Config, DataConfig
-from engine.console import say
+from engine.console import printable, say
 from engine.data import catalog
-from engine.data.catalog import BadFile, read_image, write_bad_files
+from engine.data.catalog import BadFile, write_bad_files
+from engine.data.image_file import read_image
 from engine.data.loaders.choose import build_loader
 from engine.errors import BrokenFile
 
@@ -190,7 +191,7 @@ def test_any_name_is_read_by_every_loader(loader, named):
             assert sorted(batch.index.tolist()) == list(range(len(NAMES)))
             images.path(3).write_bytes(b"broken")
         else:
-            with pytest.raises(BrokenFile, match=re.escape(catalog.printable(images.names[3]))):
+            with pytest.raises(BrokenFile, match=re.escape(printable(images.names[3]))):
                 list(made.batches(0, 1))
         made.close()
 
@@ -298,7 +299,7 @@ def test_the_cache_opens_a_file_again_only_when_it_changed(folder, tmp_path, mon
     (folder / "train/a b/empty.jpg").touch()
     first = open_set("folder", folder, cache_dir=cache)
     opened: list[str] = []
-    real = catalog.read_image
+    real = read_image
     monkeypatch.setattr(catalog, "read_image", lambda path: opened.append(path.name) or real(path))
     again = open_set("folder", folder, cache_dir=cache)
     assert not opened and again.bad == first.bad and again.train.fingerprint == first.train.fingerprint
