@@ -16,7 +16,7 @@ from engine.command import command
 from engine.config import Config, parse
 from engine.console import console, say
 from engine.data import contact_sheet, inspection, views_sheet
-from engine.files import cache_folder
+from engine.files import cache_folder, write_text
 
 _USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png | --views SHEET.png] [key.sub=value ...]"
 
@@ -28,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage=_USAGE, description="what a data set holds, what is wrong with it, and a contact sheet", allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="SHEET.png", help="contact sheet (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sheet.png"),
+        metavar="SHEET.png",
+        help="contact sheet (%(default)s); SHEET.findings.txt lists what was found",
+    )
     parser.add_argument(
         "--views", type=Path, metavar="SHEET.png", help="write the views that training makes of the first images instead"
     )
@@ -40,21 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(cfg: Config, out: Path) -> int:
-    """Summary, findings and a contact sheet of the data set of ``cfg``."""
+    """Summary, findings and a contact sheet of the data set of ``cfg``; beside the sheet, in SHEET.findings.txt, every finding."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         catalog = build.data(cfg, cache_dir=cache_folder())
     console.print(inspection.table(catalog))
     for warning in warned:
         say(f"warning: {warning.message}")
-    for line in inspection.findings(catalog, inspection.duplicates(catalog, workers=cfg.data.workers)):
+    found = inspection.findings(catalog, inspection.duplicates(catalog, workers=cfg.data.workers))
+    for line in inspection.in_short(found):
         say(line)
-    picture = inspection.class_sheet(catalog)
+    picture, full = inspection.class_sheet(catalog), out.with_suffix(".findings.txt")
     try:
         contact_sheet.write(picture, out)
+        if found or full.exists():
+            write_text(full, inspection.in_full(found))
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error}") from error
-    say(f"contact sheet: {out}")
+    say(f"contact sheet: {out}" + (f"; findings in full: {full}" if found else ""))
     return 0
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import functools
+import logging
 import os
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+from PIL import Image, ImageFile, ImageOps
 
 MAX_PIXELS = 178_956_970
 """PIL's own limit against decompression bombs."""
 
 _ORIENTATION = 0x0112
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises too, which Python would print
 
 
 def read_image(path: Path) -> tuple[Image.Image, bool]:
@@ -25,6 +33,8 @@ def read_image(path: Path) -> tuple[Image.Image, bool]:
         raise ValueError("empty file (0 bytes)")
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF":
+                _silence_libtiff()
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(_too_large(image.width, image.height))
             raw_mode = image.tile[0].args if image.tile else None
@@ -40,8 +50,35 @@ def read_image(path: Path) -> tuple[Image.Image, bool]:
         raise ValueError(str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise ValueError("not an image that PIL can identify") from error
-    except (SyntaxError, struct.error, EOFError, IndexError, TypeError, KeyError, MemoryError) as error:
+    except (SyntaxError, struct.error, EOFError, IndexError, TypeError, KeyError, MemoryError, RuntimeError) as error:
         raise ValueError(f"damaged: {error}") from error  # what PIL's parsers raise on broken headers and chunks
+    except OSError as error:
+        if error.errno is not None:  # the file system's
+            raise
+        raise OSError(_in_words(str(error))) from error
+
+
+def _in_words(reason: str) -> str:
+    """PIL's own reason, or what it means where PIL gives a number or speaks of its insides."""
+    if code := re.fullmatch(r"decoder error (-?\d+)", reason):
+        return f"damaged: {ImageFile.ERRORS.get(int(code[1]), 'unknown error')} in the compressed pixels"
+    return {"could not create decoder object": "damaged: the header cannot be decoded"}.get(reason, reason)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Takes away the handlers by which libtiff tells stderr what it dislikes about a file, without the file's name: what matters
+    becomes the decoder's error. They are the process's, so that threads and stderr itself are left alone."""
+    wheels = (Path(PIL.__file__).parent / ".dylibs", Path(PIL.__file__).parents[1] / "pillow.libs")
+    bundled = (str(path) for folder in wheels for path in folder.glob("libtiff*"))
+    name = next(bundled, None) or ctypes.util.find_library("tiff")
+    try:
+        library = ctypes.CDLL(name) if name else None
+        for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler) if library else ():
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+    except (OSError, AttributeError):  # another build of PIL: its messages stay
+        return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

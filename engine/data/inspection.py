@@ -18,9 +18,8 @@ from engine.data import contact_sheet
 from engine.data.catalog import Catalog, ImageList
 from engine.data.machine import cores
 
-_USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png] [key.sub=value ...]"
-_SHOWN = 10
-"""Lines of a long list on the terminal."""
+_SHOWN, _COPIES = 10, 4
+"""On the terminal: lines of a long list, files of one group of copies."""
 _CLASSES, _COLUMNS, _SIDE = 12, 8, 112
 """The contact sheet: classes, images of one, pixels of a cell."""
 
@@ -94,24 +93,47 @@ def _range(values: np.ndarray) -> str:
     return f"{low}" if low == high else f"{low} to {high}, median {np.median(values):.0f}"
 
 
-def findings(catalog: Catalog, copies: list[list[Copy]]) -> list[str]:
-    """What somebody should look at, one line each."""
-    lines = []
-    if catalog.bad:
-        lines.append(f"{len(catalog.bad)} left out (files that cannot be used, classes without images):")
-        lines += [f"  {printable(name)}: {printable(reason)}" for name, reason in catalog.bad[:_SHOWN]]
-        lines += [f"  and {len(catalog.bad) - _SHOWN} more"] * (len(catalog.bad) > _SHOWN)
+class Finding(NamedTuple):
+    """Something that somebody should look at."""
+
+    title: str
+    entries: list[list[str]]
+    """One list a line: a name with its reason, or the names of one file's copies; harmless to a terminal."""
+
+
+def findings(catalog: Catalog, copies: list[list[Copy]]) -> list[Finding]:
+    """What somebody should look at, complete."""
     across = [group for group in copies if len({copy.split for copy in group}) > 1]
     torn = [group for group in copies if len({copy.label for copy in group}) > 1]
-    for groups, text in (
-        (across, "the same file in train and in test, so that retrieval and probes look too good"),
-        ([group for group in copies if group not in across], "the same file more than once in one split"),
-        (torn, "the same file under more than one class"),
-    ):
-        if groups:
-            lines.append(f"warning: {text}: {len(groups)}")
-            lines += ["  " + " = ".join(printable(copy.name) for copy in group) for group in groups[:_SHOWN]]
-            lines += [f"  and {len(groups) - _SHOWN} more"] * (len(groups) > _SHOWN)
+    found = [
+        Finding(f"warning: {text}: {len(groups)}", [[printable(copy.name) for copy in group] for group in groups])
+        for groups, text in (
+            (across, "the same file in train and in test, so that retrieval and probes look too good"),
+            ([group for group in copies if group not in across], "the same file more than once in one split"),
+            (torn, "the same file under more than one class"),
+        )
+        if groups
+    ]
+    if catalog.bad:
+        title = f"{len(catalog.bad)} left out (files that cannot be used, classes without images):"
+        found.insert(0, Finding(title, [[f"{printable(name)}: {printable(reason)}"] for name, reason in catalog.bad]))
+    return found
+
+
+def in_full(found: list[Finding]) -> str:
+    """Every entry, one a line; names of copies are joined by `` = ``."""
+    return "".join(line + "\n" for title, entries in found for line in (title, *("  " + " = ".join(entry) for entry in entries)))
+
+
+def in_short(found: list[Finding]) -> list[str]:
+    """Lines for a terminal: of long lists and large groups the beginning."""
+    lines = []
+    for title, entries in found:
+        lines.append(title)
+        for entry in entries[:_SHOWN]:
+            more = f" and {len(entry) - _COPIES} more" if len(entry) > _COPIES else ""
+            lines.append("  " + " = ".join(entry[:_COPIES]) + more)
+        lines += [f"  and {len(entries) - _SHOWN} more"] * (len(entries) > _SHOWN)
     return lines
 
 

@@ -17,7 +17,6 @@ from engine.data import catalog, contact_sheet, sampler, views
 from engine.data.loaders import choose
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 
-_USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png] [key.sub=value ...]"
 IMAGES = 5
 """Rows of the sheet: the first images of the run's order."""
 

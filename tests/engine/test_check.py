@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_equal_files_are_found_across_and_within_splits(cub):
         [("train", train.names[0], 0), ("train", train.names[1], 0), ("test", test.names[5], 2)],
         [("test", test.names[0], 0), ("test", test.names[1], 0)],
     ]
-    text = "\n".join(inspection.findings(catalog, copies))
+    text = "\n".join(inspection.in_short(inspection.findings(catalog, copies)))
     assert "in train and in test, so that retrieval and probes look too good: 1" in text
     assert "more than once in one split: 1" in text and "more than one class: 1" in text
     assert f"{train.names[0]} = {train.names[1]} = {test.names[5]}" in text
@@ -65,6 +66,49 @@ def test_the_command_prints_a_table_and_writes_a_sheet(cub, capsys):
     assert "Black_footed_Albatross_0000.jpg: empty file" in printed
     sheet = Image.open(cub.parent / "sheet.png")
     assert sheet.format == "PNG" and sheet.width == 8 * 120 + 8
+
+
+def test_long_lists_are_short_on_the_terminal_and_whole_in_a_file(tmp_path, capsys):
+    for i in range(600):
+        (path := tmp_path / f"photos/copy {i:03d}.png").parent.mkdir(exist_ok=True)
+        picture(path, seed=0)
+    for i in range(50):
+        (tmp_path / f"photos/empty {i:02d}.png").touch()
+    assert check.main(["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]) == 0
+    printed = capsys.readouterr().err
+    full = tmp_path / "sheet.findings.txt"
+    assert f"findings in full: {full}" in printed and len(printed) < 5000
+    assert "and 596 more" in printed and "and 40 more" in printed
+    lines = full.read_text().splitlines()
+    assert sum("empty file" in line for line in lines) == 50
+    assert sorted(lines[-1].strip().split(" = ")) == [f"copy {i:03d}.png" for i in range(600)]
+
+    for path in tmp_path.glob("photos/[ce]*"):
+        path.unlink()
+    picture(tmp_path / "photos/one.png")
+    assert check.main(["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]) == 0
+    assert "in full" not in capsys.readouterr().err and full.read_text() == ""  # no list of another day
+
+
+def test_damaged_files_get_reasons_in_words_and_no_library_prints(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = Image.fromarray(rng.integers(0, 255, (60, 80, 3), np.uint8))
+    picture(tmp_path / "photos/fine.png")
+    for kind, options in (("tif", {"compression": "tiff_lzw"}), ("tiff", {"compression": "tiff_deflate"}), ("webp", {})):
+        pixels.save(whole := tmp_path / f"photos/whole.{kind}", **options)
+        for n in range(10):
+            data = bytearray(whole.read_bytes())
+            for at in rng.integers(12, len(data), 20):
+                data[at] ^= 0x55
+            (tmp_path / f"photos/broken {n}.{kind}").write_bytes(data)
+    code = "import sys; from engine import check; sys.exit(check.main(sys.argv[1:]))"  # the C library's stderr, a fresh process's
+    arguments = ["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    full = (tmp_path / "sheet.findings.txt").read_text()
+    assert done.returncode == 0 and full.count("decoding error in the compressed pixels") > 5
+    assert re.search(r"error -?\d|could not create", full) is None
+    for line in ("Decode", "TIFF", "LZW", "code not yet", "samples per pixel"):
+        assert line not in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*official split")
