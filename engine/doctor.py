@@ -67,15 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     console.print(table)
     broken = [finding.what for finding in findings if finding.state == "broken"]
-    console.print(f"broken: {', '.join(broken)}" if broken else "ready to train")
+    untested = "" if platform.system() == "Linux" else f", as far as can be told: {platform.system()} is not tested"
+    console.print(f"broken: {', '.join(broken)}" if broken else f"ready to train{untested}")
     return 1 if broken else 0
 
 
 def examine() -> list[Finding]:
     """Every finding; a check that fails is itself one."""
-    checks: list[Callable[[], list[Finding]]] = [python, packages, names, apex, machine, cache, gpu]
+    checks: list[Callable[[], list[Finding]]] = [system, python, packages, names, imports, apex, machine, cache, gpu]
     findings = [finding for check in checks for finding in _guarded(check)]
-    if any(f.state == "broken" and f.what in ("torch", "torchvision", "numpy", "kernels") for f in findings):
+    if any(f.state == "broken" and f.what in ("torch", "torchvision", "numpy", "kernels", "engine") for f in findings):
         return findings
     for check in (precision, compilers, jpeg, speed):
         findings += _guarded(check)
@@ -87,6 +88,28 @@ def _guarded(check: Callable[[], list[Finding]]) -> list[Finding]:
         return check()
     except Exception as error:  # whatever is wrong with a machine, the other lines are still worth having
         return [Finding(check.__name__, "broken", f"{type(error).__name__}: {error}")]
+
+
+def system() -> list[Finding]:
+    """Linux is where this is built and tested; what others lack."""
+    name = platform.system()
+    if name == "Linux":
+        return [Finding("system", "ok", f"Linux {platform.release()}")]
+    lacks = {
+        "Windows": "a run folder is not locked, SIGUSR1 does not exist, memory cannot be measured, no DALI",
+        "Darwin": "no CUDA, DALI or Triton: training runs on the CPU with the torchvision loader",
+    }
+    remedy = "train in Linux: a container, or WSL 2 on Windows"
+    return [Finding("system", "note", f"{name}, which is not tested; {lacks.get(name, 'everything may differ')}", remedy)]
+
+
+def imports() -> list[Finding]:
+    """Whether all that a run imports is there on this system."""
+    try:
+        importlib.import_module("engine.run")
+    except Exception as error:  # a module of the system's raises anything
+        return [Finding("engine", "broken", f"does not import: {type(error).__name__}: {error}", "install ppssl-engine again")]
+    return [Finding("engine", "ok", "all that a run imports is there")]
 
 
 def python() -> list[Finding]:
@@ -174,7 +197,9 @@ def machine() -> list[Finding]:
     """Cores and memory that this process may use, and shared memory for loader workers."""
     from engine.data import cores
 
-    gib = memory_bytes() / 2**30
+    if (memory := memory_bytes()) is None:
+        return [Finding("cores, memory", "note", f"{cores()} cores; this system does not say how much memory it has")]
+    gib = memory / 2**30
     state = "note" if gib < 8 else "ok"
     remedy = "close other programs, or lower batch_size and queue.size" if gib < 8 else ""
     findings = [Finding("cores, memory", state, f"{cores()} cores, {gib:.0f} GiB", remedy)]
@@ -187,8 +212,10 @@ def machine() -> list[Finding]:
     return findings
 
 
-def memory_bytes() -> int:
-    """Of the machine, or what its control group grants."""
+def memory_bytes() -> int | None:
+    """Of the machine, or what its control group grants; None on Windows, which does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if os.path.isfile(path) and (text := Path(path).read_text().strip()).isdigit():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -17,6 +16,11 @@ from typing import Any
 
 from engine.console import say
 from engine.files import write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class RunFolder:
         """Within it, this process is the only one that writes into the folder, which is created.
 
         The lock is the operating system's (a POSIX record lock): it ends with this process however that ends, is not inherited by
-        child processes, and holds on file systems that several machines share. Entering again in the same thread is free.
+        child processes, and holds on file systems that several machines share. Where there is none (Windows, some file systems)
+        this is said and nothing is locked. Entering again in the same thread is free.
 
         Raises ``RunFolderInUse`` naming the process that holds it.
         """
@@ -139,6 +144,10 @@ class _Lock:
         """Takes the lock of ``folder``, which is created, and lets go of the one before. Raises ``RunFolderInUse``."""
         self.release()
         self.path, self.made = folder / _LOCK, not folder.is_dir()
+        if fcntl is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            say(f"{folder}: this system gives no POSIX locks; start only one process that trains here")
+            return
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -17,12 +17,13 @@ def cores() -> int:
 
 
 def free_host_bytes() -> int:
-    """Memory that this process may still take: what the system says is available, or less where a control group caps it."""
+    """Memory that this process may still take: what the system says is available, or less where a control group caps it; 0 where
+    the system does not say."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(fields["MemAvailable"].split()[0])
-    except OSError:  # not Linux: all of it
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except OSError:  # macOS: all of it; Windows does not say
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     group = Path("/sys/fs/cgroup")
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:

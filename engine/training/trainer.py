@@ -32,6 +32,8 @@ from engine.training.step import Step, choose
 from ppssl.method import METHODS, Batch, Method, Output
 from ppssl.ops import gather
 
+_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+
 
 class Summary(NamedTuple):
     """What a finished (or continued) ``fit`` did, in seconds and images."""
@@ -166,7 +168,7 @@ class Trainer:
         self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
         asked = _Signals()
-        signals = _handlers(asked, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        signals = _handlers(asked, signal.SIGINT, *_STOP)
         with signals, self.log as log, profile, self.saver, self.saved_when_broken():
             hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
@@ -360,7 +362,7 @@ def signals_stop_at_once() -> AbstractContextManager[None]:
     def stop(number: int, _frame: object) -> None:
         raise Stopped(number, None)
 
-    return _handlers(stop, signal.SIGTERM, signal.SIGUSR1)
+    return _handlers(stop, *_STOP)
 
 
 class _Signals:
@@ -370,7 +372,7 @@ class _Signals:
     number = 0
 
     def __call__(self, number: int, _frame: object) -> None:
-        if self.number and number != signal.SIGUSR1:
+        if self.number and number in (signal.SIGINT, signal.SIGTERM):
             console.show_cursor()
             os._exit(_exit_code(number))  # an exception would wait for the thread that saves, and for the loader
         self.number = number

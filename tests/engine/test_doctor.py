@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.metadata
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +42,24 @@ def test_this_machine_is_ready(quick, capsys: pytest.CaptureFixture[str]) -> Non
         assert word in printed
     assert torch.__version__.partition("+")[0] in printed
     assert "ready to train" in printed
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("Windows", "not locked"), ("Darwin", "no CUDA, DALI or Triton")])
+def test_another_system_is_not_promised_anything(quick, name: str, lacks: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(doctor.platform, "system", lambda: name)
+    monkeypatch.delattr(doctor.os, "sysconf")
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert lacks in " ".join(printed.split()) and "does not say how much memory" in " ".join(printed.split())
+    assert printed.splitlines()[-1] == f"ready to train, as far as can be told: {name} is not tested"
+
+
+def test_what_a_run_cannot_import_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("engine.run", "engine.run_folder"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "engine.run_folder", None)
+    assert doctor.main([]) == 1
+    assert "broken: engine" in capsys.readouterr().out
 
 
 def test_it_takes_no_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -288,3 +288,24 @@ def test_a_second_process_is_refused_while_one_trains(recipe: Path, tmp_path: Pa
         other.communicate(b"")
     assert not (tmp_path / "run").exists()
     assert main(["--cfg", str(recipe), "--out", str(tmp_path / "run"), "epochs=1"]) == 0
+
+
+WINDOWS = """\
+import multiprocessing, os, signal, sys
+import torchvision
+sys.modules |= dict.fromkeys(("fcntl", "triton", "nvidia", "nvidia.dali"))
+del signal.SIGUSR1, os.sysconf, os.sched_getaffinity
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    from engine.train import main
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_system_without_posix_trains_and_says_that_nothing_is_locked(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "windows.py").write_text(WINDOWS)
+    command = [sys.executable, str(tmp_path / "windows.py"), "--cfg", str(recipe), "epochs=1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "no POSIX locks" in done.stderr and not (tmp_path / "run/.lock").exists()
+    assert run_folder.read_metrics(tmp_path / "run")[-1]["kind"] == "summary"

@@ -7,7 +7,6 @@ and its metadata hold a key of the files' names, byte sizes and modification tim
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,11 @@ from engine.data.catalog import ImageList
 from engine.data.machine import cores
 from engine.data.views import resized
 from engine.files import read_metadata, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: each process decodes for itself, and the file is replaced whole
+    fcntl = None
 
 FORMAT = 1
 """Of the file; another number, and it is regenerated."""
@@ -190,5 +194,6 @@ def _decode_all(
 def _alone(path: Path) -> Iterator[None]:
     """Holds the lock beside ``path``."""
     with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

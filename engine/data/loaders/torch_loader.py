@@ -122,7 +122,8 @@ def _leave_interrupts(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal, SLURM's SIGUSR1 every process of a job; the run decides when its workers end,
     after the step it is in."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class _Steps(Sampler[int]):
