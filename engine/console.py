@@ -18,6 +18,11 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``1,200 epochs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """``text`` on one line and harmless to a terminal: what comes from outside (names of files, classes, tensors) may hold line
     feeds, escape sequences and bytes that are no text. They are written as Python escapes them, and so is a backslash."""

@@ -17,7 +17,7 @@ import torchvision
 from engine import build
 from engine.build import assemble, load_teacher
 from engine.config import Config, flatten, to_yaml
-from engine.console import say
+from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
@@ -74,6 +74,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         catalog.write_bad_files(images, folder.bad_files)
     evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
+    opened = time.perf_counter()
     if source is not None:
         trainer.resume(source, state)
         evaluator.resume(trainer.step.steps_done)
@@ -83,10 +84,11 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         evaluator(trainer)
         evaluator.teacher(teacher)
         watch(trainer)
+    evaluating = time.perf_counter() - opened
     if cfg.eval.every:
         trainer.hooks.append(evaluator.after_epoch)
     trainer.hooks.append(watch.after_epoch)
-    cold = time.perf_counter() - started
+    cold = time.perf_counter() - started - evaluating
     try:
         summary = trainer.fit()
     finally:
@@ -94,10 +96,15 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     if world.broadcast_object(world.first and is_finished(out, trainer.step.steps_done)):
         say(f"{out} was finished before: nothing is trained or evaluated again, the report is regenerated")
     else:
+        opened = time.perf_counter()
         evaluator(trainer)
         watch(trainer)
+        trainer.records.close()
         if world.first:
-            record = summary._asdict() | {"cold_start_seconds": cold, "total_seconds": time.perf_counter() - started}
+            now = time.perf_counter()
+            evaluating += now - opened
+            about = {"cold_start_seconds": cold, "evaluation_seconds": evaluating, "total_seconds": now - started}
+            record = summary._asdict() | about
             append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
             closing_lines(out, record)
             if share := evaluator.closing(summary.seconds - evaluator.spent):
@@ -157,7 +164,7 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
     terms = ", ".join(f"{name} {float(value):.4f}" for name, value in output.terms.items())
     say(f"one step on {len(batch.index) * world.size} images: loss {float(output.total.detach()):.4f} ({terms})")
     steps, epoch = trainer.total_steps, trainer.loader.steps_per_epoch
-    say(f"a run would take {steps} steps: {cfg.epochs} epochs of {epoch}; nothing was written")
+    say(f"a run would take {counted(steps, 'step')}: {counted(cfg.epochs, 'epoch')} of {epoch}; nothing was written")
 
 
 def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
@@ -186,11 +193,12 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             if name in first and name in last:
                 say(f"  {name:>11} {100 * first[name]:5.1f} % -> {100 * last[name]:5.1f} %")
     if record["steps"]:
+        steps = record["seconds"] - record["hook_seconds"] - record["checkpoint_seconds"] - record["compile_seconds"]
         say(
-            f"{record['steps']} steps in {record['seconds']:.0f} s ({record['images_per_s']:.0f} img/s, data wait "
+            f"{counted(record['steps'], 'step')} in {steps:.0f} s ({record['images_per_s']:.0f} img/s, data wait "
             f"{100 * record['data_wait']:.0f} %), compile {record['compile_seconds']:.0f} s, checkpoints "
-            f"{record['checkpoint_seconds']:.1f} s, cold start {record['cold_start_seconds']:.0f} s, total "
-            f"{record['total_seconds']:.0f} s"
+            f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
+            f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
     say(f"run folder: {out}")
 

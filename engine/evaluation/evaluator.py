@@ -20,7 +20,7 @@ from engine.evaluation import knn, linear
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_text
-from engine.run_folder import RunFolder, append_metrics, read_metrics
+from engine.run_folder import RunFolder, read_metrics
 from engine.training import ALONE, Trainer, World
 from ppssl.teacher import Teacher
 
@@ -91,7 +91,8 @@ def evaluate_features(
 ) -> list[dict[str, Any]]:
     """One plain record for every number of every protocol, each naming protocol, feature, split, epoch and step.
 
-    protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd).
+    protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd). Where
+    no evaluated class has training images, knn and linear do not apply: one record each, whose ``top1`` is None.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
@@ -121,9 +122,14 @@ def evaluate_features(
 
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
-    if {"knn", "linear"} & set(protocols):
+    if learned := [name for name in protocols if name != "retrieval"]:
         bank, known = candidate.features(images.train, "train"), torch.from_numpy(images.train.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
+        if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
+            say(f"{', '.join(learned)}: not applicable, no {split} class has a training image")
+            for protocol in learned:
+                add(protocol, f"not applicable: no {split} class has a training image", {"top1": None, "unseen": unseen})
+            return records
         if unseen:
             say(f"{unseen} of {len(labels)} {split} images are of classes without training images; they count as wrong")
     if "knn" in protocols:
@@ -172,12 +178,17 @@ def headline(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     for r in records:
         if r["protocol"] == "retrieval":
             shown |= {name: r[name] for name in ("rank1", "rank5", "mAP")}
-        elif r["protocol"] == "knn":
+        elif r["protocol"] == "knn" and r["top1"] is not None:
             shown["knn_top1"] = r["top1"]
-    probes = [r for r in records if r["protocol"] == "linear" and r["solver"] == "convex"]
+    probes = [r for r in records if r["protocol"] == "linear" and r.get("solver") == "convex"]
     if probes:
         shown["linear_top1"] = max(probes, key=lambda r: r["fraction"])["top1"]
     return shown
+
+
+def in_percent(values: dict[str, float]) -> str:
+    """``headline`` as a line for the terminal."""
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()) or "no protocol is applicable"
 
 
 _IDENTITY = (
@@ -244,9 +255,9 @@ class Evaluator:
         about = {"kind": "eval", "step": step, "epoch": epoch, "protocol": protocol}
         about |= {name: records[0][name] for name in _ABOUT if name in records[0]}
         self.cost = time.perf_counter() - started
-        append_metrics(self.out, about | shown | {"seconds": self.cost})
+        trainer.records.write(about | shown | {"seconds": self.cost}, shown)
         keep(RunFolder(self.out).evaluation, records)
-        say(f"epoch {epoch}: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items()))
+        say(f"epoch {epoch}: {in_percent(shown)}")
 
     def teacher(self, teacher: Teacher | None) -> None:
         """Evaluates the teacher's own image features, where the method has one: what the student could take over."""
@@ -255,7 +266,7 @@ class Evaluator:
         candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
         records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
         keep(RunFolder(self.out).evaluation, records)
-        say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))
+        say(f"teacher: {in_percent(headline(records))}")
 
     def resume(self, step: int) -> None:
         """Forgets what was measured after ``step`` and learns from the log what an evaluation costs."""

@@ -12,33 +12,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 
 from engine.console import console, say
-from engine.run_folder import RunFolder, append_metrics
+from engine.run_folder import RunFolder, append_metrics, rewind_metrics
 from ppssl.method import Output
 from ppssl.span import span
 
 T = TypeVar("T")
 
 
+class Records:
+    """``metrics.jsonl`` of the run folder ``out`` and the same numbers as TensorBoard events; ``out`` None keeps nothing."""
+
+    def __init__(self, out: Path | None):
+        self.out = out
+        self.writer: Any = None
+        self.purge: int | None = None
+
+    def rewind(self, step: int) -> None:
+        """Drops what was recorded after ``step``, from which the run goes on."""
+        if self.out is not None:
+            rewind_metrics(self.out, step)
+        self.purge = step + 1
+
+    def write(self, record: dict[str, Any], names: Iterable[str] | None = None) -> None:
+        """Appends ``record``; ``names`` of its numbers (None: all of them) are shown by TensorBoard as ``kind/name``."""
+        if self.out is None:
+            return
+        append_metrics(self.out, record)
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; a dry run does not need it
+
+            self.writer = SummaryWriter(str(RunFolder(self.out).tensorboard), purge_step=self.purge)
+            self.purge = None
+        for name in record if names is None else names:
+            if name not in ("step", "epoch") and isinstance(record[name], (int, float)):
+                self.writer.add_scalar(f"{record['kind']}/{name}", record[name], record["step"])
+
+    def close(self) -> None:
+        """Flushes the events to the disk; a later ``write`` begins another file of them."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
 class RunLog:
-    """Log of one run into ``out`` (None: terminal only).
+    """Log of one run into ``records`` and onto the terminal.
 
     ``watch(batches)`` times the wait for data; ``add`` after every step; ``line(...)`` when a line is due: it reads the
     device once and returns the record that it wrote.
     """
 
-    def __init__(self, out: Path | None, *, total_steps: int, start_step: int, description: str):
-        self.out, self.total_steps = out, total_steps
+    def __init__(self, records: Records, *, total_steps: int, start_step: int, description: str):
+        self.records, self.total_steps = records, total_steps
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = self.images = 0
         self.waited = self.waited_total = 0.0
         self.opened = self.since = time.perf_counter()
-        self.writer = None
-        if out is not None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; a dry run does not need it
-
-            out.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(str(RunFolder(out).tensorboard), purge_step=start_step)
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -57,8 +86,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        if self.writer is not None:
-            self.writer.close()
+        self.records.close()
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields ``batches`` and sums up the seconds that the loop waits for them."""
@@ -101,7 +129,7 @@ class RunLog:
         }
         self.waited_total, taken = self.waited_total + self.waited, self.count
         self.sums, self.count, self.images, self.waited, self.since = None, 0, 0, 0.0, now
-        self.write(record)
+        self.records.write(record)
         shown = [name for name in self.names if name in record and name not in ("grad_norm", "contrast_top5")]
         status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
         status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
@@ -114,12 +142,3 @@ class RunLog:
     def leave_out(self, seconds: float) -> None:
         """Takes work that was not training (a checkpoint, an evaluation) out of the speed of the next line."""
         self.since += seconds
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Appends ``record`` to metrics.jsonl and its numbers to TensorBoard under ``kind/name``."""
-        if self.out is None:
-            return
-        append_metrics(self.out, record)
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self.writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])

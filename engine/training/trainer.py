@@ -21,10 +21,10 @@ from engine.console import console, say
 from engine.data import Loader
 from engine.errors import BrokenFile
 from engine.files import write_text
-from engine.run_folder import RunFolder, rewind_metrics
+from engine.run_folder import RunFolder
 from engine.training import checkpoint, precision
 from engine.training.distributed import ALONE, World
-from engine.training.log import RunLog
+from engine.training.log import Records, RunLog
 from engine.training.optim import learning_rate, sgd
 from engine.training.profiling import Profile
 from engine.training.resume import find_checkpoint
@@ -126,7 +126,7 @@ class Trainer:
         self.saver = checkpoint.Saver(self.out or Path(), keep=run.keep)
         self.saved_step = self.hooked_epoch = -1
         self.folder_is_ready = self.out is None or config is not None  # whoever has a config has made the folder ready
-        self.log: RunLog | None = None
+        self.records, self.log = Records(self.out), None
 
     @property
     def epoch(self) -> int:
@@ -165,7 +165,7 @@ class Trainer:
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
-        self.log = RunLog(self.out, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
+        self.log = RunLog(self.records, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
         asked = _Signals()
         signals = _handlers(asked, signal.SIGINT, *_STOP)
@@ -318,8 +318,7 @@ class Trainer:
             reason = textwrap.shorten(str(error), 300)  # torch lists every name
             raise ValueError(f"resume: {path} is of another method or network than this config's: {reason}") from error
         self.saver.saved = path
-        if self.out is not None:
-            rewind_metrics(self.out, self.step.steps_done)
+        self.records.rewind(self.step.steps_done)
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import report, run_folder
 from engine.config import from_yaml
@@ -51,6 +52,12 @@ def recipe(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.replace("ROOT", str(world)))
     return path
+
+
+def events(out: Path) -> dict[str, list[int]]:
+    """Steps by tag, as TensorBoard shows them."""
+    found = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {tag: [event.step for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def states(out: Path) -> tuple[dict, dict]:
@@ -106,6 +113,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, m
     assert seen == [3] and len(checkpoint.list_checkpoints(Path("parts/checkpoints"))) >= 1
     assert main(["--cfg", str(recipe), "--out", "parts"]) == 0
     assert_same_run(Path("whole"), Path("parts"))
+    curves = events(Path("parts"))
+    assert curves == events(Path("whole")) and curves["eval/rank1"] == [0, STEPS] and curves["train/loss"][-1] == STEPS
+    assert "eval/mAP" in curves and not {"eval/queries", "eval/seconds", "train/step"} & curves.keys()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -15,8 +15,10 @@ from engine import build, run_folder
 from engine.config import Config, TeacherConfig, from_yaml
 from engine.data import catalog
 from engine.data.catalog import Catalog
+from engine.evaluate import show
 from engine.evaluation.evaluator import SHARE, Candidate, Evaluator, check, evaluate_features, headline, keep
 from engine.synthetic import dataset
+from engine.training.log import Records
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk
 
 CPU = torch.device("cpu")
@@ -37,19 +39,19 @@ def config(every: int | str = 0, protocols: str = "retrieval, knn") -> Config:
     )
 
 
-def trainer(epoch: int, epochs: int = 10, masked: bool = False) -> SimpleNamespace:
+def trainer(epoch: int, out: Path, epochs: int = 10, masked: bool = False) -> SimpleNamespace:
     trunk = Trunk("resnet18_w8_s16")
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 4, minmax="image") if masked else None)
     return SimpleNamespace(
         epoch=epoch, epochs=epochs, step=SimpleNamespace(steps_done=5 * epoch), method=SimpleNamespace(network=network),
-        log=SimpleNamespace(opened=0.0),
+        log=SimpleNamespace(opened=0.0), records=Records(out),
     )  # fmt: skip
 
 
 def test_a_line_of_the_log_and_the_records(images: Catalog, tmp_path: Path):
     evaluates = Evaluator(tmp_path, config(), images, CPU)
-    evaluates(trainer(0))
-    evaluates(trainer(3, masked=True))
+    evaluates(trainer(0, tmp_path))
+    evaluates(trainer(3, tmp_path, masked=True))
     first, last = run_folder.read_metrics(tmp_path)
     assert (first["kind"], first["epoch"], first["step"], first["split"]) == ("eval", 0, 0, "test")
     assert first["protocol"].startswith("retrieval: leave-one-out inside the test split, cosine; knn: k 80, ")
@@ -74,7 +76,7 @@ def test_the_teacher_is_evaluated_too(images: Catalog, tmp_path: Path, monkeypat
 
 
 def test_a_run_does_not_notice_that_it_is_evaluated(images: Catalog, tmp_path: Path):
-    subject = trainer(1)
+    subject = trainer(1, tmp_path)
     before, modes = torch.get_rng_state(), [m.training for m in subject.method.network.modules()]
     Evaluator(tmp_path, config(protocols="retrieval, knn, linear"), images, CPU)(subject)
     assert torch.equal(torch.get_rng_state(), before)
@@ -87,7 +89,7 @@ def test_every_n_epochs_and_never_after_the_last(images: Catalog, tmp_path: Path
     monkeypatch.setattr(Evaluator, "__call__", lambda self, t: seen.append(t.epoch))
     seen: list[int] = []
     for epoch in range(1, 11):
-        evaluates.after_epoch(trainer(epoch, epochs=9))
+        evaluates.after_epoch(trainer(epoch, tmp_path, epochs=9))
     assert seen == [3, 6] and evaluates.times == 2
     assert "2, " in evaluates.closing(100.0) and "% of the training time" in evaluates.closing(100.0)
 
@@ -110,7 +112,7 @@ def test_auto_stays_below_its_share(images: Catalog, tmp_path: Path):
 def test_resuming_forgets_what_came_later_and_knows_the_cost(images: Catalog, tmp_path: Path):
     evaluates = Evaluator(tmp_path, config(), images, CPU)
     for epoch in (0, 2, 4):
-        evaluates(trainer(epoch))
+        evaluates(trainer(epoch, tmp_path))
     run_folder.rewind_metrics(tmp_path, 10)
     again = Evaluator(tmp_path, config(), images, CPU)
     again.resume(10)
@@ -121,9 +123,9 @@ def test_resuming_forgets_what_came_later_and_knows_the_cost(images: Catalog, tm
 def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flat = Catalog(replace(images.train, labels=None), None, ())
     evaluates = Evaluator(tmp_path, config(every=1), flat, CPU)
-    evaluates(trainer(0))
+    evaluates(trainer(0, tmp_path))
     evaluates.teacher(object())  # not even looked at
-    evaluates.after_epoch(trainer(1))
+    evaluates.after_epoch(trainer(1, tmp_path))
     assert "nothing to evaluate the features by" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir()) and evaluates.closing(1.0) is None
     with pytest.raises(ValueError, match="has no labels"):
@@ -156,3 +158,19 @@ def test_records_take_the_place_of_older_ones(tmp_path: Path, capsys: pytest.Cap
     assert [r["epoch"] for r in keep(path, [], until=5)] == [1, 1]
     path.write_text("[{")
     assert keep(path, [record]) == [record] and "cannot be read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_learns_from_training_labels_does_not_apply_to_classes_without_any(
+    images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    others = replace(images.test, labels=images.test.labels + len(images.test.classes), classes=2 * images.test.classes)
+    open_set = Catalog(images.train, others, ())
+    Evaluator(tmp_path, config(protocols="retrieval, knn, linear"), open_set, CPU)(trainer(1, tmp_path))
+    (line,) = run_folder.read_metrics(tmp_path)
+    assert "rank1" in line and not {"knn_top1", "linear_top1"} & line.keys() and "knn: not applicable" in line["protocol"]
+    records = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(r["protocol"], r.get("top1")) for r in records] == [("retrieval", None), ("knn", None), ("linear", None)]
+    assert "knn, linear: not applicable, no test class has a training image" in capsys.readouterr().err
+    show(records)
+    printed = capsys.readouterr().err
+    assert printed.count("not applicable") == 4 and "0.00 %" not in printed  # two rows, two notes
