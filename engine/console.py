@@ -18,9 +18,9 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 epoch``, ``1,200 epochs``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 epoch``, ``1,200 epochs``; ``plural`` where that is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def printable(text: str) -> str:

@@ -59,6 +59,13 @@ def nearest(features: Tensor, k: int) -> Neighbours:
     return Neighbours(torch.cat(index).numpy(), torch.cat(cosine).numpy())
 
 
+def mean_cosine(features: Tensor) -> float:
+    """Mean cosine of two different rows of features [N, D], N > 1."""
+    unit = _unit(features).double()
+    total = unit.sum(0)
+    return float((total @ total - unit.square().sum()) / (len(unit) * (len(unit) - 1)))
+
+
 def most_similar(query: Tensor, features: Tensor, k: int) -> Neighbours:
     """For every row of ``query`` [Q, D] the ``k`` most similar rows of ``features`` [N, D] by cosine."""
     top = (F.normalize(query.float().cpu(), dim=1) @ _unit(features).T).topk(min(k, len(features)), dim=1)

@@ -82,7 +82,7 @@ def line_chart(title: str, runs: Mapping[str, Sequence[Point]], *, x_name: str, 
         f"Line chart of {title} by {x_name}. " + "; ".join(words),
         last,
         lines,
-        [Tick(place(x, 0)[0], f"{x:g}") for x in ticks(left, right, 5) if left <= x <= right],
+        [Tick(place(x, 0)[0], f"{x:g}") for x in ticks(left, right, min(5, int(right - left)) or 5) if left <= x <= right],
         [Tick(place(left, y / scale)[1], f"{y:g}{suffix}") for y in y_at],
     )
 

@@ -57,7 +57,7 @@ def _umap(rows: np.ndarray) -> tuple[np.ndarray, str] | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a fixed seed means one thread, which is what we want
         made = umap.UMAP(n_neighbors=neighbours, min_dist=0.5, metric="cosine", init="pca", random_state=0).fit_transform(rows)
-    return made, f"UMAP ({neighbours} neighbours, cosine)"
+    return made, f"UMAP ({neighbours} neighbors, cosine)"
 
 
 def _tsne(rows: np.ndarray) -> tuple[np.ndarray, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from engine.config import flatten
+from engine.console import counted
 from engine.report.run import Run
 
 SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
@@ -47,8 +48,8 @@ def headline(run: Run) -> Headline | str:
     parts = [
         last.get("protocol"),
         f"feature {last['feature']}" if "feature" in last else None,
-        f"{last['queries']:,} queries{alone} of {last.get('classes', '?')} classes of {run.config.data.name}"
-        if "queries" in last
+        f"{last['queries']:,} queries{alone} of {counted(last['classes'], 'class', 'classes')} of {run.config.data.name}"
+        if "queries" in last and "classes" in last
         else None,
         f"input {run.config.data.image_size} px",
         f"epoch {first['epoch']} → {last['epoch']}" if before else f"epoch {last['epoch']}",
@@ -69,13 +70,16 @@ def protocols(run: Run) -> Table | None:
         if (r.get("step") or 0) < newest[model]:
             continue
         name = r.get("protocol", "?")
-        if name == "knn":
+        if name == "knn" and "k" not in r:
+            name = "kNN"
+        elif name == "knn":
             name = f"kNN, k {r.get('k', '?')}"
-        elif name == "linear":
+        elif name == "linear" and "solver" in r:
             name = f"linear {r.get('solver', '')}, {r.get('fraction', 100):g} % of the labels"
         shown = {**SCORES, "top1": "top-1", "top5": "top-5"}
         values = [f"{text}\u00a0{100 * r[key]:.1f}\u00a0%" for key, text in shown.items() if isinstance(r.get(key), float)]
-        epoch = "" if r.get("epoch") is None else f", epoch {r['epoch']}"
+        values = ["not applicable"] if r.get("top1", 0) is None else values
+        epoch = "" if r.get("epoch") is None else f", epoch\u00a0{r['epoch']}"
         rows.append([f"{model}{epoch}", name, "\n".join(values), f"{r.get('setting', '')}; feature {r.get('feature', '?')}"])
     return Table(["model", "protocol", "result", "how"], rows) if rows else None
 
@@ -107,30 +111,47 @@ def _yaml_word(value: Any) -> str:
 
 
 def _speed_rows() -> dict[str, Any]:
-    def of(key: str, text: str, scale: float = 1) -> Any:
+    def row(text: str, value: Callable[[dict[str, Any]], float]) -> Callable[[Run], str]:
         def cell(run: Run) -> str:
-            found = [r[key] for r in run.of_kind("summary") if r.get("steps") and key in r]
-            return text.format(scale * found[-1]) if found else "–"
+            last = _last_stretch(run)
+            try:
+                return text.format(value(last)) if last else "–"
+            except KeyError:  # of an earlier version
+                return "–"
 
         return cell
 
+    def training(r: dict[str, Any]) -> float:
+        return r["seconds"] - sum(r.get(f"{name}_seconds", 0) for name in ("compile", "checkpoint", "hook"))
+
     return {
-        "images per second": of("images_per_s", "{:,.0f}"),
-        "waiting for data": of("data_wait", "{:.0f} %", 100),
-        "training": of("seconds", "{:,.0f} s"),
-        "start until the first step": of("cold_start_seconds", "{:,.0f} s"),
-        "checkpoints": of("checkpoint_seconds", "{:.1f} s"),
-        "evaluation and maps": of("hook_seconds", "{:.1f} s"),
-        "compiling": of("compile_seconds", "{:.0f} s"),
-        "everything": of("total_seconds", "{:,.0f} s"),
+        "images per second": row("{:,.0f}", lambda r: r["images_per_s"]),
+        "waiting for data": row("{:.0f} %", lambda r: 100 * r["data_wait"]),
+        "training": row("{:,.0f} s", training),
+        "start until the first step": row("{:,.0f} s", lambda r: r["cold_start_seconds"]),
+        "checkpoints": row("{:.1f} s", lambda r: r["checkpoint_seconds"]),
+        "evaluation and maps": row("{:.1f} s", lambda r: r["hook_seconds"] + r.get("evaluation_seconds", 0)),
+        "compiling": row("{:.0f} s", lambda r: r["compile_seconds"]),
+        "everything": row("{:,.0f} s", lambda r: r["total_seconds"]),
     }
 
 
+def _last_stretch(run: Run) -> dict[str, Any]:
+    """The summary of the last process that trained; empty without one."""
+    return next((r for r in reversed(run.of_kind("summary")) if r.get("steps")), {})
+
+
 def speed(run: Run) -> list[tuple[str, str]]:
-    """How fast, on what. Of a continued run, the last stretch."""
+    """How fast, on what."""
     rows = [(text, value(run)) for text, value in _speed_rows().items()]
     rows = [row for row in rows if row[1] != "–"]
     hidden = {"kind", "step", "steps_per_epoch"}
     for record in run.of_kind("start")[:1]:
         rows += [({"time": "started"}.get(k, k), str(v)) for k, v in record.items() if k not in hidden and v is not None]
     return rows
+
+
+def was_continued(run: Run) -> bool:
+    """Whether the speed is that of the last stretch of a run that was stopped and continued."""
+    last = _last_stretch(run)
+    return bool(last) and last["steps"] < last["step"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import to_yaml
-from engine.console import say
+from engine.console import counted, say
 from engine.errors import BrokenFile
 from engine.evaluation import neighbours
 from engine.files import write_text
@@ -54,6 +54,8 @@ def render(runs: Sequence[Run], *, quick: bool = False) -> str:
         curves=sections.curves(runs),
         attention=sections.attention(runs),
         speed=numbers.speed(lead),
+        was_continued=numbers.was_continued(lead),
+        counted=counted,
         config=to_yaml(lead.config),
         style=(here / "page.css").read_text(encoding="utf-8"),
         made=time.strftime("%Y-%m-%d %H:%M"),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.console import counted
 from engine.evaluation import ClassScore, Confusion, Neighbours, neighbours
 from engine.report import charts, embedding, pictures
 from engine.report.charts import Chart
@@ -46,10 +47,8 @@ def class_name(text: str) -> str:
 
 
 def curves(runs: Sequence[Run]) -> list[Chart] | str:
-    """Losses, rates and, where it was measured more than twice, retrieval over the training."""
+    """Losses, rates and, where it was measured more than twice or there is nothing else, retrieval over the training."""
     trained = {run.name: run.of_kind("train") for run in runs}
-    if not any(trained.values()):
-        return "No curves: no training step was logged."
     per_epoch = {run.name: _steps_per_epoch(run) for run in runs}
     x_name = "epoch" if all(per_epoch.values()) else "step"
 
@@ -61,20 +60,22 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
         return found
 
     own = {"kind", "step", "epoch", "lr", "images_per_s", "data_wait", "seconds", "grad_norm"}
-    logged = list(dict.fromkeys(key for records in trained.values() for r in records for key in r if key not in own))
-    shares = [key for key in logged if "_top" in key]
+    terms = list(dict.fromkeys(key for records in trained.values() for r in records for key in r if key not in own))
+    shares = [key for key in terms if "_top" in key]
+    evaluated = [charts.line_chart(text, series("eval", key), x_name=x_name, percent=True) for key, text in SCORES.items()]
     made = []
-    if any(len(run.of_kind("eval")) > 2 for run in runs):
-        made += [line for key, text in SCORES.items() if (line := charts.line_chart(text, series("eval", key), x_name=x_name,
-                                                                                   percent=True))]  # fmt: skip
-    for key in [*[k for k in logged if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
+    for key in [*[k for k in terms if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
         title = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second", "data_wait": "data wait",
                  "contrast_top1": "contrast top-1", "contrast_top5": "contrast top-5"}.get(key, key)  # fmt: skip
         lines = series("train", key)
         if any(value for line in lines.values() for _, value in line):  # what stayed 0 throughout needs no picture
             chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key == "data_wait")
             made += [chart] if chart else []
-    return made or "No curves: fewer than two lines were logged."
+    if not made or any(len(run.of_kind("eval")) > 2 for run in runs):
+        made = [chart for chart in evaluated if chart] + made
+    lines, points = (max(len(run.of_kind(kind)) for run in runs) for kind in ("train", "eval"))
+    logged = f"{counted(lines, 'training line')} and {counted(points, 'evaluation')}"
+    return made or f"No curves: each needs two points, and the log holds {logged}."
 
 
 def _steps_per_epoch(run: Run) -> int:
@@ -125,7 +126,8 @@ def attention(runs: Sequence[Run]) -> AttentionPart | str:
                     where = f" of run {run.name}" if several else ""
                     row.append(Picture(source, f"{label}{where} at epoch {look.epoch} over {name}", f"{look.epoch}"))
                 rows.append((f"{label} · {run.name}" if several else label, row))
-        images.append(Watched(Picture(pictures.address(lead.pictures[i]), f"watched image {name}", name), rows))
+        photo = Picture(pictures.address(lead.pictures[i]), f"watched image {name}", PurePosixPath(name).name)
+        images.append(Watched(photo, rows))
     agreement = []
     for run in shown:
         if {"mask", "cam"} <= looks[run.name][0].maps.keys():
@@ -153,21 +155,26 @@ class GalleryPart(NamedTuple):
     rows: list[tuple[Picture, list[Picture]]]
     labelled: bool
     hits: int
+    mean_cosine: float
+    """Of all pairs: what the cosines of neighbors stand out from."""
 
 
 def gallery(run: Run, near: Neighbours, thumbnail: Thumbnails) -> GalleryPart:
-    """Queries spread evenly over the list, not chosen by how well they do, and their five nearest images."""
+    """Queries spread evenly over the list, not chosen by how well they do, and their five nearest images: the nearest with its
+    cosine, the others with how far theirs is below it, as all of them may be 0.98."""
     images = run.images
     rows, hits = [], 0
     for i in sorted({(2 * n + 1) * len(images) // (2 * QUERIES) for n in range(QUERIES)}):
         found = []
-        for j, cosine in zip(near.index[i, :5].tolist(), near.cosine[i, :5].tolist(), strict=True):
+        nearest = near.cosine[i, 0]
+        for rank, (j, cosine) in enumerate(zip(near.index[i, :5].tolist(), near.cosine[i, :5].tolist(), strict=True)):
             hit = None if images.labels is None else bool(images.labels[i] == images.labels[j])
             hits += bool(hit)
             says = "" if hit is None else ", same class" if hit else ", another class"
-            found.append(Picture(thumbnail(j), f"neighbour {_called(run, j)}{says}", f"{_called(run, j)} · {cosine:.2f}", hit))
+            closeness = f"−{nearest - cosine:.4f}" if rank else f"{cosine:.4f}"
+            found.append(Picture(thumbnail(j), f"neighbor {_called(run, j)}{says}", f"{_called(run, j)}\n{closeness}", hit))
         rows.append((Picture(thumbnail(i), f"query {_called(run, i)}", _called(run, i)), found))
-    return GalleryPart(rows, images.labels is not None, hits)
+    return GalleryPart(rows, images.labels is not None, hits, neighbours.mean_cosine(run.features))
 
 
 def _called(run: Run, i: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.evaluation import neighbours
-from engine.evaluation.neighbours import class_scores, confusions, most_similar, near_duplicates, nearest
+from engine.evaluation.neighbours import class_scores, confusions, mean_cosine, most_similar, near_duplicates, nearest
 
 
 def features(count: int, dim: int = 6) -> torch.Tensor:
@@ -21,6 +21,7 @@ def test_neighbours_and_pairs_are_those_of_the_whole_matrix(block: int, monkeypa
     unit = x / x.norm(dim=1, keepdim=True)
     cosine = (unit @ unit.T).numpy()
     near = nearest(x, 5)
+    assert mean_cosine(x) == pytest.approx(float(cosine[~np.eye(40, dtype=bool)].mean()), abs=1e-6)
     alone = cosine - 9 * np.eye(40, dtype=np.float32)
     assert np.array_equal(near.index, np.argsort(-alone, axis=1)[:, :5])
     assert np.allclose(near.cosine, np.take_along_axis(cosine, near.index, 1), atol=1e-6)

@@ -88,7 +88,7 @@ def test_a_page_has_its_parts_and_needs_nothing_but_itself(photos: Path, tmp_pat
     assert main([str(run)]) == 0
     text = (run / "report.html").read_text()
     found = Page(text)
-    assert found.sections == ["numbers", "curves", "attention", "neighbours", "classes", "map", "duplicates", "speed", "config"]
+    assert found.sections == ["numbers", "curves", "attention", "neighbors", "classes", "map", "duplicates", "speed", "config"]
     assert found.scripts == 0 and all(a.startswith(("data:image/webp;base64,", "#")) for a in found.addresses)
     assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
     assert all(image["alt"] for image in found.images) and all(d.get("aria-label") or d.get("aria-hidden") for d in found.drawings)
@@ -104,10 +104,38 @@ def test_a_page_has_its_parts_and_needs_nothing_but_itself(photos: Path, tmp_pat
     # 2 watched images with 2 maps at 3 moments, 8 queries with 5 neighbours, two pictures for each confused pair
     assert sum("at epoch" in image["alt"] for image in found.images) == 12
     assert sum(image["alt"].startswith("query") for image in found.images) == 8
-    marks = [image["alt"].rpartition(", ")[2] for image in found.images if image["alt"].startswith("neighbour")]
+    marks = [image["alt"].rpartition(", ")[2] for image in found.images if image["alt"].startswith("neighbor")]
     assert len(marks) == 40 and set(marks) <= {"same class", "another class"}
     assert found.text.count("✓") == marks.count("same class") + 1  # the legend's own
     assert "t-SNE" in found.text and len(text) < 1_000_000
+    assert re.search("neighbour|colour|grey|licence|centre", text) is None  # the page's spelling is American
+    assert all("loading" not in image for image in found.images)  # a picture that waits shows its alt text on paper
+    closest = [float(x.replace("−", "-")) for x in re.findall(r"[✓✗] [A-Z][a-z]+ [A-Z][a-z]+ (−?\d\.\d{4})", found.text)]
+    assert len(closest) == 40 and all(x > 0 if n % 5 == 0 else x <= 0 for n, x in enumerate(closest))
+    assert "Two images of this list have a cosine of" in found.text
+    assert "training 3 s" in found.text and "it was continued" not in found.text and "4 epochs in batches of 4" in found.text
+    assert all(cell in ("protocol", "result", "how") for cell in re.findall('data-head="(.*?)"', text))
+
+
+def test_few_lines_and_a_run_that_was_continued(photos: Path, tmp_path: Path) -> None:
+    run = reported_run(tmp_path / "short", photos, maps=False, epochs=1)
+    records = run_folder.read_metrics(run)
+
+    def again(kept: list[dict]) -> str:
+        (run / "metrics.jsonl").unlink()
+        for record in kept:
+            run_folder.append_metrics(run, record)
+        found = page(run)
+        return found.text + " ".join(d.get("aria-label") or "" for d in found.drawings)
+
+    start, summary = records[0], records[-1] | {"steps": 6, "seconds": 9.0, "hook_seconds": 4.0, "evaluation_seconds": 1.5}
+    train, evaluated = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval"))
+    text = again([start, evaluated[0], train[0], evaluated[-1], summary])
+    assert "1 epoch in batches" in text and "Line chart of rank-1 by epoch. short: 20.0 % at epoch 0, 50.0 % at epoch 4" in text
+    assert "training 5 s" in text and "evaluation and maps 5.5 s" in text
+    assert "it was continued, and the times are those of its last stretch" in text
+    text = again([start, evaluated[0], train[0]])
+    assert "No curves: each needs two points, and the log holds 1 training line and 1 evaluation." in text
 
 
 def test_a_name_cannot_put_tags_into_the_page(photos: Path, tmp_path: Path) -> None:
@@ -238,6 +266,9 @@ def test_everything_that_was_evaluated_is_in_one_table(photos: Path, tmp_path: P
     assert "initial, epoch 0 retrieval rank-1 12.5 % mAP 50.0 % as asked; feature l2(gap(F))" in found
     assert "run, epoch 4 kNN, k 20 top-1 75.0 % top-5 100.0 %" in found and "20.0 % as asked" not in found
     assert "linear convex, 20 % of the labels top-1 30.0 %" in found and "teacher retrieval rank-1 40.0 %" in found
+    absent = {"model": "run", "protocol": "knn", "epoch": 4, "step": 12, "top1": None} | about
+    (run / "evaluation.json").write_text(json.dumps([absent]))
+    assert "run, epoch 4 kNN not applicable as asked" in page(run).text
     (run / "evaluation.json").write_text("{half")
     assert "All that was evaluated" not in page(run).text
 
@@ -251,4 +282,4 @@ def test_a_collapsed_network_gets_no_map_but_the_page(photos: Path, tmp_path: Pa
         embedding.layout(torch.ones(9, 4))  # t-SNE would end the process
     found = page(run)
     assert "No embedding map: the features of all images are the same" in found.text
-    assert "neighbours" in found.sections and "Line chart of loss" in str(found.drawings)
+    assert "neighbors" in found.sections and "Line chart of loss" in str(found.drawings)
