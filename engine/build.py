@@ -193,7 +193,7 @@ def assemble(
         world=world,
     )
     say(f"method: {title(cfg)}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
-    say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, colour {cfg.data.aug}")
+    say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, color {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     if world.group:
         say(f"processes: {world.size}, {cfg.batch_size // world.size} images of each batch; " + (

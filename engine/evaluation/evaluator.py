@@ -65,7 +65,7 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
     if images.train.labels is None:
         raise ValueError(
             f"data.root: {root} has no labels, so that {', '.join(protocols)} cannot evaluate anything. What works without labels: "
-            f"python -m engine.report RUN (neighbours and near-duplicates), python -m engine.search RUN IMAGE"
+            f"python -m engine.report RUN (neighbors and near-duplicates), python -m engine.search RUN IMAGE"
         )
     if split == "train":
         if tuple(protocols) != ("retrieval",):

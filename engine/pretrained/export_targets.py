@@ -7,6 +7,7 @@ inference feature (trunk, mask, pooling, L2) as a graph with a free batch size, 
 from __future__ import annotations
 
 import io
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -46,7 +47,12 @@ class Plain(nn.Module):
 
 
 def _write_torchvision(run: Run, temporary: str) -> None:
-    save_file(_trunk(run), temporary, metadata={"format": "pt"})
+    save_file(_trunk(run), temporary, metadata={"format": "pt"} | _metadata(run))
+
+
+def _metadata(run: Run) -> dict[str, str]:
+    """How an image enters the network, as JSON by key, for files that have room for it: the card may be lost."""
+    return {key: json.dumps(value) for key, value in model_card.preprocessing(run).items()}
 
 
 def _write_moco(run: Run, temporary: str) -> None:
@@ -68,6 +74,7 @@ def _write_onnx(run: Run, temporary: str) -> None:
         Plain(run.network), (_images(run, 2),), input_names=["images"], output_names=["features"],
         dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False,
     )  # fmt: skip
+    program.model.metadata_props.update(_metadata(run))
     program.save(temporary, external_data=False)  # one file: ONNX allows 2 GB
     session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
     _compare(run, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), "onnxruntime")
@@ -78,7 +85,7 @@ def _write_torch_export(run: Run, temporary: str) -> None:
         Plain(run.network), (_images(run, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )  # fmt: skip
     buffer = io.BytesIO()  # torch wants a name that ends in .pt2, which a temporary file's does not
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={f"{key}.json": value for key, value in _metadata(run).items()})
     Path(temporary).write_bytes(buffer.getvalue())
     buffer.seek(0)
     _compare(run, torch.export.load(buffer).module(), "torch.export")
@@ -151,6 +158,7 @@ FORMATS = {
         _write_onnx,
         True,
         'session = onnxruntime.InferenceSession("{file}")\n'
+        "how = {{key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}}   # mean, sizes\n"
         'features = session.run(None, {{"images": images}})[0]   # float32 [B, 3, S, S] -> [B, C]',
     ),
     "torch-export": Format(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,7 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
             "dimension": run.network.trunk.channels,
             "mask_scaled_over": run.network.mask.minmax if masked else None,
         },
-        "preprocessing": {
-            "colour": "RGB in [0, 1], upright by EXIF",
-            "resize_short_side": clean_resize(cfg.data.image_size),
-            "interpolation": "bilinear, antialiased",
-            "center_crop": cfg.data.image_size,
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-        },
+        "preprocessing": preprocessing(run),
         "training": {
             "method": title(cfg),
             "data": cfg.data.name,
@@ -70,7 +64,20 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
         "metrics": metrics(folder, records),
         "config": {key: _short(value) for key, value in flatten(cfg).items() if key not in _LOCAL},
         "exported_with": {"torch": torch.__version__, "commit": run_folder.commit()},
-        "licence": _licence(run),
+        "license": _license(run),
+    }
+
+
+def preprocessing(run: Run) -> dict[str, Any]:
+    """How an image enters the network."""
+    size = run.config.data.image_size
+    return {
+        "color": "RGB in [0, 1], upright by EXIF",
+        "resize_short_side": clean_resize(size),
+        "interpolation": "bilinear, antialiased",
+        "center_crop": size,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
     }
 
 
@@ -97,7 +104,7 @@ def _short(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _licence(run: Run) -> str:
+def _license(run: Run) -> str:
     cfg = run.config
     if cfg.data.name == "birds":
         return "Trained on the synthetic dataset, which this project draws: MIT, as the code."
@@ -131,7 +138,7 @@ def markdown(facts: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| feature | {network['feature']}, {network['dimension']}-d |",
-        f"| images | {images['colour']}; short side to {images['resize_short_side']} ({images['interpolation']}), center crop "
+        f"| images | {images['color']}; short side to {images['resize_short_side']} ({images['interpolation']}), center crop "
         f"{images['center_crop']} |",
         f"| normalization | mean {images['mean']}, std {images['std']} |",
         f"| sha256 | {facts['sha256']} |",
@@ -140,21 +147,29 @@ def markdown(facts: dict[str, Any]) -> str:
         "",
         *(_table(facts["metrics"]) or ["None recorded."]),
         "",
-        "## Licence",
+        "## License",
         "",
-        facts["licence"],
+        facts["license"],
         "",
     ]
     return "\n".join(lines)
 
 
+def _numbers(record: dict[str, Any]) -> set[float]:
+    return {record[name] for name in _NUMBERS if isinstance(record.get(name), float)}
+
+
 def _table(found: dict[str, Any]) -> list[str]:
-    """One line a record: what was measured, how, and its numbers in percent."""
+    """One line a record: what was measured, how, and its numbers in percent. A line of the log is left out where the records of
+    that epoch hold all its numbers."""
     evaluated = found.get("evaluation", [])
-    records = [found[name] for name in ("before", "last", "retrieval") if name in found]
-    records += evaluated if isinstance(evaluated, list) else [evaluated]
+    evaluated = evaluated if isinstance(evaluated, list) else [evaluated]
+    logged = [found[name] for name in ("before", "last", "retrieval") if name in found]
+    recorded: dict[Any, set[float]] = defaultdict(set)
+    for record in evaluated:
+        recorded[record.get("epoch")] |= _numbers(record)
     rows = []
-    for record in records:
+    for record in [r for r in logged if not _numbers(r) <= recorded[r.get("epoch")]] + evaluated:
         epoch = f"epoch {record['epoch']}" if record.get("epoch") is not None else None
         what = ", ".join(str(part) for part in (record.get("model"), epoch) if part is not None)
         fraction = f"{record['fraction']:g} % of the labels" if "fraction" in record else None

@@ -7,18 +7,22 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 import torchvision
 from made_runs import SIZE, exported_run
+from PIL import Image
 from safetensors.torch import load_file
 
 import engine
 import engine.pretrained.export_targets
 from engine import run_folder
+from engine.data import Transform
 from engine.export import main
+from engine.files import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,9 @@ def test_torchvision_loads_strictly_and_computes_the_same(plain: Path) -> None:
     assert main([str(plain), "--to", "torchvision"]) == 0
     model = torchvision.models.resnet18()
     model.fc = torch.nn.Identity()
-    model.load_state_dict(load_file(plain / "export" / "resnet18_torchvision.safetensors"))
+    path = plain / "export" / "resnet18_torchvision.safetensors"
+    model.load_state_dict(load_file(path))
+    check_preprocessing(read_metadata(path))
     pooled = model.eval()(images(3))
     torch.testing.assert_close(torch.nn.functional.normalize(pooled), engine.load(plain).features(images(3)))
 
@@ -87,6 +93,17 @@ def test_moco_s_linear_probe_loads_it(plain: Path) -> None:
     assert all(torch.equal(t, own[n]) for n, t in model.state_dict().items() if not n.startswith("fc."))
 
 
+def check_preprocessing(found: dict[str, str]) -> None:
+    """A photo prepared by what the file itself says is what the library's own transform makes of it."""
+    how = {key: json.loads(text) for key, text in found.items() if key != "format"}
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+    prepare = torchvision.transforms.Compose([
+        torchvision.transforms.Resize(how["resize_short_side"]), torchvision.transforms.CenterCrop(how["center_crop"]),
+        torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(how["mean"], how["std"]),
+    ])  # fmt: skip
+    torch.testing.assert_close(prepare(photo), Transform(SIZE)(photo), atol=0.05, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def onnx_file(masked: Path) -> Path:
     assert main([str(masked), "--to", "onnx"]) == 0
@@ -101,13 +118,16 @@ def test_onnx_gives_the_same_features_for_any_batch(onnx_file: Path, masked: Pat
         theirs = torch.from_numpy(session.run(None, {"images": images(count).numpy()})[0])
         assert theirs.shape == ours.shape == (count, network.trunk.channels)
         assert (theirs - ours).abs().max() < 1e-4
+    check_preprocessing(session.get_modelmeta().custom_metadata_map)
     assert {p.name for p in onnx_file.parent.iterdir()} >= {onnx_file.name}
     assert not list(onnx_file.parent.glob("*.data"))  # the weights are inside
 
 
 def test_torch_export_needs_nothing_of_this_project(masked: Path, tmp_path: Path) -> None:
     assert main([str(masked), "--to", "torch-export", "--out", str(tmp_path)]) == 0
-    program = torch.export.load(tmp_path / "resnet18_w8_s16_torch_export.pt2")
+    said = dict.fromkeys([f"{key}.json" for key in ("resize_short_side", "center_crop", "mean", "std")], "")
+    program = torch.export.load(tmp_path / "resnet18_w8_s16_torch_export.pt2", extra_files=said)
+    check_preprocessing({name.removesuffix(".json"): text for name, text in said.items()})
     calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert calls and all(call.startswith(("aten.", "<built-in function")) for call in calls)
     network = engine.load(masked)
@@ -143,16 +163,27 @@ def test_the_card(plain: Path) -> None:
     assert facts["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert facts["network"]["dimension"] == 512 and facts["config"]["queue.size"] == 65536
     assert facts["config"]["data.root"] == "CUB_200_2011" and "/somebody" not in text  # no paths of the machine
-    assert "terms of their own" in facts["licence"] and "cub" in facts["licence"]
+    assert "terms of their own" in facts["license"] and "cub" in facts["license"]
     page = path.with_name(path.name + ".md").read_text()
     for word in (
         "resnet18", "epoch 1", "512-d", "rank1 50.00 %",
         "| run, epoch 1 | linear; SGD; 20 % of the labels | top1 37.50 % |", "0.229", "load_state_dict", facts["sha256"],
     ):  # fmt: skip
         assert word in page
+    assert page.count("| linear;") == 1 and page.count("rank1 25.00 %") == page.count("rank1 50.00 %") == 1
     scope: dict = {"torchvision": torchvision, "torch": torch}
     exec(facts["use"].replace(path.name, str(path)), scope)  # the card's own lines
     assert isinstance(scope["model"].fc, torch.nn.Identity)
+
+
+def test_the_card_lists_what_the_log_and_the_records_both_hold_once(plain: Path) -> None:
+    about = {"model": "run", "setting": "as trained", "epoch": 1}
+    records = [about | {"protocol": "retrieval", "rank1": 0.5}, about | {"protocol": "knn", "k": 200, "top1": None}]
+    (plain / "evaluation.json").write_text(json.dumps(records))
+    assert main([str(plain), "--to", "torchvision"]) == 0
+    page = (plain / "export/resnet18_torchvision.safetensors.md").read_text()
+    assert page.count("rank1 50.00 %") == 1 and "| run, epoch 1 | retrieval; as trained | rank1 50.00 % |" in page
+    assert page.count("rank1 25.00 %") == 1  # before training: the log alone has it
 
 
 def test_the_commit_is_of_this_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
