@@ -84,22 +84,32 @@ def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
     return cfg
 
 
-def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
+def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress: bool = True) -> catalog.Catalog:
     """The checked image lists of ``data.name`` under ``data.root``; the synthetic dataset is drawn there first if it is missing
-    or of another version."""
+    or of another version.
+
+    training: whether training images are needed. progress: shows it, and says how the set was understood.
+    """
     if cfg.data.root is None:
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
     if cfg.data.name == "birds" and dataset.is_missing(root):
         dataset.ensure(root, progress=progress)
-    return catalog.load(
+    found = catalog.load(
         cfg.data.name,
         root,
+        train=cfg.data.train,
+        test=cfg.data.test,
+        training=training,
         crop_banner=cfg.data.crop_banner,
         workers=cfg.data.workers,
         cache_dir=cache_dir,
         progress=progress,
     )
+    if progress:
+        for note in found.notes:
+            say(note)
+    return found
 
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:

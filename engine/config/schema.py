@@ -67,6 +67,10 @@ class DataConfig:
     """Layout of the data set; birds is the synthetic dataset, folder is anybody's photos."""
     root: Annotated[str | None, FREE] = None
     """Folder of the unpacked data set."""
+    train: Annotated[str | None, FREE] = None
+    """Folder of the training photos below data.root (data.name=folder); null finds it by the usual names."""
+    test: Annotated[str | None, FREE] = None
+    """Folder of the test photos below data.root (data.name=folder); null finds it, unless data.train is set."""
     loader: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
     """auto: DALI when it is importable."""
     resident: Annotated[Literal["auto", "device", "host", "off"], FREE] = "auto"

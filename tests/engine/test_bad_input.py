@@ -118,9 +118,9 @@ IMAGES = [
     image("no_area.ppm", b"P6 0 0 255\n", "no_area.ppm\t"),
     image("float.tif", lambda p: Image.fromarray(np.zeros((4, 4), np.float32)).save(p), "floating-point"),
     image("32_bit.tif", lambda p: Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(p), "32-bit"),
-    image("notes.txt", b"read me", "not the name of an image file"),
-    image("no_suffix", b"\xff\xd8\xff", "no suffix"),
-    image("archive.zip", b"PK\x03\x04", "not the name of an image file"),  # never unpacked
+    image("notes.txt", b"read me", "not an image file"),
+    image("no_suffix", b"\xff\xd8", "no suffix"),
+    image("archive.zip", b"PK\x03\x04", "not an image file"),  # never unpacked
     image("gone.jpg", lambda p: p.symlink_to("nowhere.jpg"), "broken link"),
     image("circle.jpg", lambda p: p.symlink_to("circle.jpg"), "broken link"),
     image("pipe.jpg", lambda p: os.mkfifo(p), "not a file"),

@@ -25,10 +25,12 @@ def _known() -> dict[str, Known]:
 
 KNOWN = _known()
 """Every value of ``data.name``."""
+NAMED = tuple(name for name, known in KNOWN.items() if known.named)
+"""Those that take ``data.train`` and ``data.test``."""
 
 
-def read(name: str, root: str | Path | None) -> Layout:
-    """The lists of the data set ``name`` unpacked at ``root``.
+def read(name: str, root: str | Path | None, *, train: str | None = None, test: str | None = None) -> Layout:
+    """The lists of the data set ``name`` unpacked at ``root``; ``train`` and ``test`` name its splits where it has no fixed ones.
 
     Counts other than the official split's are a warning that names both, and so are files that are listed twice.
     Raises FileNotFoundError naming the archive and where to unpack it when a piece is missing, ValueError for an unknown name
@@ -49,11 +51,13 @@ def read(name: str, root: str | Path | None) -> Layout:
             f"data.root={root} has no {', '.join(piece.path for piece in missing)}, which data.name={name} needs: "
             f"{'; '.join(remedies)}"
         )
-    layout = known.read(root)
+    if not known.named and (train is not None or test is not None):
+        raise ValueError(f"data.train, data.test: data.name={name} has a split of its own; they go with {', '.join(NAMED)}")
+    layout = known.read(root, train, test) if known.named else known.read(root)
     splits = [layout.train] if layout.test is None else [layout.train, layout.test]
     names = [n for split in splits for n in split.names]
     if known.counts is not None:
-        labels = {label for split in splits for label in split.labels}
+        labels = {label for split in splits for label in split.labels or ()}
         found = (len(layout.train.names), len(names) - len(layout.train.names), len(labels))
         if found != known.counts:
             text = "{} training images, {} test images, {} classes"
