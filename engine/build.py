@@ -21,7 +21,7 @@ from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
-from ppssl.teacher import Teacher, load_descriptions
+from ppssl.teacher import SHIPPED, Teacher, load_descriptions
 
 
 def check_environment(*, writes: bool) -> None:
@@ -54,6 +54,9 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     except ValueError as error:
         raise ConfigError(str(error)) from None
     cfg = resolve_variant(cfg)
+    if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
+        count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
+        cfg = replace(cfg, ais=replace(cfg.ais, count=count))
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))

@@ -464,7 +464,8 @@ OTHERS = [
     corpus("of another form", "- a\n- b", 2, "descriptions"),
     corpus("of text", "birds", 2, "descriptions"),
     corpus("that calls Python", "descriptions: !!python/object/apply:os.mkdir [executed]", 2, "descriptions"),
-    corpus("with fewer than asked for", "descriptions: [{text: a bird}]", 2, "ais.count", "has 1"),
+    corpus("with one sentence", "descriptions: [{text: a bird}]", 2, "ais.prompts", "has 1"),
+    corpus("with fewer than asked for", "descriptions: [{text: a bird}, {text: a cat}]", 3, "ais.count", "has 2"),
     Case("corpus that is not there", lambda f: load_descriptions("unicorns", 2), FileNotFoundError, ("unicorns", "birds")),
     Case("teacher with code in it", lambda f: (f / "clip.pt").write_bytes(pickle.dumps(Malice()))
          and Teacher.from_open_clip("ViT-B-32", "clip.pt", ["a"]), ValueError, ("clip.pt", "can run code")),

@@ -46,7 +46,7 @@ FROZEN = {
     "ais.scale": 100.0,
     "ais.warmup": 0.0,
     "ais.prompts": "birds",
-    "ais.count": 8,
+    "ais.count": None,
     "iadm.weight": None,
     "iadm.sources": ("image",),
     "iadm.image": "query",
