@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Config
-from engine.console import say
+from engine.console import printable, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
@@ -120,12 +120,14 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if not settings_of(cfg).uses_teacher:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
-    say(f"teacher: {model}, weights {files}")  # before it is loaded: a first use downloads it
+    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count)
+    # before it is loaded: a first use downloads it
+    say(f"teacher: {model}, weights {files}; {len(descriptions)} descriptions of {printable(cfg.ais.prompts)}")
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
         model, files = map(str, teacher_files())
-    return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
+    return Teacher.from_open_clip(model, files, descriptions).to(device)
 
 
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
