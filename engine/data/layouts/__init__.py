@@ -11,7 +11,6 @@ import shlex
 import warnings
 from pathlib import Path
 
-from engine.data.layouts import folders
 from engine.data.layouts.lists import Known, Layout, Piece
 
 
@@ -74,10 +73,8 @@ def read(name: str, root: str | Path | None, *, train: str | None = None, test: 
 
 def expected(name: str) -> str:
     """What ``data.root`` should hold, in words."""
-    if name == "folder":
-        return folders.EXPECTED
-    if name == "birds":
-        return "the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing"
+    if KNOWN[name].expected:
+        return KNOWN[name].expected
     by_archive: dict[str, list[str]] = {}
     for piece in KNOWN[name].pieces:
         by_archive.setdefault(piece.archive, []).append(piece.path)

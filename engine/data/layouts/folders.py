@@ -140,4 +140,4 @@ def _is_image(path: str) -> bool:
         return False
 
 
-LAYOUTS = {"folder": Known("a folder", read, named=True)}
+LAYOUTS = {"folder": Known("a folder", read, named=True, expected=EXPECTED)}

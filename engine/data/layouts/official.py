@@ -160,7 +160,12 @@ def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Lay
 
 _CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images/")
 LAYOUTS: dict[str, Known] = {
-    "birds": Known("the synthetic dataset", cub, pieces_of("", *_CUB_FILES)),
+    "birds": Known(
+        "the synthetic dataset",
+        cub,
+        pieces_of("", *_CUB_FILES),
+        expected="the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing",
+    ),
     "cub": Known("CUB-200-2011", cub, pieces_of("CUB_200_2011.tgz", *_CUB_FILES), "CUB_200_2011", (5994, 5794, 200)),
     "cars": Known(
         "Stanford Cars",

@@ -212,7 +212,7 @@ def test_a_wrong_name_of_a_split_is_refused(options, error, match, folder):
 
 
 def test_only_folders_and_lists_take_names_of_splits(tmp_path):
-    with pytest.raises(ValueError, match="data.name=dogs has a split of its own; they go with folder"):
+    with pytest.raises(ValueError, match="data.name=dogs has a split of its own; they go with .*list"):
         open_set("dogs", make("dogs", tmp_path), train="Images")
 
 
