@@ -29,7 +29,7 @@ def read(root: Path, train: str | None = None, test: str | None = None) -> Layou
     """
     bad: list[BadFile] = []
     if train is None and test is None:
-        train, test, labelled, notes = guess(root)
+        train, test, labelled, notes, _ = guess(root)
         masks: list[str] | None = []
     else:
         train, test, notes = _named(root, train, test)

@@ -39,6 +39,8 @@ class Guess(NamedTuple):
     labels: bool
     """Whether the class folders in ``train`` are classes."""
     notes: list[str]
+    classes: str | None = None
+    """Where there are no splits: the folder whose folders look like classes."""
 
 
 def split_of(name: str) -> str | None:
@@ -175,7 +177,7 @@ def _without_splits(root: Path) -> Guess:
             f"no train/ was found, so that all photos are one training set without labels. If the {len(classes):,} folders "
             f"{_list(classes)} are classes: {setting('data.train', _relative(root, here))}"
         )
-    return Guess(".", None, False, notes)
+    return Guess(".", None, False, notes, _relative(root, here) if len(classes) > 1 else None)
 
 
 def through(root: Path, folder: Path, split: str, notes: list[str]) -> str:

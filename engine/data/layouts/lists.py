@@ -72,6 +72,8 @@ class Known(NamedTuple):
     """The folder that the archive itself makes; the root is this folder or the one it lies in."""
     counts: tuple[int, int, int] | None = None
     """Training images, test images and classes of the official split."""
+    hint: str = ""
+    """What else helps where a piece is missing."""
     expected: str = ""
     """What the root should hold, in words; empty for what ``pieces`` says."""
     named: bool = False
