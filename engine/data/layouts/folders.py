@@ -62,9 +62,7 @@ def read(root: Path, train: str | None = None, test: str | None = None) -> Layou
     training = Split([], [], {}) if train is None else part(train, of_train)
     held_out = part(test, of_test) if test is not None else None
     if held_out is not None and training.labels is None:
-        notes.append(
-            f"{printable(training.source)} has no class folders: it is trained on without labels, and {test}/ is evaluated"
-        )
+        notes.append(f"{printable(training.source)} has no class folders: it is trained on without labels")
     if masks:
         notes.append(f"{masks_note(masks)}; {setting('data.train', '.')} takes every folder")
     return Layout(root, classes, training, held_out, bad, tuple(notes))
@@ -92,7 +90,7 @@ def _named(root: Path, train: str | None, test: str | None) -> tuple[str | None,
     if train is None:
         usual = [n for n in subfolders(root) if split_of(n) == "train"]
         if len(usual) > 1:
-            raise ValueError(f"data.root={printable(str(root))} has {' and '.join(usual)}; say which by data.train=NAME")
+            raise ValueError(f"data.root={printable(str(root))} has {printable(' and '.join(usual))}; say which by data.train=NAME")
         train = through(root, root / usual[0], "train", notes) if usual else None
     if train is not None and test is not None and (root / train).is_relative_to(root / test):
         raise ValueError(f"data.train={printable(train)} lies in data.test={printable(test)}: the test split would be trained on")

@@ -162,8 +162,9 @@ def _without_splits(root: Path) -> Guess:
         if trains and tests:
             train, test = ((folder / n[0]).relative_to(root).as_posix() for n in (trains, tests))
             at = [through(root, root / n, s, []) for n, s in ((train, "train"), (test, alike[tests[0]] or ""))]
+            evaluated = f" {setting('data.test', at[1])}" if class_folders(root / at[1]) else ""
             _refuse(root, f"{_list([train, test])} look like splits", [
-                ("they are", f"{setting('data.train', at[0])} {setting('data.test', at[1])}"),
+                ("they are", setting("data.train", at[0]) + evaluated),
                 ("they are classes like any other folder", setting("data.train", _relative(root, folder))),
             ])  # fmt: skip
     here, classes = root, _with_photos(root)

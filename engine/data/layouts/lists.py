@@ -117,6 +117,9 @@ def walk(
             folders.clear()
             continue
         visited.add(identity(here))
+        if "metrics.jsonl" in files:  # a run folder, whose pictures are no photos of the set
+            folders.clear()
+            continue
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         yield here, folders, sorted(f for f in files if not f.startswith("."))
 

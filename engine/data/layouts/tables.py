@@ -161,7 +161,9 @@ def _parts(
             raise ValueError(f"{path}:{row.line}: split {printable(row.part or '')!r}; expected train, test or val")
         found[split].append((row, name))
     if found["test"] and found["val"]:
-        notes.append(f"{len(found['val']):,} photos of the split val in {path.name} are not used: test is the test split")
+        notes.append(
+            f"{len(found['val']):,} photos of the split val in {printable(path.name)} are not used: test is the test split"
+        )
     return found["train"], found["test"] or found["val"] or None
 
 

@@ -165,6 +165,7 @@ def test_masks_beside_photos_are_not_trained_on(tmp_path):
         (each("train", "a") + each("Training", "a"), "Training/ and train/ could all .*data.train=Training; or .*train=train$"),
         (each("cats/train", "a") + each("dogs/train", "b"), r"2 folders hold splits.*data.root=\S*/cats; or .*data.root=\S*/dogs$"),
         (each("cars_train", "a") + each("cars_test", "a"), "look like splits.*=cars_train data.test=cars_test; or .*=.$"),
+        (["train2017/1.jpg", "val2017/2.jpg", "annotations/x.jpg"], "splits. Say which: they are: data.train=train2017; or"),
         (each("A/Training Set/Training Set", "a", "b") + each("A/Test Set/Test Set", "a", "b"),
          "'data.train=A/Training Set/Training Set' 'data.test=A/Test Set/Test Set'; or .*data.train=A$"),
         (["train/1.jpg", "boat/2.jpg"], "boat/ lies beside train/.* data.train=train; or train/ is a class .*: data.train=.$"),
@@ -177,6 +178,12 @@ def test_masks_beside_photos_are_not_trained_on(tmp_path):
 def test_what_can_be_read_in_two_ways_is_refused_with_both(names, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         open_set("folder", drawn(tmp_path, *names))
+
+
+def test_pictures_of_a_run_folder_are_no_photos(tmp_path):
+    root = drawn(tmp_path, *each("train", "a", "b"), "runs/folder/search.png")
+    (root / "runs/folder/metrics.jsonl").touch()
+    assert understood(root)[0] == each("train", "a", "b")
 
 
 def test_what_is_no_split_is_said(tmp_path):
