@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from miniatures import open_set, picture
 
 from engine.config import from_yaml
+from engine.data.layouts.tables import read
 from engine.errors import ConfigError
 
 
@@ -99,3 +102,17 @@ def test_what_is_missing_is_said(root):
         open_set("list", root, train="mine.csv", test="mine.csv")
     with pytest.raises(ConfigError, match="data.test: got 'val', data.name=cub has a split of its own"):
         from_yaml("data: {name: cub, test: val}")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=60) | st.text('path,label\n\r";\t./a1\0é', max_size=60).map(str.encode))
+def test_any_bytes_are_a_list_below_the_root_or_an_error_with_its_name(tmp_path_factory, content):
+    root = tmp_path_factory.getbasetemp() / "lists"
+    root.mkdir(exist_ok=True)
+    (root / "train.csv").write_bytes(content)
+    try:
+        layout = read(root, "train.csv")
+    except ValueError as error:
+        assert "train.csv" in str(error)
+    else:
+        assert not any(n.startswith("/") or ".." in n.split("/") or "\0" in n for n in layout.train.names)
