@@ -97,7 +97,8 @@ def test_a_labelled_test_split_with_training_photos_without_labels_or_none(train
 
 
 def test_exit_codes(cub, tmp_path, capsys, monkeypatch):
-    assert check.main(arguments(tmp_path)) == 1
+    (tmp_path / "empty").mkdir()
+    assert check.main(arguments(tmp_path / "empty")) == 1
     assert "unpack CUB_200_2011.tgz" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert check.main([*arguments(cub), "--out", str(tmp_path / "file/sheet.png")]) == 1
