@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Config
-from engine.console import say
+from engine.console import printable, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
@@ -21,7 +21,7 @@ from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
-from ppssl.teacher import Teacher, load_descriptions
+from ppssl.teacher import SHIPPED, Teacher, load_descriptions
 
 
 def check_environment(*, writes: bool) -> None:
@@ -54,6 +54,9 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     except ValueError as error:
         raise ConfigError(str(error)) from None
     cfg = resolve_variant(cfg)
+    if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
+        count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
+        cfg = replace(cfg, ais=replace(cfg.ais, count=count))
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -84,22 +87,32 @@ def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
     return cfg
 
 
-def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
+def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress: bool = True) -> catalog.Catalog:
     """The checked image lists of ``data.name`` under ``data.root``; the synthetic dataset is drawn there first if it is missing
-    or of another version."""
+    or of another version.
+
+    training: whether training images are needed. progress: shows it, and says how the set was understood.
+    """
     if cfg.data.root is None:
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
     if cfg.data.name == "birds" and dataset.is_missing(root):
         dataset.ensure(root, progress=progress)
-    return catalog.load(
+    found = catalog.load(
         cfg.data.name,
         root,
+        train=cfg.data.train,
+        test=cfg.data.test,
+        training=training,
         crop_banner=cfg.data.crop_banner,
         workers=cfg.data.workers,
         cache_dir=cache_dir,
         progress=progress,
     )
+    if progress:
+        for note in found.notes:
+            say(note)
+    return found
 
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:
@@ -107,12 +120,14 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
     if not settings_of(cfg).uses_teacher:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
-    say(f"teacher: {model}, weights {files}")  # before it is loaded: a first use downloads it
+    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count)
+    # before it is loaded: a first use downloads it
+    say(f"teacher: {model}, weights {files}; {len(descriptions)} descriptions of {printable(cfg.ais.prompts)}")
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
         model, files = map(str, teacher_files())
-    return Teacher.from_open_clip(model, files, load_descriptions(cfg.ais.prompts, cfg.ais.count)).to(device)
+    return Teacher.from_open_clip(model, files, descriptions).to(device)
 
 
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:

@@ -49,7 +49,7 @@ def check(cfg: Config, out: Path) -> int:
     """Summary, findings and a contact sheet of the data set of ``cfg``; beside the sheet, in SHEET.findings.txt, every finding."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
-        catalog = build.data(cfg, cache_dir=cache_folder())
+        catalog = build.data(cfg, cache_dir=cache_folder(), training=False)
     console.print(inspection.table(catalog))
     for warning in warned:
         say(f"warning: {warning.message}")

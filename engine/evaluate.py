@@ -16,7 +16,7 @@ from engine.command import command
 from engine.config import parse
 from engine.console import console, say
 from engine.errors import ConfigError
-from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher
+from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher, supported
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
 from engine.pretrained import Run, load_run, third_party, weights_file
 from ppssl.encoder import FeatureNet, Trunk
@@ -44,8 +44,8 @@ def evaluate(
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be evaluated.
     """
     run, model, folder = _open(source, cfg, overrides, device)
-    protocols = protocols or run.config.eval.protocols
-    images = build.data(run.config, cache_dir=files.cache_folder())
+    images = build.data(run.config, cache_dir=files.cache_folder(), training=False)
+    protocols = supported(images, protocols or run.config.eval.protocols)
     check(images, protocols, split)
     found = [(model, run)]
     if baselines:

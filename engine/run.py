@@ -72,6 +72,8 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
             remove_temporary_files(written)
         write_text(folder.config, to_yaml(cfg))
         catalog.write_bad_files(images, folder.bad_files)
+        if text := catalog.left_out(images):
+            say(f"warning: {text}; see {folder.bad_files}")
     evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
     opened = time.perf_counter()

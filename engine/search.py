@@ -65,10 +65,10 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
         )
     with torch.no_grad(), precision.resolve(cfg.amp, device).autocast():  # as the list's features are taken
         query = network(picture[None].to(device, memory_format=torch.channels_last))
-    found = build.data(cfg, cache_dir=files.cache_folder())
+    found = build.data(cfg, cache_dir=files.cache_folder(), training=False)
     matches = []
     for split, images in (("train", found.train), ("test", found.test)):
-        if images is None:
+        if images is None or not len(images):
             continue
         near = most_similar(query, of_run(run, images, split, folder, device), top)
         matches += [Match(float(c), split, images, int(i)) for i, c in zip(near.index[0], near.cosine[0], strict=True)]

@@ -118,8 +118,8 @@ class AisConfig:
     """Fraction of all steps over which the weight rises linearly from 0."""
     prompts: str = "birds"
     """Corpus in ppssl/prompts, or the path of a YAML file."""
-    count: Annotated[int, Ge(2)] = 8
-    """Number of descriptions, the relevant one first."""
+    count: Annotated[int, Ge(2)] | None = None
+    """Number of descriptions, the relevant one first; null takes 8 of a shipped corpus and all of a file of your own."""
 
 
 @dataclass(frozen=True)

@@ -144,16 +144,22 @@ def _check_tag(open_clip: Any, model: str, tag: str, quick_gelu: bool) -> None:
         )
 
 
-def load_descriptions(corpus: str, count: int) -> list[str]:
+SHIPPED = 8
+"""Descriptions that are taken of a shipped corpus, as the paper has them."""
+
+
+def load_descriptions(corpus: str, count: int | None = None) -> list[str]:
     """The first ``count`` descriptions of a corpus, the relevant one first.
 
     corpus: the name of a file in ``ppssl/prompts`` or the path of a YAML file ``descriptions: [{text, relevant}, ...]``.
+    count: None takes ``SHIPPED`` of a shipped corpus and all of any other file.
     Raises ``FileNotFoundError``/``ValueError`` naming the corpus and the remedy.
     """
     import yaml
 
     shipped = importlib.resources.files("ppssl") / "prompts"
-    if (shipped / f"{corpus}.yaml").is_file():
+    own = not (shipped / f"{corpus}.yaml").is_file()
+    if not own:
         text = (shipped / f"{corpus}.yaml").read_text(encoding="utf-8")
     elif Path(corpus).is_file():
         text = Path(corpus).read_text(encoding="utf-8")
@@ -166,7 +172,12 @@ def load_descriptions(corpus: str, count: int) -> list[str]:
         raise ValueError(
             f"ais.prompts: {corpus} is not of the form 'descriptions: [{{text: ..., relevant: true}}, ...]'"
         ) from error
-    if not 1 <= count <= len(entries):
-        raise ValueError(f"ais.count: {count} descriptions asked for, {corpus} has {len(entries)}")
+    if len(entries) < 2:
+        raise ValueError(
+            f"ais.prompts: {corpus} has {len(entries)} descriptions; at least 2 are needed, for the method tells them apart"
+        )
+    count = count or (len(entries) if own else SHIPPED)
+    if count > len(entries):
+        raise ValueError(f"ais.count: {count} descriptions asked for, {corpus} has {len(entries)}; ais.count=null takes them all")
     ordered = sorted(entries, key=lambda e: not e[1])  # stable: the relevant first, the rest in the file's order
     return [text for text, _ in ordered[:count]]

@@ -64,9 +64,13 @@ class DataConfig:
     """Images and views."""
 
     name: Annotated[str, OneOf(layout_names)] = "cub"
-    """Layout of the data set; birds is the synthetic dataset, folder is anybody's photos."""
+    """Layout of the data set; birds is the synthetic dataset, folder and list (CSV files) are anybody's photos."""
     root: Annotated[str | None, FREE] = None
     """Folder of the unpacked data set."""
+    train: Annotated[str | None, FREE] = None
+    """Folder of the training photos below data.root, found by the usual names if null; with data.name=list, the CSV file."""
+    test: Annotated[str | None, FREE] = None
+    """The same of the test photos; with data.train set, null means none."""
     loader: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
     """auto: DALI when it is importable."""
     resident: Annotated[Literal["auto", "device", "host", "off"], FREE] = "auto"
@@ -279,6 +283,9 @@ def validate(config: Config) -> None:
     def refuse(key: str, remedy: str) -> typing.NoReturn:
         raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
+    for key in ("data.train", "data.test"):
+        if get_key(config, key) is not None and config.data.name not in ("folder", "list"):
+            refuse(key, f"data.name={config.data.name} has a split of its own; it goes with data.name=folder and list")
     if config.data.crop_banner and config.data.name != "aircraft":
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if config.queue.size < config.batch_size:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from engine.errors import BrokenFile
 from engine.files import write_text
 
 _CACHE_VERSION = 1
+_EMPTY_CLASS = "empty class: no readable image"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ class Catalog(NamedTuple):
     """A data set: its lists, and what had to be left out."""
 
     train: ImageList
+    """Empty where there is nothing but a test split."""
     test: ImageList | None
     bad: tuple[BadFile, ...]
+    notes: tuple[str, ...] = ()
+    """What was understood, a line each: the splits, then what somebody should know of them."""
 
 
 class _Check(NamedTuple):
@@ -97,6 +103,9 @@ def load(
     name: str,
     root: str | Path | None,
     *,
+    train: str | None = None,
+    test: str | None = None,
+    training: bool = True,
     crop_banner: bool = False,
     workers: int | None = None,
     cache_dir: Path | None = None,
@@ -104,26 +113,66 @@ def load(
 ) -> Catalog:
     """The image lists of the data set ``name`` unpacked at ``root``.
 
+    train, test: ``data.train`` and ``data.test``, the splits of a set that has no fixed ones.
+    training: whether there must be training images; else a test split will do.
     crop_banner: leave out the rows of FGVC-Aircraft's images that name the photographer.
     workers: decoding threads of the first check; None takes the machine's cores.
     cache_dir: where the check of every file is kept, by name, size and modification time; None writes nothing.
     Raises FileNotFoundError for what is missing, naming the archive that holds it; ValueError for a list that cannot be used, an
-    unknown name, ``crop_banner`` for another set, or a set without any readable training image.
+    unknown name, ``crop_banner`` for another set, a set that can be read in two ways, or one without any readable training image.
     """
     if crop_banner and name != "aircraft":
         raise ValueError(f"data.crop_banner: only images of data.name=aircraft have a banner, not those of {name}")
-    layout = layouts.read(name, root)
+    layout = layouts.read(name, root, train=train, test=test)
     checks = _check_files(name, layout, workers, cache_dir, progress)
     bad = list(layout.bad)
     cut = AIRCRAFT_BANNER if crop_banner else 0
-    train = _finish(layout, layout.train, checks, bad, cut)
-    test = None if layout.test is None else _finish(layout, layout.test, checks, bad, cut)
-    if not len(train):
+    of_train = _finish(layout, layout.train, checks, bad, cut)
+    of_test = None if layout.test is None else _finish(layout, layout.test, checks, bad, cut)
+    if not len(of_train) and (training or not of_test):
         listed = len(layout.train.names)
-        found = f"{listed} training files, none readable" if listed else "no training files"
+        found = "; ".join([f"{listed} training files, none readable" if listed else "no training files", *layout.notes])
         first = f" (first: {printable(bad[0].name)}: {bad[0].reason})" if bad else ""
         raise ValueError(f"data.root={root}: {found}{first}; expected {layouts.expected(name)}")
-    return Catalog(train, test, tuple(bad))
+    notes = (_described("train", of_train, layout.train), _described("test", of_test, layout.test), *layout.notes)
+    return Catalog(of_train, of_test, tuple(bad), notes)
+
+
+def _described(split: str, images: ImageList | None, of: Split | None) -> str:
+    """``train: 1,096 photos in 10 classes from training/``."""
+    if images is None or of is None:
+        return f"{split}: none"
+    classes = "without labels" if images.labels is None else f"in {_count(len(set(images.labels.tolist())), 'class', 'classes')}"
+    return f"{split}: {_count(len(images), 'photo', 'photos')} {classes}" + (f" from {printable(of.source)}" if of.source else "")
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"
+
+
+def left_out(catalog: Catalog, most: int = 3) -> str:
+    """What is not used of the files that were found, and the classes that vanished, in one line; empty where all are used."""
+    classes = [b.name for b in catalog.bad if b.reason == _EMPTY_CLASS]
+    reasons = Counter(_kind(b) for b in catalog.bad if b.reason != _EMPTY_CLASS)
+    parts = []
+    if reasons:
+        files = reasons.total()
+        listed = len(catalog.train) + (0 if catalog.test is None else len(catalog.test)) + files
+        shown = [f"{count:,} x {reason}" for reason, count in reasons.most_common(most)]
+        shown += [_count(len(reasons) - most, "other reason", "other reasons")] * (len(reasons) > most)
+        parts.append(f"{files:,} of {_count(listed, 'file', 'files')} left out: {', '.join(shown)}")
+    if classes:
+        shown = [printable(name) for name in classes[:most]] + [f"{len(classes) - most:,} more"] * (len(classes) > most)
+        parts.append(f"{_count(len(classes), 'class', 'classes')} without a readable image: {', '.join(shown)}")
+    return "; ".join(parts)
+
+
+def _kind(bad: BadFile) -> str:
+    """The reason without what differs from file to file."""
+    suffix = PurePosixPath(bad.name).suffix.lower()
+    if bad.reason.startswith("not an image file"):
+        return printable(suffix or "without suffix")
+    return re.sub(r"\d+", "N", printable(bad.reason))
 
 
 def write_bad_files(catalog: Catalog, path: Path) -> None:
@@ -232,9 +281,7 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
     labels = None if split.labels is None else np.array([split.labels[i] for i in keep], np.int64)
     if labels is not None:
         present = set(labels.tolist())
-        bad.extend(
-            BadFile(text, "empty class: no readable image") for label, text in split.expected.items() if label not in present
-        )
+        bad.extend(BadFile(text, _EMPTY_CLASS) for label, text in split.expected.items() if label not in present)
     used = [checks[n] for n in names]
     digest = hashlib.sha256(f"cut {cut}\n".encode() if cut else b"")
     for n, c in zip(names, used, strict=True):

@@ -33,8 +33,10 @@ class Copy(NamedTuple):
 
 
 def splits(catalog: Catalog) -> dict[str, ImageList]:
-    """The lists by name, those that exist."""
-    return {"train": catalog.train} | ({} if catalog.test is None else {"test": catalog.test})
+    """The lists by name, those that hold images."""
+    return {
+        split: images for split, images in (("train", catalog.train), ("test", catalog.test)) if images is not None and len(images)
+    }
 
 
 def duplicates(catalog: Catalog, *, workers: int | None = None, progress: bool = True) -> list[list[Copy]]:
@@ -144,15 +146,16 @@ def class_sheet(catalog: Catalog) -> Image.Image:
     Raises BrokenFile naming a file that no longer opens.
     """
     title = f"{catalog.train.root}\n" + ", ".join(f"{split} {len(images):,}" for split, images in splits(catalog).items())
-    if catalog.train.labels is None:
+    labelled = {split: images for split, images in splits(catalog).items() if images.labels is not None}
+    if not labelled:
         images = catalog.train
         tiles = [_tile(images, i, f"{Path(images.names[i]).name}\n") for i in _spread(len(images), _CLASSES * _COLUMNS)]
         return contact_sheet.draw(tiles, columns=_COLUMNS, side=_SIDE, title=title)
     tiles = []
-    each = _COLUMNS // len(splits(catalog))
-    present = np.unique(np.concatenate([images.labels for images in splits(catalog).values()]))
+    each = _COLUMNS // len(labelled)
+    present = np.unique(np.concatenate([images.labels for images in labelled.values()]))
     for label in present[_spread(len(present), _CLASSES)].tolist():
-        for split, images in splits(catalog).items():
+        for split, images in labelled.items():
             name = images.classes[label]
             members = np.flatnonzero(images.labels == label)[:each].tolist()
             row = [_tile(images, i, f"{name}\n{split} ") for i in members] or [

@@ -2,7 +2,7 @@
 
 from engine.evaluation import attention_maps, features, linear, neighbours
 from engine.evaluation.attention_maps import Attention
-from engine.evaluation.evaluator import Candidate, Evaluator, check, evaluate_features, feature_name, keep, of_teacher
+from engine.evaluation.evaluator import Candidate, Evaluator, check, evaluate_features, feature_name, keep, of_teacher, supported
 from engine.evaluation.features import extract, of_run
 from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours, most_similar
 from engine.evaluation.retrieval import Retrieval, retrieval
@@ -28,4 +28,5 @@ __all__ = [
     "of_run",
     "of_teacher",
     "retrieval",
+    "supported",
 ]

@@ -26,6 +26,8 @@ from ppssl.teacher import Teacher
 
 DRAW_SEED = 0
 """Of label fractions and of what is held out of them: the same images for every run."""
+_LEARNED = {"knn", "linear"}
+"""Protocols that need labelled training images."""
 SHARE = 0.02
 """Of the training time, which ``eval.every=auto`` stays below."""
 
@@ -62,20 +64,42 @@ def feature_name(network: nn.Module) -> str:
 def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> None:
     """Raises ``ValueError`` where ``protocols`` cannot evaluate this data, saying what can be done with it."""
     root = images.train.root
-    if images.train.labels is None:
+    in_test = images.test is not None and images.test.labels is not None and len(images.test) > 0
+    if not in_test and not _labelled(images.train):
         raise ValueError(
             f"data.root: {root} has no labels, so that {', '.join(protocols)} cannot evaluate anything. What works without labels: "
             f"python -m engine.report RUN (neighbors and near-duplicates), python -m engine.search RUN IMAGE"
         )
     if split == "train":
+        if not _labelled(images.train):
+            raise ValueError(f"--split train: the training images of {root} have no labels; --split test evaluates the test split")
         if tuple(protocols) != ("retrieval",):
             raise ValueError("--split train: only --protocol retrieval leaves the asked image out; knn and linear learn from it")
         return
-    if images.test is None or images.test.labels is None or not len(images.test):
+    if not in_test:
         raise ValueError(
             f"data.root: {root} has no labelled test split; for folders put one in {root}/test/<class>/*.jpg (or val/). "
             f"Without it: --protocol retrieval --split train, which ranks the training images among themselves"
         )
+    if _LEARNED & set(protocols) and not _labelled(images.train):
+        raise ValueError(
+            f"{' and '.join(p for p in protocols if p in _LEARNED)} learn from labelled training images, of which data.root={root} "
+            f"has none; --protocol retrieval (eval.protocols=[retrieval]) needs the test split alone"
+        )
+
+
+def supported(images: Catalog, protocols: Sequence[str]) -> tuple[str, ...]:
+    """``protocols`` without those that learn from training labels where there are none, which is said; all where none would be
+    left, for ``check`` to refuse."""
+    left = tuple(p for p in protocols if p not in _LEARNED)
+    if not left or len(left) == len(protocols) or _labelled(images.train):
+        return tuple(protocols)
+    say(f"{' and '.join(p for p in protocols if p in _LEARNED)} left out: there are no labelled training images to learn from")
+    return left
+
+
+def _labelled(images: ImageList) -> bool:
+    return images.labels is not None and len(images) > 0
 
 
 def evaluate_features(
@@ -122,7 +146,7 @@ def evaluate_features(
 
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
-    if learned := [name for name in protocols if name != "retrieval"]:
+    if learned := [name for name in protocols if name in _LEARNED]:
         bank, known = candidate.features(images.train, "train"), torch.from_numpy(images.train.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
         if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
@@ -235,6 +259,12 @@ class Evaluator:
         self.possible = images.test is not None and images.test.labels is not None and np.bincount(images.test.labels).max() > 1
         if not self.possible:
             say("no test split with two labelled images of a class: nothing to evaluate the features by")
+            return
+        self.protocols = supported(images, cfg.eval.protocols)
+        if not _labelled(images.train) and _LEARNED.issuperset(self.protocols):
+            self.possible = False
+            names = " and ".join(self.protocols)
+            say(f"{names}: no labelled training images to learn from: nothing is evaluated; eval.protocols=[retrieval] needs none")
 
     def __call__(self, trainer: Trainer) -> None:
         if not self.possible:
@@ -245,8 +275,7 @@ class Evaluator:
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
-        protocols = self.cfg.eval.protocols
-        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)
@@ -264,7 +293,7 @@ class Evaluator:
         if teacher is None or not self.possible or not self.world.first:
             return
         candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
-        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols)
         keep(RunFolder(self.out).evaluation, records)
         say(f"teacher: {in_percent(headline(records))}")
 

@@ -78,7 +78,7 @@ def _images(cfg: Config) -> tuple[ImageList | str, str]:
     if cfg.data.root is None or missing:
         return f"The images are not available: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
     try:
-        found = build.data(cfg, cache_dir=files.cache_folder(), progress=False)
+        found = build.data(cfg, cache_dir=files.cache_folder(), training=False, progress=False)
     except (ValueError, OSError, NotImplementedError) as error:
         return f"The images are not available: {error}.", ""
     if found.test is not None and found.test.labels is not None:

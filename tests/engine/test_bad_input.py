@@ -118,9 +118,9 @@ IMAGES = [
     image("no_area.ppm", b"P6 0 0 255\n", "no_area.ppm\t"),
     image("float.tif", lambda p: Image.fromarray(np.zeros((4, 4), np.float32)).save(p), "floating-point"),
     image("32_bit.tif", lambda p: Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(p), "32-bit"),
-    image("notes.txt", b"read me", "not the name of an image file"),
-    image("no_suffix", b"\xff\xd8\xff", "no suffix"),
-    image("archive.zip", b"PK\x03\x04", "not the name of an image file"),  # never unpacked
+    image("notes.txt", b"read me", "not an image file"),
+    image("no_suffix", b"\xff\xd8", "no suffix"),
+    image("archive.zip", b"PK\x03\x04", "not an image file"),  # never unpacked
     image("gone.jpg", lambda p: p.symlink_to("nowhere.jpg"), "broken link"),
     image("circle.jpg", lambda p: p.symlink_to("circle.jpg"), "broken link"),
     image("pipe.jpg", lambda p: os.mkfifo(p), "not a file"),
@@ -464,7 +464,8 @@ OTHERS = [
     corpus("of another form", "- a\n- b", 2, "descriptions"),
     corpus("of text", "birds", 2, "descriptions"),
     corpus("that calls Python", "descriptions: !!python/object/apply:os.mkdir [executed]", 2, "descriptions"),
-    corpus("with fewer than asked for", "descriptions: [{text: a bird}]", 2, "ais.count", "has 1"),
+    corpus("with one sentence", "descriptions: [{text: a bird}]", 2, "ais.prompts", "has 1"),
+    corpus("with fewer than asked for", "descriptions: [{text: a bird}, {text: a cat}]", 3, "ais.count", "has 2"),
     Case("corpus that is not there", lambda f: load_descriptions("unicorns", 2), FileNotFoundError, ("unicorns", "birds")),
     Case("teacher with code in it", lambda f: (f / "clip.pt").write_bytes(pickle.dumps(Malice()))
          and Teacher.from_open_clip("ViT-B-32", "clip.pt", ["a"]), ValueError, ("clip.pt", "can run code")),

@@ -131,8 +131,18 @@ def test_photos_without_labels(tmp_path, capsys):
     assert "no labels" in capsys.readouterr().err and (tmp_path / "sheet.png").is_file()
 
 
+@pytest.mark.parametrize("train", ["train/1.jpg", None])
+def test_a_labelled_test_split_with_training_photos_without_labels_or_none(train, tmp_path, capsys):
+    for i, name in enumerate([*([train] if train else []), "test/a/1.jpg", "test/b/2.jpg"]):
+        picture(tmp_path / "photos" / name, seed=i)
+    assert check.main(["--cfg", "folder", f"data.root={tmp_path / 'photos'}", "--out", str(tmp_path / "sheet.png")]) == 0
+    text = capsys.readouterr().err
+    assert "test: 2 photos in 2 classes from test/" in text and (tmp_path / "sheet.png").is_file()
+
+
 def test_exit_codes(cub, tmp_path, capsys, monkeypatch):
-    assert check.main(arguments(tmp_path)) == 1
+    (tmp_path / "empty").mkdir()
+    assert check.main(arguments(tmp_path / "empty")) == 1
     assert "unpack CUB_200_2011.tgz" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert check.main([*arguments(cub), "--out", str(tmp_path / "file/sheet.png")]) == 1

@@ -161,6 +161,26 @@ def test_data_that_cannot_be_evaluated(run: Path, photos: Path, capsys: pytest.C
     assert "gone" in said(capsys)
 
 
+@pytest.mark.parametrize("train", ["without labels", "not there"])
+def test_a_test_split_is_enough_for_retrieval(train: str, run: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.rmtree(photos / "train" / "class0")
+    for file in list((photos / "train").rglob("*.png")):
+        file.rename(photos / "train" / f"{file.parent.name}-{file.name}")
+    for folder in ("class1", "class2"):
+        (photos / "train" / folder).rmdir()
+    if train == "not there":
+        shutil.rmtree(photos / "train")
+    assert main([str(run), "--protocol", "retrieval,knn"]) == 0
+    assert "knn left out: there are no labelled training images" in said(capsys)
+    (record,) = written(run / "evaluation.json")
+    assert record["protocol"] == "retrieval" and record["split"] == "test" and record["images"] == 8
+    assert main([str(run), "--protocol", "knn,linear"]) == 1
+    text = said(capsys)
+    assert "knn and linear learn from labelled training images" in text and "--protocol retrieval" in text
+    assert main([str(run), "--protocol", "retrieval", "--split", "train"]) == 1
+    assert "have no labels" in said(capsys)
+
+
 def test_every_class_with_a_single_image(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     for label in (0, 1):
         for file in sorted((photos / "test" / f"class{label}").iterdir())[1:]:

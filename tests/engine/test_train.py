@@ -268,6 +268,28 @@ def test_without_pairs_of_a_class_nothing_is_evaluated(
     assert "eval" not in [r["kind"] for r in run_folder.read_metrics(Path("flat-run"))]
 
 
+def test_training_without_labels_says_what_it_read_and_left_out_and_is_evaluated_on_a_labelled_test_split(
+    recipe: Path, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "photos"
+    pictures = sorted((world / "images").rglob("*.jpg"))
+    targets = [f"Training/{i}.jfif" for i in range(12)] + [f"validation/{c}/{i}.jpg" for c in "ab" for i in range(2)]
+    for path, target in zip(pictures, targets, strict=False):
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        (root / target).symlink_to(path)
+    (root / "Training/notes.txt").write_text("mine")
+    assert main(["--cfg", str(recipe), "data.name=folder", f"data.root={root}", "--out", "mixed", "epochs=1"]) == 0
+    said = capfd.readouterr().err
+    lines = [
+        "train: 12 photos without labels from Training/",
+        "test: 4 photos in 2 classes from validation/",
+        "1 of 17 files left out: 1 x .txt; see mixed/bad_files.txt",
+        "epoch 0: rank1",
+    ]
+    places = [said.index(line) for line in lines]
+    assert places == sorted(places)
+
+
 def test_records_are_json_lines(recipe: Path) -> None:
     assert main(["--cfg", str(recipe), "epochs=1"]) == 0
     for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines():

@@ -97,14 +97,19 @@ def test_descriptions_put_the_relevant_one_first(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("descriptions: [{text: a dog}, {text: a bird, relevant: true}, {text: a car}]")
     assert load_descriptions(str(own), 2) == ["a bird", "a dog"]
-    with pytest.raises(ValueError, match=r"ais\.count: 4"):
+    assert load_descriptions(str(own)) == ["a bird", "a dog", "a car"]
+    with pytest.raises(ValueError, match=r"ais\.count: 4 .* has 3; ais\.count=null takes them all"):
         load_descriptions(str(own), 4)
+    own.write_text("descriptions: [{text: a dog}]")
+    with pytest.raises(ValueError, match=r"ais\.prompts: .* has 1 descriptions; at least 2"):
+        load_descriptions(str(own))
     own.write_text("- a bird")
     with pytest.raises(ValueError, match=r"ais\.prompts.*own\.yaml"):
         load_descriptions(str(own), 1)
     with pytest.raises(FileNotFoundError, match="birds"):
         load_descriptions("birdz", 8)
     assert "feathers" in load_descriptions("birds", 8)[0]
+    assert load_descriptions("birds") == load_descriptions("birds", 8)
 
 
 def test_embeddings_are_computed_once_and_anew_when_anything_changes(

@@ -11,7 +11,7 @@ import shlex
 import warnings
 from pathlib import Path
 
-from engine.data.layouts import folders
+from engine.data.layouts import copies
 from engine.data.layouts.lists import Known, Layout, Piece
 
 
@@ -25,10 +25,12 @@ def _known() -> dict[str, Known]:
 
 KNOWN = _known()
 """Every value of ``data.name``."""
+NAMED = tuple(name for name, known in KNOWN.items() if known.named)
+"""Those that take ``data.train`` and ``data.test``."""
 
 
-def read(name: str, root: str | Path | None) -> Layout:
-    """The lists of the data set ``name`` unpacked at ``root``.
+def read(name: str, root: str | Path | None, *, train: str | None = None, test: str | None = None) -> Layout:
+    """The lists of the data set ``name`` unpacked at ``root``; ``train`` and ``test`` name its splits where it has no fixed ones.
 
     Counts other than the official split's are a warning that names both, and so are files that are listed twice.
     Raises FileNotFoundError naming the archive and where to unpack it when a piece is missing, ValueError for an unknown name
@@ -39,23 +41,28 @@ def read(name: str, root: str | Path | None) -> Layout:
     if root is None or not Path(root).is_dir():
         where = "data.root is not set" if root is None else f"data.root={root} is not a folder"
         raise FileNotFoundError(f"{where}; data.name={name} expects there {expected(name)}")
-    known, root = KNOWN[name], Path(root)
-    if known.makes and (root / known.makes).is_dir() and not known.pieces[0].is_in(root):
-        root = root / known.makes
+    known = KNOWN[name]
+    root = copies.unpacked(Path(root), known)
     missing = [piece for piece in known.pieces if not piece.is_in(root)]
-    if missing:
+    if not known.named and (train is not None or test is not None):
+        raise ValueError(f"data.train, data.test: data.name={name} has a split of its own; they go with {', '.join(NAMED)}")
+    layout = None
+    if missing and known.counts:
+        layout = copies.read(name, root, known)
+    if missing and layout is None:
         remedies = dict.fromkeys(_remedy(name, root, piece) for piece in missing)
         raise FileNotFoundError(
             f"data.root={root} has no {', '.join(piece.path for piece in missing)}, which data.name={name} needs: "
-            f"{'; '.join(remedies)}"
+            f"{'; '.join(remedies)}{known.hint and f'; {known.hint}'}{copies.instead(root) if known.counts else ''}"
         )
-    layout = known.read(root)
+    if layout is None:
+        layout = known.read(root, train, test) if known.named else known.read(root)
     splits = [layout.train] if layout.test is None else [layout.train, layout.test]
     names = [n for split in splits for n in split.names]
     if known.counts is not None:
-        labels = {label for split in splits for label in split.labels}
+        labels = {label for split in splits for label in split.labels or ()}
         found = (len(layout.train.names), len(names) - len(layout.train.names), len(labels))
-        if found != known.counts:
+        if found != known.counts and not (layout.test is None and found[::2] == known.counts[::2]):
             text = "{} training images, {} test images, {} classes"
             warnings.warn(
                 f"{root}: the official split of {known.title} has {text.format(*known.counts)}; found {text.format(*found)}",
@@ -70,10 +77,8 @@ def read(name: str, root: str | Path | None) -> Layout:
 
 def expected(name: str) -> str:
     """What ``data.root`` should hold, in words."""
-    if name == "folder":
-        return folders.EXPECTED
-    if name == "birds":
-        return "the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing"
+    if KNOWN[name].expected:
+        return KNOWN[name].expected
     by_archive: dict[str, list[str]] = {}
     for piece in KNOWN[name].pieces:
         by_archive.setdefault(piece.archive, []).append(piece.path)

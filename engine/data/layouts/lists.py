@@ -6,7 +6,7 @@ What a list says is not trusted: it names files by relative paths without ``..``
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class Split(NamedTuple):
     """Positions in the layout's ``classes``, or None for images without labels."""
     expected: dict[int, str]
     """Classes that should have images here: label -> name for a message."""
+    source: str = ""
+    """Where it was read from, for a message; empty where the lists of an official set say it."""
 
 
 class Layout(NamedTuple):
@@ -38,6 +40,8 @@ class Layout(NamedTuple):
     train: Split
     test: Split | None
     bad: list[BadFile]
+    notes: tuple[str, ...] = ()
+    """What somebody should know of how it was read: a sentence each."""
 
 
 class Piece(NamedTuple):
@@ -62,12 +66,62 @@ class Known(NamedTuple):
     """What is known of a data set before it is read."""
 
     title: str
-    read: Callable[[Path], Layout]
+    read: Callable[..., Layout]
     pieces: tuple[Piece, ...] = ()
     makes: str = ""
     """The folder that the archive itself makes; the root is this folder or the one it lies in."""
     counts: tuple[int, int, int] | None = None
     """Training images, test images and classes of the official split."""
+    hint: str = ""
+    """What else helps where a piece is missing."""
+    expected: str = ""
+    """What the root should hold, in words; empty for what ``pieces`` says."""
+    named: bool = False
+    """Whether ``read`` takes ``train`` and ``test``, the values of ``data.train`` and ``data.test``."""
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Sorted names of the folders in ``folder``, without hidden ones and what macOS adds to an archive. Raises OSError."""
+    return sorted(n for n in os.listdir(folder) if not n.startswith(".") and n != "__MACOSX" and os.path.isdir(folder / n))
+
+
+def below(root: Path, levels: int = 2) -> Iterator[Path]:
+    """``root`` and the folders up to ``levels`` below it, the upper ones first; one that cannot be listed has none."""
+    here = [root]
+    for level in range(levels + 1):
+        yield from here
+        if level < levels:
+            here = [folder / name for folder in here for name in _listed(folder)]
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return subfolders(folder)
+    except OSError:
+        return []
+
+
+def walk(
+    folder: Path, above: Iterable[Path] = (), unreadable: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """``os.walk`` without hidden files and folders, sorted. Links are followed, but into each folder once and never back into one
+    of ``above``: circles end."""
+
+    def identity(path: str | Path) -> tuple[int, int]:
+        stat = os.stat(path)
+        return stat.st_dev, stat.st_ino
+
+    visited = {identity(path) for path in above}
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        if identity(here) in visited:
+            folders.clear()
+            continue
+        visited.add(identity(here))
+        if "metrics.jsonl" in files:  # a run folder, whose pictures are no photos of the set
+            folders.clear()
+            continue
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield here, folders, sorted(f for f in files if not f.startswith("."))
 
 
 def pieces_of(archive: str, *paths: str) -> tuple[Piece, ...]:

@@ -49,15 +49,21 @@ def _birds(root: Path, *, every_class: bool) -> Layout:
     rows: dict[str, Rows] = {"0": [], "1": []}
     for i, n in images.items():
         rows[split[i]].append((inside("images", n, paths[0]), int(labels[i])))
-    return _layout(root, rows["1"], rows["0"], {c: named.get(str(c)) or folder.get(c) or str(c) for c in ids})
+    return layout_of(root, rows["1"], rows["0"], {c: named.get(str(c)) or folder.get(c) or str(c) for c in ids})
 
 
 def cars(root: Path) -> Layout:
-    """Stanford Cars: struct arrays ``annotations`` with the fields ``fname`` and ``class`` (from 1). The test set's labels came
-    later than the devkit, as a file of their own: beside it or in it."""
-    meta, train = root / "devkit/cars_meta.mat", root / "devkit/cars_train_annos.mat"
+    """Stanford Cars. The test set's labels came later than the devkit, as a file of their own: beside it or in it."""
     test = root / CARS_TEST if (root / CARS_TEST).exists() else root / "devkit" / CARS_TEST
-    content = matlab.read({meta: ("class_names",), train: ("annotations",), test: ("annotations",)})
+    train = root / "devkit/cars_train_annos.mat"
+    return cars_from(root, root / "devkit/cars_meta.mat", (train, "cars_train"), (test, "cars_test"))
+
+
+def cars_from(root: Path, meta: Path, train: tuple[Path, str], test: tuple[Path, str] | None) -> Layout:
+    """train, test: a list, and its folder below ``root``. A list is a struct array ``annotations`` of ``fname`` and ``class`` (from
+    1)."""
+    lists_of = [train] if test is None else [train, test]
+    content = matlab.read({meta: ("class_names",), **{path: ("annotations",) for path, _ in lists_of}})
     classes = dict(enumerate(lists.texts(content[0]["class_names"], meta, "class_names"), 1))
 
     def rows(path: Path, annotations: list | dict[str, list], folder: str) -> Rows:
@@ -68,40 +74,55 @@ def cars(root: Path) -> Layout:
         labels = lists.numbers(annotations["class"], path, "class", classes)
         return [(inside(folder, n, path), label) for n, label in zip(files, labels, strict=True)]
 
-    training = rows(train, content[1]["annotations"], "cars_train")
-    return _layout(root, training, rows(test, content[2]["annotations"], "cars_test"), classes)
+    parts = [rows(path, read["annotations"], folder) for (path, folder), read in zip(lists_of, content[1:], strict=True)]
+    return layout_of(root, parts[0], parts[1] if test else [], classes)
 
 
 def aircraft(root: Path) -> Layout:
-    """FGVC-Aircraft: ``<image id> <variant>`` a line, variants in the order of variants.txt; training is train + val."""
-    classes = dict(enumerate(text for _, text in lists.lines(root / "data/variants.txt")))
+    """FGVC-Aircraft as its archive holds it."""
+    return aircraft_from(root, "data/")
+
+
+def aircraft_from(root: Path, data: str) -> Layout:
+    """``<image id> <variant>`` a line, variants in the order of variants.txt; training is train + val. data: their folder, with a
+    slash, or empty."""
+    classes = dict(enumerate(text for _, text in lists.lines(root / f"{data}variants.txt")))
     ids = {text: i for i, text in classes.items()}
 
     def rows(split: str) -> Rows:
-        path = root / f"data/images_variant_{split}.txt"
+        path = root / f"{data}images_variant_{split}.txt"
         variants = lists.pairs(path)
         for i, variant in variants.items():
             if variant not in ids:
                 raise ValueError(f"{path}: image {i} has variant {variant!r}, which variants.txt does not list")
-        return [(inside("data/images", f"{i}.jpg", path), ids[variant]) for i, variant in variants.items()]
+        return [(inside(f"{data}images", f"{i}.jpg", path), ids[variant]) for i, variant in variants.items()]
 
-    return _layout(root, rows("trainval"), rows("test"), classes)
+    return layout_of(root, rows("trainval"), rows("test"), classes)
 
 
 def flowers(root: Path) -> Layout:
-    """Flowers102: ``labels`` (from 1) of image_00001.jpg and on; ``trnid`` trains, ``tstid`` tests, ``valid`` is unused."""
-    from torchvision.datasets import Flowers102
+    """Flowers102 as it is downloaded."""
+    return flowers_from(root, root / "imagelabels.mat", root / "setid.mat", "jpg")
 
-    classes = dict(enumerate(Flowers102.classes, 1))
-    label_file, split_file = root / "imagelabels.mat", root / "setid.mat"
+
+def flowers_from(root: Path, label_file: Path, split_file: Path, folder: str) -> Layout:
+    """``labels`` (from 1) of image_00001.jpg and on; ``trnid`` trains, ``tstid`` tests, ``valid`` is unused."""
+    classes = dict(enumerate(flower_names(), 1))
     content = matlab.read({label_file: ("labels",), split_file: ("trnid", "tstid")})
     labels = lists.numbers(content[0]["labels"], label_file, "labels", classes)
 
     def rows(what: str) -> Rows:
         ids = lists.numbers(content[1][what], split_file, what, range(1, len(labels) + 1))
-        return [(f"jpg/image_{i:05d}.jpg", labels[i - 1]) for i in ids]
+        return [(f"{folder}/image_{i:05d}.jpg", labels[i - 1]) for i in ids]
 
-    return _layout(root, rows("trnid"), rows("tstid"), classes)
+    return layout_of(root, rows("trnid"), rows("tstid"), classes)
+
+
+def flower_names() -> list[str]:
+    """Of the classes 1 to 102."""
+    from torchvision.datasets import Flowers102
+
+    return list(Flowers102.classes)
 
 
 def butterfly(root: Path) -> Layout:
@@ -122,13 +143,17 @@ def butterfly(root: Path) -> Layout:
             found.append((inside(pictures, name, path), species))
         return found
 
-    return _layout(root, rows("train") + rows("val"), rows("test"), classes)
+    return layout_of(root, rows("train") + rows("val"), rows("test"), classes)
 
 
 def dogs(root: Path) -> Layout:
-    """Stanford Dogs: cells ``file_list`` of paths below Images/, and ``labels`` (from 1). A breed is named as its folder is,
-    without the WordNet number."""
-    paths = [root / "train_list.mat", root / "test_list.mat"]
+    """Stanford Dogs as its archives hold it."""
+    return dogs_from(root, [root / "train_list.mat", root / "test_list.mat"], "Images")
+
+
+def dogs_from(root: Path, paths: list[Path], pictures: str) -> Layout:
+    """Cells ``file_list`` of paths below ``pictures``, and ``labels`` (from 1). A breed is named as its folder is, without the
+    WordNet number."""
     content = matlab.read({path: ("file_list", "labels") for path in paths})
     classes: dict[int, str] = {}
 
@@ -140,14 +165,14 @@ def dogs(root: Path) -> Layout:
         for n, label in zip(files, labels, strict=True):
             folder = PurePosixPath(n).parent.name
             classes.setdefault(label, folder.partition("-")[2] or folder or str(label))
-        return [(inside("Images", n, path), label) for n, label in zip(files, labels, strict=True)]
+        return [(inside(pictures, n, path), label) for n, label in zip(files, labels, strict=True)]
 
     training, test = map(rows, paths, content)
-    return _layout(root, training, test, classes)
+    return layout_of(root, training, test, classes)
 
 
-def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Layout:
-    """Class ids, whatever they are, as positions in their order."""
+def layout_of(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Layout:
+    """Class ids, whatever they are, as positions in their order; an empty ``test`` is none."""
     ids = sorted(classes)
     position = {class_id: p for p, class_id in enumerate(ids)}
 
@@ -160,7 +185,12 @@ def _layout(root: Path, train: Rows, test: Rows, classes: dict[int, str]) -> Lay
 
 _CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images/")
 LAYOUTS: dict[str, Known] = {
-    "birds": Known("the synthetic dataset", cub, pieces_of("", *_CUB_FILES)),
+    "birds": Known(
+        "the synthetic dataset",
+        cub,
+        pieces_of("", *_CUB_FILES),
+        expected="the synthetic dataset (CUB-200-2011's layout), which is drawn where the folder is missing",
+    ),
     "cub": Known("CUB-200-2011", cub, pieces_of("CUB_200_2011.tgz", *_CUB_FILES), "CUB_200_2011", (5994, 5794, 200)),
     "cars": Known(
         "Stanford Cars",
@@ -172,6 +202,10 @@ LAYOUTS: dict[str, Known] = {
             Piece("cars_test/", "cars_test.tgz"),
         ),
         counts=(8144, 8041, 196),
+        hint=(
+            "the authors' page is gone, but copies of the set hold the same files, also flat or one folder deeper; the training "
+            "half alone can be trained on; cars_annos.mat goes with the images of car_ims/ and with no others"
+        ),
     ),
     "aircraft": Known(
         "FGVC-Aircraft",

@@ -14,7 +14,7 @@ PAPER = ["cub", "cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs"]
 
 
 def test_the_shipped_set():
-    assert recipe_names() == sorted([*PAPER, "folder", "demo"])
+    assert recipe_names() == sorted([*PAPER, "folder", "list", "demo"])
 
 
 @pytest.mark.parametrize("name", recipe_names())

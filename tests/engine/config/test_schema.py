@@ -46,7 +46,7 @@ FROZEN = {
     "ais.scale": 100.0,
     "ais.warmup": 0.0,
     "ais.prompts": "birds",
-    "ais.count": 8,
+    "ais.count": None,
     "iadm.weight": None,
     "iadm.sources": ("image",),
     "iadm.image": "query",
@@ -76,6 +76,8 @@ FROZEN = {
     "optim.backend": "auto",
     "data.name": "cub",
     "data.root": None,
+    "data.train": None,
+    "data.test": None,
     "data.loader": "auto",
     "data.resident": "auto",
     "data.aug": "parity",
@@ -260,7 +262,7 @@ def test_null_stands_for_a_later_choice():
     assert [values[key] for key in ("iadm.weight", "iadm.temperature", "data.workers", "run.save_every_steps")] == [None] * 4
 
 
-FREE = {"out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers"}
+FREE = {"out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident", "data.workers"}
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
 
 

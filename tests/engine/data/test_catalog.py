@@ -50,7 +50,7 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
         "a b/cut.jpg": "truncated",
         "a b/cut.png": "",
         "a b/page.jpg": "not an image",
-        "a b/notes.txt": "not the name of an image file (.txt)",
+        "a b/notes.txt": "not an image file (.txt)",
         "a b/link.jpg": "broken link",
         "a b/float.tif": "floating-point",
         "a b/huge.png": "pixels",

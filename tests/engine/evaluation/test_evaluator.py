@@ -132,6 +132,18 @@ def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, 
         check(flat, ["retrieval"])
 
 
+def test_training_without_labels_is_evaluated_by_retrieval(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    unlabelled = images._replace(train=replace(images.train, labels=None))
+    evaluates = Evaluator(tmp_path, config(), unlabelled, CPU)
+    evaluates(trainer(0))
+    assert " ".join(capsys.readouterr().err.split()).count("knn left out: there are no labelled training images") == 1
+    assert {r["protocol"] for r in json.loads((tmp_path / "evaluation.json").read_text())} == {"retrieval"}
+    learned = Evaluator(tmp_path / "other", config(protocols="knn, linear"), unlabelled, CPU)
+    learned(trainer(0))
+    assert "nothing is evaluated; eval.protocols=[retrieval] needs none" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other").exists()
+
+
 def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
     def features(some: catalog.ImageList, split: str) -> torch.Tensor:
         noise = np.random.default_rng(len(some)).normal(0, 0.05, (len(some), len(some.classes)))
