@@ -135,11 +135,11 @@ def test_without_labels_there_is_nothing_to_do(images: Catalog, tmp_path: Path, 
 def test_training_without_labels_is_evaluated_by_retrieval(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     unlabelled = images._replace(train=replace(images.train, labels=None))
     evaluates = Evaluator(tmp_path, config(), unlabelled, CPU)
-    evaluates(trainer(0))
+    evaluates(trainer(0, tmp_path))
     assert " ".join(capsys.readouterr().err.split()).count("knn left out: there are no labelled training images") == 1
     assert {r["protocol"] for r in json.loads((tmp_path / "evaluation.json").read_text())} == {"retrieval"}
     learned = Evaluator(tmp_path / "other", config(protocols="knn, linear"), unlabelled, CPU)
-    learned(trainer(0))
+    learned(trainer(0, tmp_path / "other"))
     assert "nothing is evaluated; eval.protocols=[retrieval] needs none" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "other").exists()
 
@@ -185,4 +185,4 @@ def test_what_learns_from_training_labels_does_not_apply_to_classes_without_any(
     assert "knn, linear: not applicable, no test class has a training image" in capsys.readouterr().err
     show(records)
     printed = capsys.readouterr().err
-    assert printed.count("not applicable") == 4 and "0.00 %" not in printed  # two rows, two notes
+    assert printed.count("not applicable") == 4 and "top1 0.00 %" not in printed  # two rows, two notes
