@@ -51,6 +51,31 @@ def png(levels: np.ndarray, color: int, depth: int, *chunks: bytes, interlace: i
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def tiff(levels: np.ndarray, photometric: int, *, more: dict[int, list[int]] | None = None, deflate: bool = False) -> bytes:
+    """A TIFF of [height, width, channels] of any number type; ``more``: short tags, which win over the usual ones."""
+    height, width, channels = levels.shape
+    kind = {"u": 1, "i": 2, "f": 3}[levels.dtype.kind]
+    order = ">" if levels.dtype.byteorder == ">" else "<"
+    data = zlib.compress(levels.tobytes()) if deflate else levels.tobytes()
+    tags = {256: [width], 257: [height], 258: [8 * levels.itemsize] * channels, 259: [8 if deflate else 1], 262: [photometric]}
+    tags |= {273: [0], 277: [channels], 278: [height], 279: [0], 339: [kind] * channels} | (more or {})
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries, beyond = b"", b""
+    for tag in sorted(tags):
+        values = struct.pack(f"{order}{len(tags[tag])}H", *tags[tag])
+        if tag in (273, 279):  # where the pixels lie: known when all else is
+            entries += struct.pack(f"{order}HHI", tag, 4, 1) + b"%04d" % tag
+        elif len(values) > 4:
+            entries += struct.pack(f"{order}HHII", tag, 3, len(tags[tag]), start + len(beyond))
+            beyond += values
+        else:
+            entries += struct.pack(f"{order}HHI", tag, 3, len(tags[tag])) + values.ljust(4, b"\0")
+    for tag, value in ((b"0273", start + len(beyond)), (b"0279", len(data))):
+        entries = entries.replace(tag, struct.pack(f"{order}I", value))
+    lead = b"II*\0" if order == "<" else b"MM\0*"
+    return lead + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + beyond + data
+
+
 def exif(turn: int, kind: int = 3, order: str = "<", times: int = 1) -> bytes:
     """A block with an orientation, or several, held as a short (``kind`` 3) or a long number (4)."""
     value = struct.pack(f"{order}HH", turn, 0) if kind == 3 else struct.pack(f"{order}I", turn)

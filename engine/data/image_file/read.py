@@ -222,7 +222,7 @@ def _unidentified(data: bytes, kind: str) -> str:
             file = io.BytesIO(data)
             file.seek(tags.next)
             tags.load(file)
-            channels, bits = int(tags.get(277, 1)), tags.get(258, (1,))
+            channels, bits = int(tags[277]), tags[258]
             number = {2: "signed", 3: "floating-point"}.get(tags.get(339, (1,))[0], "unsigned")
             return (
                 f"a TIFF with {channels} {'channel' if channels == 1 else 'channels'} of {bits[0]} {number} bits "

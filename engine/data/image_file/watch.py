@@ -48,7 +48,9 @@ def _judged(data: bytes) -> Verdict:
     return Verdict(image.height, image.width, plain, note, emptiness(image))
 
 
-def _refused(error: OSError | ValueError) -> Verdict:
+def _refused(error: OSError | ValueError | MemoryError) -> Verdict:
+    if isinstance(error, MemoryError):
+        return Verdict(reason="cannot be read now (not enough memory)", lasting=False)
     if isinstance(error, OSError):
         return Verdict(reason=f"cannot be read now ({error.strerror or error or type(error).__name__})", lasting=False)
     return Verdict(reason=str(error) or type(error).__name__)
@@ -74,7 +76,7 @@ class Watch:
             data = read_bytes(path)
             if ordinary(data):
                 return _judged(data)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             return _refused(error)
         del data
         try:
@@ -94,7 +96,7 @@ class _Child:
         root = str(Path(__file__).parents[3])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({SECONDS})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders written in C print what they find
@@ -143,17 +145,17 @@ def _died(code: int, hung: bool) -> Verdict:
     return Verdict(reason=f"the process that decoded it was ended{by}; was there too little memory?", lasting=False)
 
 
-def serve() -> None:
-    """The child: a path a line on stdin, its verdict on stdout, until stdin ends."""
+def serve(seconds: float) -> None:
+    """The child: a path a line on stdin, its verdict on stdout, until stdin ends; ``seconds`` of processor time a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent decides
     _limit_memory()
     for line in sys.stdin.buffer:
         path = json.loads(line)
         if hasattr(signal, "setitimer"):  # else only the parent's clock watches
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
         try:
             verdict = _judged(read_bytes(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             verdict = _refused(error)
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, 0)
