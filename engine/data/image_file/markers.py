@@ -16,6 +16,8 @@ _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 """What ends a scan; a zero and the restart markers belong to it."""
 _SOF, _DHT, _EOI, _SOS, _DQT, _DRI, _APP1, _APP14, _COM = 0xC0, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD, 0xE1, 0xEE, 0xFE
+_MOST_PARTS = 1 << 16
+"""Segments or chunks; a file with more is left to whoever watches the time."""
 _HARMLESS_CHUNKS = {
     b"IHDR", b"IDAT", b"IEND", b"bKGD", b"cHRM", b"eXIf", b"gAMA", b"hIST", b"iCCP", b"iTXt", b"pHYs", b"sBIT", b"sRGB", b"tEXt",
     b"tIME", b"zTXt",
@@ -54,7 +56,7 @@ def _jpeg(data: bytes) -> Marks:
     """8-bit Huffman-coded gray or YCbCr, baseline or progressive, complete, with nothing between its segments."""
     place, scans, turn, plain = 2, 0, None, True
     frame = adobe = None
-    while True:
+    for _ in range(_MOST_PARTS):
         if data[place] != 0xFF:
             raise _Odd
         marker = data[place + 1]
@@ -84,7 +86,7 @@ def _jpeg(data: bytes) -> Marks:
             place = found.start()
         elif not (0xE0 <= marker <= 0xEF or marker in (_DHT, _DRI, _COM)):
             plain = False
-    if frame is None or not scans:
+    if marker != _EOI or frame is None or not scans:
         raise _Odd
     height, width, count = struct.unpack_from(">HHB", frame, 1)
     ids, sampling = frame[6::3], frame[7::3]
@@ -101,7 +103,7 @@ def _png(data: bytes) -> Marks:
     place, turn, last, seen = 8, 1, b"", set()
     width, height, depth, color, compression, filtering, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     plain = depth == 8 and color in (0, 2, 4, 6) and not compression and not filtering and interlace < 2
-    while last != b"IEND":
+    for _ in range(_MOST_PARTS):
         length, name = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
         crc = zlib.crc32(memoryview(data)[place + 4 : end - 4])
@@ -113,7 +115,9 @@ def _png(data: bytes) -> Marks:
             turn = _exif_turn(data[place + 8 : end - 4])
         seen.add(name)
         place, last = end, name
-    plain &= b"IDAT" in seen and turn == 1  # an orientation in a PNG is followed by some
+        if name == b"IEND":
+            break
+    plain &= last == b"IEND" and b"IDAT" in seen and turn == 1  # an orientation in a PNG is followed by some
     return Marks(1 if plain else None, 1, width * height)
 
 

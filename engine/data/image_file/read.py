@@ -79,7 +79,7 @@ def read_bytes(path: Path | str) -> bytes:
     if not found.st_size:
         raise ValueError("empty file (0 bytes)")
     if found.st_size > MAX_MEMORY:
-        raise ValueError(f"{found.st_size / 1e9:.1f} GB, more than the {MAX_MEMORY / 1e9:.1f} GB that one image may take")
+        raise ValueError(f"{found.st_size >> 20:,} MiB, more than the {MAX_MEMORY >> 20:,} that one image may take")
     try:
         return Path(path).read_bytes()
     except MemoryError as error:
@@ -175,8 +175,8 @@ def _check_size(image: Image.Image, kind: str, marks: markers.Marks, raw_mode: s
     needed = width * height * (_STORED.get(image.mode, 4) + decoder + copies)
     if needed > MAX_MEMORY:
         raise ValueError(
-            f"{width} x {height} pixels ({kind}, {image.mode}) take {needed / 1e9:.1f} GB to decode, more than "
-            f"{MAX_MEMORY / 1e9:.1f} GB; make it smaller"
+            f"{width} x {height} pixels ({kind}, {image.mode}) take {needed >> 20:,} MiB to decode, more than "
+            f"{MAX_MEMORY >> 20:,}; make it smaller"
         )
 
 

@@ -66,7 +66,8 @@ def test_every_loader_sees_the_same_pixels(loader, found, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_decodes_within_rounding(found):
     dali_loader = pytest.importorskip("engine.data.loaders.dali_loader", exc_type=ImportError)
-    plain = np.flatnonzero(found.train.plain).tolist()
+    concealed = ("flipped", "cut and closed")  # damage in the coded data: each decoder fills it in its own way
+    plain = [i for i in np.flatnonzero(found.train.plain).tolist() if not found.train.names[i].startswith(concealed)]
     for i, got in zip(plain, dali_loader.decoded([found.train.path(i) for i in plain], {"device": "mixed"}), strict=True):
         assert got is not None, found.train.names[i]
         difference = np.abs(got.astype(int) - np.asarray(found.train.read(i)))
