@@ -195,7 +195,7 @@ def _check_files(
 
 def _say_what_is_unusual(checks: dict[str, _Check]) -> None:
     """A line for levels that were scaled or laid on a ground, and one for pictures with nothing to see."""
-    for lead, what in (("how levels were read", lambda v: v.note), ("warning: nothing to see in", lambda v: v.empty)):
+    for lead, what in (("not read as they are", lambda v: v.note), ("warning: nothing to see in", lambda v: v.empty)):
         found = {n: what(c.verdict) for n, c in checks.items() if c.verdict.reason is None and what(c.verdict)}
         if found:
             kinds = ", ".join(f"{count} x {text}" for text, count in Counter(found.values()).most_common())

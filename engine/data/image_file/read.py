@@ -107,9 +107,11 @@ def decode(data: bytes) -> Picture:
             raw_mode = _raw_mode(image)
             _check_size(image, kind, marks, raw_mode)
             _check_camera(image)
+            pages = image.n_frames if kind == "TIFF" else 1
             image.load()
             turn = _orientation(image)
             rgb, note = to_rgb(image, opened, raw_mode)
+            note = ", ".join(filter(None, (note, f"first of {pages} pages" if pages > 1 else "")))
             plain = marks.turn == turn and not note and image.mode in ("RGB", "L", "RGBA", "LA")
             return Picture(rgb if turn == 1 else rgb.transpose(_TURNS[turn]), plain, note)
     except MemoryError as error:

@@ -18,11 +18,14 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
+from PIL import AvifImagePlugin
+
 from engine.data.image_file.levels import emptiness
 from engine.data.image_file.read import MAX_MEMORY, decode, ordinary, read_bytes
 
 SECONDS = 10
 """Of processor time that decoding one file may take."""
+_READY = b"ready\n"
 _WAIT = 120
 """Seconds after which a file system is taken to hang."""
 
@@ -41,6 +44,13 @@ class Verdict(NamedTuple):
     """Why it cannot be used; None if it can."""
     lasting: bool = True
     """The content's own fault: another try would say the same."""
+
+
+def _unwatched(path: Path | str) -> Verdict:
+    try:
+        return _judged(read_bytes(path))
+    except (OSError, ValueError, MemoryError) as error:
+        return _refused(error)
 
 
 def _judged(data: bytes) -> Verdict:
@@ -80,21 +90,29 @@ class Watch:
             return _refused(error)
         del data
         try:
-            child = self._idle.get_nowait()
-        except Empty:
-            child = _Child()
+            child = self._next()
+        except OSError:  # no memory, handles or processes left for one: better unwatched than not read
+            return _unwatched(path)
         verdict = child.judge(path)
         if child.alive:
             self._idle.put(child)
         return verdict
+
+    def _next(self) -> _Child:
+        try:
+            return self._idle.get_nowait()
+        except Empty:
+            return _Child()
 
 
 class _Child:
     """A process that judges one file after the other."""
 
     def __init__(self) -> None:
+        """Raises OSError where no process can be had."""
         root = str(Path(__file__).parents[3])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread takes address space
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({SECONDS})"],
             stdin=subprocess.PIPE,
@@ -103,6 +121,9 @@ class _Child:
             env=environment,
         )
         self.alive = True
+        if self._process.stdout.readline() != _READY:
+            self.end()
+            raise OSError(f"the process for images ended with code {self._process.returncode}")
 
     def judge(self, path: Path) -> Verdict:
         stalled = threading.Timer(_WAIT, self._process.kill)
@@ -147,18 +168,18 @@ def _died(code: int, hung: bool) -> Verdict:
 
 def serve(seconds: float) -> None:
     """The child: a path a line on stdin, its verdict on stdout, until stdin ends; ``seconds`` of processor time a file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent decides
+    for name, action in (("SIGINT", signal.SIG_IGN), ("SIGUSR1", signal.SIG_IGN), ("SIGPROF", signal.SIG_DFL)):
+        if hasattr(signal, name):  # the first two reach every process of a terminal and of a job; its parent decides
+            signal.signal(getattr(signal, name), action)
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a process a core reads images already
     _limit_memory()
+    timer = signal.setitimer if hasattr(signal, "setitimer") else lambda *_: None  # where not, only the parent's clock watches
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
-        path = json.loads(line)
-        if hasattr(signal, "setitimer"):  # else only the parent's clock watches
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
-        try:
-            verdict = _judged(read_bytes(path))
-        except (OSError, ValueError, MemoryError) as error:
-            verdict = _refused(error)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        timer(getattr(signal, "ITIMER_PROF", 0), seconds)  # its signal ends the process
+        verdict = _unwatched(json.loads(line))
+        timer(getattr(signal, "ITIMER_PROF", 0), 0)
         sys.stdout.buffer.write(json.dumps(verdict).encode() + b"\n")
         sys.stdout.buffer.flush()
 

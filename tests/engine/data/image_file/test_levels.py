@@ -126,5 +126,12 @@ def test_what_was_scaled_and_what_shows_nothing_is_said_and_cached(tmp_path, cap
         prints.add(open_set("folder", folder, cache_dir=cache).train.fingerprint)
         said.append(capfd.readouterr().err)
     assert said[0] == said[1] and len(prints) == 1 and before not in prints
-    assert "how levels were read: 1 x 12-bit levels in 16 bits; of 5 files (the first is deep.png)" in said[0]
+    assert "not read as they are: 1 x 12-bit levels in 16 bits; of 5 files (the first is deep.png)" in said[0]
     assert "warning: nothing to see in: 1 x nearly black, 1 x of one color; of 5 files (the first is night.jpg)" in said[0]
+
+
+def test_a_tiff_of_several_pages_says_that_one_was_read(tmp_path):
+    pages = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "lime", "blue")]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    image, _, note = read_image(tmp_path / "x.tif")
+    assert note == "first of 3 pages" and image.getpixel((0, 0)) == (255, 0, 0)

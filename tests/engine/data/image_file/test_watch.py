@@ -165,3 +165,17 @@ def test_a_verdict_on_content_is_remembered(folder, tmp_path, monkeypatch):
 def test_signals_that_end_a_decoder_are_told_apart():
     assert watch._died(-signal.SIGABRT, False).lasting and not watch._died(-signal.SIGTERM, False).lasting
     assert not watch._died(1, False).lasting and "code 1" in watch._died(1, False).reason
+
+
+@pytest.mark.parametrize("fault", ["no process", "a process that does not start"])
+def test_without_a_process_files_are_read_in_the_thread(fault, tmp_path, monkeypatch):
+    if fault == "no process":
+
+        def refused(*arguments, **options):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(watch.subprocess, "Popen", refused)
+    else:
+        monkeypatch.setattr(watch.sys, "executable", "/bin/false")
+    with Watch() as watched:
+        assert watched.judge(odd(tmp_path / "a.png")).height == odd_files.SIDE
