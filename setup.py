@@ -37,7 +37,7 @@ setup(
         "open_clip_torch>=3.3",
         "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
         "numpy>=2.0",
-        "pillow>=11",
+        "pillow>=11.3",
         "scipy>=1.15",
         "safetensors>=0.5",
         "pydantic>=2.11",

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 from engine.console import say
-from engine.errors import BrokenFile, ConfigError
+from engine.errors import BrokenFile, ConfigError, WorkerDied
 
-FAILURES = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, BrokenFile)
+FAILURES = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, BrokenFile, WorkerDied)
 """What data, files, settings and missing packages do; messages of these name the remedy."""
 
 Main = Callable[[Sequence[str] | None], int]

@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class BrokenFile(RuntimeError):
     """A file that was readable when the list was made and no longer is."""
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads images and ended before its work was done."""

@@ -20,18 +20,20 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image
 
-from engine.console import printable, with_progress
+from engine.console import printable, say, with_progress
 from engine.data import layouts
-from engine.data.image_file import MAX_PIXELS, read_image
+from engine.data.image_file import MAX_PIXELS, Verdict, Watch, read_image
 from engine.data.layouts.lists import BadFile, Split
 from engine.data.layouts.official import AIRCRAFT_BANNER
 from engine.data.machine import cores
 from engine.errors import BrokenFile
 from engine.files import write_text
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = f"2, Pillow {PIL.__version__}"
+"""Of the check's rows; what Pillow reads changes with it."""
 _EMPTY_CLASS = "empty class: no readable image"
 
 
@@ -48,9 +50,10 @@ class ImageList:
     sizes: npt.NDArray[np.int32]
     """[N, 2] height and width in pixels after EXIF rotation, without ``cut``."""
     plain: npt.NDArray[np.bool_]
-    """[N] RGB or grey JPEG, or 8-bit PNG without palette: read alike by every decoder; all else is left to PIL."""
+    """[N] read alike by every decoder, as the bytes of the file show (image_file/markers.py): 8-bit Huffman-coded RGB or gray JPEG,
+    8-bit PNG without palette, animation or orientation; all else is left to PIL."""
     fingerprint: str
-    """sha256 over names, byte sizes and modification times, and ``cut``."""
+    """sha256 over names, byte sizes and modification times, how unusual levels were scaled, and ``cut``."""
     cut: int = 0
     """Rows at the bottom of every file's upright picture that are no part of the image. A loader that opens files itself need
     not know: its boxes count from the top left and lie within ``sizes``."""
@@ -89,14 +92,11 @@ class Catalog(NamedTuple):
 
 
 class _Check(NamedTuple):
-    """What one decode found: (height, width, plain), or why it failed."""
+    """What one file was when it was read, and what that came to."""
 
     size: int
     mtime: int
-    height: int
-    width: int
-    plain: bool
-    reason: str | None
+    verdict: Verdict
 
 
 def load(
@@ -125,6 +125,7 @@ def load(
         raise ValueError(f"data.crop_banner: only images of data.name=aircraft have a banner, not those of {name}")
     layout = layouts.read(name, root, train=train, test=test)
     checks = _check_files(name, layout, workers, cache_dir, progress)
+    _say_what_is_unusual(checks)
     bad = list(layout.bad)
     cut = AIRCRAFT_BANNER if crop_banner else 0
     of_train = _finish(layout, layout.train, checks, bad, cut)
@@ -207,12 +208,12 @@ def _check_files(
             absent.append(n)
             continue
         except OSError as error:  # a link to itself, a name that is too long, no permission
-            checks[n] = _Check(0, 0, 0, 0, False, error.strerror)
+            checks[n] = _Check(0, 0, Verdict(reason=error.strerror or str(error) or type(error).__name__))
             continue
         if not stat.S_ISREG(found.st_mode):  # a pipe would block whoever opens it
-            checks[n] = _Check(0, 0, 0, 0, False, "not a regular file")
+            checks[n] = _Check(0, 0, Verdict(reason="not a regular file"))
         elif n in known and known[n][:2] == [found.st_size, found.st_mtime_ns]:
-            checks[n] = _Check(*known[n])
+            checks[n] = _Check(*known[n][:2], Verdict(*known[n][2:]))
         else:
             todo.append((n, found))
     if absent:
@@ -224,24 +225,29 @@ def _check_files(
     if not todo:
         return checks
 
-    def check(item: tuple[str, os.stat_result]) -> tuple[str, _Check]:
-        n, found = item
-        try:
-            image, plain = read_image(root / n)
-        except (OSError, ValueError) as error:
-            reason = str(error) or type(error).__name__
-            return n, _Check(found.st_size, found.st_mtime_ns, 0, 0, False, reason)
-        return n, _Check(found.st_size, found.st_mtime_ns, image.height, image.width, plain, None)
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or cores()) as pool:  # PIL decodes without the GIL
+    with warnings.catch_warnings(), Watch() as watch, ThreadPoolExecutor(workers or cores()) as pool:  # PIL decodes without the GIL
         warnings.simplefilter("ignore")  # PIL warns of large images and odd EXIF; what matters becomes a reason
+
+        def check(item: tuple[str, os.stat_result]) -> tuple[str, _Check]:
+            n, found = item
+            return n, _Check(found.st_size, found.st_mtime_ns, watch.judge(root / n))
+
         checks.update(with_progress(pool.map(check, todo), len(todo), f"checking {name}", progress))
     if cache is not None:
         try:
-            _write_cache(cache, {**known, **{n: list(checks[n]) for n, _ in todo}})
+            _write_cache(cache, known | {n: _row(checks[n]) for n, _ in todo if checks[n].verdict.lasting})
         except OSError as error:
             warnings.warn(f"the check of {root} could not be kept in {cache} ({error}); it will be repeated", stacklevel=3)
     return checks
+
+
+def _say_what_is_unusual(checks: dict[str, _Check]) -> None:
+    """A line for levels that were scaled or laid on a ground, and one for pictures with nothing to see."""
+    for lead, what in (("not read as they are", lambda v: v.note), ("warning: nothing to see in", lambda v: v.empty)):
+        found = {n: what(c.verdict) for n, c in checks.items() if c.verdict.reason is None and what(c.verdict)}
+        if found:
+            kinds = ", ".join(f"{count} x {text}" for text, count in Counter(found.values()).most_common())
+            say(f"{lead}: {kinds}; of {len(checks)} files (the first is {printable(next(iter(found)))})")
 
 
 def _read_cache(path: Path) -> dict[str, list]:
@@ -254,9 +260,14 @@ def _read_cache(path: Path) -> dict[str, list]:
         return {}
 
 
+def _row(check: _Check) -> list:
+    """One check as the cache keeps it: verdicts about the content alone, since no other outlives its cause."""
+    return [check.size, check.mtime, *check.verdict[:-1]]
+
+
 def _is_row(row: list) -> bool:
     kinds = [type(value) for value in row]
-    if kinds[:5] != [int, int, int, int, bool] or kinds[5:] not in ([NoneType], [str]):
+    if kinds[:7] != [int, int, int, int, bool, str, str] or kinds[7:] not in ([NoneType], [str]):
         return False
     return 0 <= min(row[2:4]) <= max(row[2:4]) <= MAX_PIXELS
 
@@ -270,9 +281,10 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
     """Drops unreadable files; what was dropped, and classes left without an image, are added to ``bad``."""
     keep = []
     for i, n in enumerate(split.names):
-        reason = checks[n].reason
-        if reason is None and checks[n].height <= cut:
-            reason = f"only {checks[n].height} rows high, {cut} of which data.crop_banner takes away"
+        verdict = checks[n].verdict
+        reason = verdict.reason
+        if reason is None and verdict.height <= cut:
+            reason = f"only {verdict.height} rows high, {cut} of which data.crop_banner takes away"
         if reason is None:
             keep.append(i)
         else:
@@ -285,14 +297,15 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
     used = [checks[n] for n in names]
     digest = hashlib.sha256(f"cut {cut}\n".encode() if cut else b"")
     for n, c in zip(names, used, strict=True):
-        digest.update(os.fsencode(f"{n}\0{c.size}\0{c.mtime}\n"))
+        how = f"\0{c.verdict.note}" if c.verdict.note else ""
+        digest.update(os.fsencode(f"{n}\0{c.size}\0{c.mtime}{how}\n"))
     return ImageList(
         root=layout.root,
         names=names,
         labels=labels,
         classes=layout.classes,
-        sizes=np.array([(c.height - cut, c.width) for c in used], np.int32).reshape(-1, 2),
-        plain=np.array([c.plain for c in used], bool),
+        sizes=np.array([(c.verdict.height - cut, c.verdict.width) for c in used], np.int32).reshape(-1, 2),
+        plain=np.array([c.verdict.plain for c in used], bool),
         fingerprint=digest.hexdigest(),
         cut=cut,
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from engine.data.image_file import read_image
+from engine.data.image_file import read_image, upright_rgb
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.loaders.torch_loader import Normalize, clean_view
 from engine.data.views import clean_resize
@@ -23,8 +23,7 @@ class Transform:
 
     def __call__(self, image: Image.Image | str | Path) -> torch.Tensor:
         """A PIL image or an image file -> [3, S, S] float32. Raises ``OSError`` or ``ValueError`` for a file that is no image."""
-        opened = isinstance(image, Image.Image)
-        upright = ImageOps.exif_transpose(image).convert("RGB") if opened else read_image(Path(image))[0]
+        upright = upright_rgb(image) if isinstance(image, Image.Image) else read_image(image).image
         view = clean_view(upright, clean_resize(self.image_size), self.image_size, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(view))
         return Normalize(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"), torch.float32)(pixels[None])[0]

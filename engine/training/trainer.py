@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
 from engine.console import console, say
 from engine.data import Loader
-from engine.errors import BrokenFile
+from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
 from engine.run_folder import RunFolder
 from engine.training import checkpoint, precision
@@ -243,15 +243,16 @@ class Trainer:
 
     @contextmanager
     def saved_when_broken(self) -> Iterator[None]:
-        """When an image can no longer be read, by the loader or by a hook, what was learned until then is saved first. Not with
-        several processes: the others wait elsewhere, and a state that is held in parts needs them all."""
+        """When an image can no longer be read, by the loader or by a hook, or a process that loads images dies, what was learned
+        until then is saved first. Not with several processes: the others wait elsewhere, and a state that is held in parts needs
+        them all."""
         try:
             yield
-        except BrokenFile as error:
+        except (BrokenFile, WorkerDied) as error:
             if self.world.size == 1:
                 self.save()
             self.saver.wait()
-            raise BrokenFile(f"{error}; last good checkpoint: {self.saver.saved or 'none'}") from None
+            raise type(error)(f"{error}; last good checkpoint: {self.saver.saved or 'none'}") from None
 
     def with_teacher(self, batch: Batch) -> Batch:
         """The batch with its images' cached teacher embeddings, when the method wants them."""

@@ -116,7 +116,7 @@ IMAGES = [
     image("bomb.gif", b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";", "bomb.gif\t"),
     image("bomb.ppm", b"P6 100000 100000 255\n", "pixels"),
     image("no_area.ppm", b"P6 0 0 255\n", "no_area.ppm\t"),
-    image("float.tif", lambda p: Image.fromarray(np.zeros((4, 4), np.float32)).save(p), "floating-point"),
+    image("float.tif", lambda p: Image.fromarray(np.full((4, 4), -1, np.float32)).save(p), "floating-point"),
     image("32_bit.tif", lambda p: Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(p), "32-bit"),
     image("notes.txt", b"read me", "not an image file"),
     image("no_suffix", b"\xff\xd8", "no suffix"),

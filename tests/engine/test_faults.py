@@ -1,6 +1,7 @@
 """Faults that a run survives: killed at any step, a disk that is full, images that vanish, signals, numbers that are not finite."""
 
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -285,6 +286,23 @@ def test_an_image_that_vanishes_stops_the_run_after_a_save_and_the_run_goes_on_w
     assert main(["--cfg", str(recipe), "--out", "gone", f"data.loader={loader}"]) == 0
     if loader == "torch":
         assert_same_run(Path("gone"), uninterrupted)
+
+
+def test_a_killed_worker_stops_the_run_after_a_save_and_the_run_goes_on(
+    recipe: Path, uninterrupted: Path, capfd: pytest.CaptureFixture
+) -> None:
+    def kill_workers() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        after_the_first_save(patch, kill_workers)
+        assert main(["--cfg", str(recipe), "--out", "killed", "data.workers=1"]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    saved = checkpoint.list_checkpoints(Path("killed/checkpoints"))[-1]
+    assert "was ended by SIGKILL" in error and f"last good checkpoint: {saved}" in error and "Traceback" not in error
+    assert main(["--cfg", str(recipe), "--out", "killed", "data.workers=1"]) == 0
+    assert_same_run(Path("killed"), uninterrupted)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(recipe: Path, uninterrupted: Path, capfd: pytest.CaptureFixture) -> None:

@@ -25,6 +25,24 @@ _BRANDS = {"AVIF": {b"avif", b"avis"}, "HEIF": {b"heic", b"heix", b"heim", b"hei
 """Of ISO's container, in the order in which they are looked for: ``mif1`` says only that there is an image."""
 
 
+_OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull where it came from",
+    b"%!PS": "PostScript, which is not opened: drawing it starts a program",
+    b"\xc5\xd0\xd3\xc6": "PostScript, which is not opened: drawing it starts a program",
+    b"%PDF": "a PDF; export its pages as images",
+    b"<svg": "an SVG drawing; export it as PNG",
+    b"<?xml": "an XML file; where it is an SVG drawing, export it as PNG",
+    b"<!doctype html": "an HTML page: the download failed",
+    b"<html": "an HTML page: the download failed",
+    b"8BPS": "a Photoshop file; export it as PNG or TIFF",
+    b"\x93NUMPY": "a NumPy array; save it as PNG or TIFF",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+}
+READ = "JPEG, PNG, TIFF, WebP, GIF, BMP, PPM, JPEG 2000, AVIF, HEIF"
+"""In words."""
+
+
 def signature(file: Path | str | bytes) -> str | None:
     """The format of an image file, by its first bytes (``file`` as bytes) or by those that lie at a path, whatever its suffix:
     JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM, JPEG2000, AVIF or HEIF; None for anything else.
@@ -48,3 +66,10 @@ def signature(file: Path | str | bytes) -> str | None:
         brands = {head[8:12], *(head[i : i + 4] for i in range(16, min(int.from_bytes(head[:4], "big"), HEAD), 4))}
         return next((name for name, known in _BRANDS.items() if brands & known), None)
     return None
+
+
+def what_else(data: bytes) -> str:
+    """What a file is, as far as that is seen, that is none of these."""
+    head = data[:HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    found = next((text for magic, text in _OTHERS.items() if head.startswith(magic.lower())), None)
+    return f"not an image: {found}" if found else f"not an image in a format that is read ({READ})"

@@ -6,7 +6,8 @@ Order and randomness are fed in by step number, so the pipeline holds no state w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +15,14 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from torch import Tensor
 
 from engine.config import Config
-from engine.console import say
+from engine.console import printable, say
 from engine.data.catalog import ImageList
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import HARDWARE_DECODER_SHARE, cores
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
+from engine.errors import BrokenFile
 from ppssl.method import Batch
 from ppssl.ops import recolour
 
@@ -50,7 +52,15 @@ class DaliLoader:
         self._dali_colour = cfg.data.aug == "dali"
         self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
         self._depth = _PREFETCH
+        self._decode: dict = {"device": "cpu"}
         if self._gpu:
+            height, width = np.quantile(images.sizes, 0.99, axis=0, method="higher").tolist()
+            self._decode = {
+                "device": "mixed",
+                "hw_decoder_load": HARDWARE_DECODER_SHARE,
+                "preallocate_height_hint": height,
+                "preallocate_width_hint": width,
+            }
             batch = 3 * int(np.sort(images.sizes.astype(np.int64).prod(1))[-(cfg.batch_size // shard.processes) :].sum())
             room = int(MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0])
             self._depth = depth_within(batch, room)
@@ -99,11 +109,18 @@ class DaliLoader:
         """One iteration's outputs as tensors that share DALI's memory (and keep it)."""
         try:
             outputs = pipeline.run(torch.cuda.current_stream(self._device)) if self._gpu else pipeline.run()
-        except RuntimeError:
-            for later in range(step, step + self._depth + 1):  # DALI does not say which file it was
-                for i in self._values(later)[0].tolist():
-                    self._images.read(i)
-            raise
+        except RuntimeError as error:
+            # DALI does not say which file it was
+            ahead = [i for later in range(step, step + self._depth + 1) for i in self._values(later)[0].tolist()]
+            for i in ahead:
+                self._images.read(i)
+            paths = [self._images.path(i) for i in ahead if self._images.plain[i]]
+            failed = next((path for path, pixels in zip(paths, decoded(paths, self._decode), strict=False) if pixels is None), None)
+            if failed is None:
+                raise
+            raise BrokenFile(
+                f"{printable(str(failed))}: DALI cannot decode it, though PIL can; save it again, or use data.loader=torch"
+            ) from error
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
     def _values(self, step: int) -> tuple[np.ndarray, tuple[ViewValues, ViewValues]]:
@@ -140,22 +157,13 @@ class DaliLoader:
                 fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
             return fed + (_centers(images.sizes[index], side) if self._with_clean else [])
 
-        decode: dict = {"device": "cpu"}
-        if self._gpu:
-            height, width = np.quantile(images.sizes, 0.99, axis=0, method="higher").tolist()
-            decode = {
-                "device": "mixed",
-                "hw_decoder_load": HARDWARE_DECODER_SHARE,
-                "preallocate_height_hint": height,
-                "preallocate_width_hint": width,
-            }
         pipeline = _pipeline(
             feed,
             side,
             all_plain,
             self._dali_colour,
             self._with_clean,
-            decode,
+            self._decode,
             batch_size=self._cfg.batch_size // self._shard.processes,
             num_threads=self._workers,
             device_id=self._device.index if self._gpu else None,
@@ -173,8 +181,8 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
     view_inputs = 11 if dali_colour else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_clean else 0)
     position, *fed = fn.external_source(source=feed, num_outputs=1 + count, batch=True)
-    if all_plain or fed[1]:
-        image = fn.decoders.image(fn.io.file.read(fed[0]), output_type=types.RGB, **decode)
+    if all_plain or fed[1]:  # noqa: SIM108  DALI follows statements only
+        image = _image(fed[0], decode)
     else:
         image = fn.reshape(fed[2].gpu() if gpu else fed[2], layout="HWC")
     outputs = [position]
@@ -190,6 +198,32 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
     if with_clean:
         outputs.append(_normalize(_resize(image, side, fed[-2], fed[-1]), gpu))
     return tuple(outputs)
+
+
+def _image(path, decode: dict):
+    return fn.decoders.image(fn.io.file.read(path), output_type=types.RGB, **decode)
+
+
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+def _one_by_one(paths: Iterator[Path], decode: dict):
+    named = (np.frombuffer(os.fsencode(path), np.uint8) for path in paths)
+    return _image(fn.external_source(source=named, batch=False), decode)
+
+
+def decoded(paths: Sequence[Path], decode: dict) -> Iterator[np.ndarray | None]:
+    """uint8 [height, width, 3] of each file as the loader's decoder reads it, None for one that it does not."""
+    device = torch.cuda.current_device() if decode["device"] == "mixed" else None
+    pipeline = None
+    for i in range(len(paths)):
+        if pipeline is None:
+            pipeline = _one_by_one(iter(paths[i:]), decode, device_id=device)
+            pipeline.build()
+        try:
+            (output,) = pipeline.run()
+            yield np.array((output.as_cpu() if device is not None else output).at(0))
+        except RuntimeError:  # after which a pipeline is of no use
+            pipeline = None
+            yield None
 
 
 def _resize(image, side: int, start, end, **options):

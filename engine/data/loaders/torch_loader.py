@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import functional as F
 
 from engine.config import Config
+from engine.console import say
 from engine.data.catalog import ImageList
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
-from engine.errors import BrokenFile
+from engine.errors import BrokenFile, WorkerDied
 from ppssl.method import Batch
 
 
@@ -45,6 +48,9 @@ def execute_view(image: Image.Image, values: ViewValues, b: int, side: int) -> I
     return F.hflip(view) if values.flip[b] else view
 
 
+_SECONDS_TO_DIE = 1
+"""That a worker whose pipe broke takes to end, at most."""
+_GUARD = "where processes are spawned, a script must train below `if __name__ == '__main__':`"
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
@@ -80,10 +86,11 @@ class TorchLoader:
         self._device = torch.device(device)
         dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
-        self._steps = _Steps()
+        self._steps, self._piped = _Steps(), False
         self._loader = DataLoader(
             _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_clean, shard),
             batch_size=None,
+            collate_fn=_as_it_is,
             sampler=self._steps,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
@@ -97,25 +104,70 @@ class TorchLoader:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         self._steps.range = range(start_step, stop_step)
-        for x_q, x_k, x_clean, index in _checked(self._loader):
-            yield Batch(
-                x_q=self._normalize(x_q),
-                x_k=self._normalize(x_k),
-                index=index.to(self._device, non_blocking=True),
-                x_clean=None if x_clean is None else self._normalize(x_clean),
-            )
+        for pixels, index in _checked(self._loader):
+            if isinstance(pixels, np.ndarray):
+                if not self._piped:
+                    say("data.loader=torch: shared memory (/dev/shm) is short; batches go through a pipe, which is slower")
+                pixels, self._piped = torch.from_numpy(pixels), True
+            x_q, x_k, *clean = map(self._normalize, pixels)
+            index = torch.from_numpy(index).to(self._device, non_blocking=True)
+            yield Batch(x_q=x_q, x_k=x_k, index=index, x_clean=clean[0] if clean else None)
 
     def close(self) -> None:
         self._loader = None  # its last reference: DataLoader ends persistent workers when it goes
 
 
-def _checked(items: Iterable[tuple | str]) -> Iterator[tuple]:
-    """Workers hand a broken file over as a message: DataLoader would bury the file's name under the worker's
-    traceback."""
-    for item in items:
+def _checked(loader: DataLoader) -> Iterator[tuple[Tensor | np.ndarray, np.ndarray]]:
+    """What the workers hand over. Raises BrokenFile for what they hand over as a message, since DataLoader would bury the file's
+    name under the worker's traceback, and WorkerDied for one that ended."""
+    if loader.num_workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(f"error: a process that was only to load images began to train: {_GUARD}")
+    items = _started(loader)
+    while True:
+        try:
+            item = next(items, None)
+        except (RuntimeError, OSError, EOFError):  # a worker's end has many faces: the pipe's, the queue's, torch's own
+            for worker in getattr(items, "_workers", ()):
+                worker.join(_SECONDS_TO_DIE)
+                if worker.exitcode is not None:
+                    raise WorkerDied(_death(worker.pid, worker.exitcode)) from None
+            raise
+        if item is None:
+            return
         if isinstance(item, str):
             raise BrokenFile(item)
         yield item
+
+
+def _started(loader: DataLoader) -> Iterator:
+    """The loader's iterator. DataLoader has a worker's death raise wherever the main thread happens to be; without its handler
+    it is found within seconds where the batch is waited for, and nowhere else."""
+    watches = loader.num_workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if watches else None
+    items = iter(loader)
+    if watches:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return items
+
+
+def _death(pid: int, code: int) -> str:
+    """How a worker ended, and what can be done."""
+    names = {-number: number.name for number in signal.Signals}
+    how = f"was ended by {names[code]}" if code in names else f"ended with code {code}"
+    if code > 0:
+        remedy = f"its own message stands above; {_GUARD}, or use data.workers=0"
+    elif names.get(code) == "SIGBUS":
+        remedy = "shared memory (/dev/shm) is full: give the container more (docker run --shm-size=8g), or use data.workers=0"
+    elif names.get(code) == "SIGKILL":
+        remedy = "most often for lack of memory: lower data.workers or batch_size, or use data.workers=0"
+    else:
+        remedy = "start again; if it happens again, use data.workers=0"
+    return f"a worker process of data.loader=torch (pid {pid}) {how}; {remedy}"
+
+
+def _as_it_is(item: tuple | str) -> tuple | str:
+    """A batch is made by its worker; DataLoader's own way would turn arrays into tensors, which need shared memory."""
+    return item
 
 
 def _leave_interrupts(worker: int) -> None:
@@ -139,20 +191,27 @@ class _Steps(Sampler[int]):
 
 
 class _StepDataset(Dataset):
-    """Step -> (x_q, x_k, x_clean | None, index): uint8 [B, S, S, 3] and int64 [B], or what is wrong with a file; a pure
-    function of the step."""
+    """Step -> (views, index): uint8 [2 or 3, B, S, S, 3] for query, key and, if asked for, clean, and int64 [B]; or what is wrong
+    with a file. A pure function of the step."""
 
     def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_clean: bool, shard: Shard):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
         self.with_clean, self.shard = with_clean, shard
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | str:
+    def __getitem__(self, step: int) -> tuple[Tensor | np.ndarray, np.ndarray] | str:
         try:
-            return self._batch(step)
+            pixels, index = self._batch(step)
         except BrokenFile as error:
             return str(error)
+        views = torch.from_numpy(pixels)
+        if get_worker_info() is None:
+            return views, index
+        try:  # here: in the thread that hands it over a failure would be lost, and the batch waited for without end
+            return views.share_memory_(), index
+        except RuntimeError:  # a container has 64 MiB unless it is told otherwise
+            return pixels, index
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.shard)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
@@ -165,5 +224,4 @@ class _StepDataset(Dataset):
             if self.with_clean:
                 resize = clean_resize(self.side)
                 pixels[2, b] = np.asarray(clean_view(image, resize, self.side, Image.Resampling.BILINEAR))
-        views = torch.from_numpy(pixels)
-        return views[0], views[1], views[2] if self.with_clean else None, torch.from_numpy(index.copy())
+        return pixels, index.copy()

@@ -18,9 +18,8 @@ from PIL import Image, ImageFile
 
 from engine.config import Config, DataConfig
 from engine.console import printable, say
-from engine.data import catalog
 from engine.data.catalog import BadFile, write_bad_files
-from engine.data.image_file import read_image
+from engine.data.image_file import Watch, read_image
 from engine.data.loaders.choose import build_loader
 from engine.errors import BrokenFile
 
@@ -34,7 +33,7 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
     (where / "page.jpg").write_text("<html>404</html>")
     (where / "notes.txt").write_text("mine")
     (where / "link.jpg").symlink_to(tmp_path / "gone.jpg")
-    (where / "float.tif").write_bytes(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+    (where / "float.tif").write_bytes(encoded(Image.fromarray(np.linspace(-1, 0, 16, dtype=np.float32).reshape(4, 4)), "TIFF"))
     (where / "huge.png").write_bytes(huge("png", 30000))
     (where / "circle.jpg").symlink_to("circle.jpg")
     os.mkfifo(where / "pipe.jpg")
@@ -52,7 +51,7 @@ def test_bad_files_leave_the_list_with_a_reason(folder, tmp_path):
         "a b/page.jpg": "not an image",
         "a b/notes.txt": "not an image file (.txt)",
         "a b/link.jpg": "broken link",
-        "a b/float.tif": "floating-point",
+        "a b/float.tif": "floating-point levels from -1 to 0",
         "a b/huge.png": "pixels",
         "a b/circle.jpg": "not a file",
         "a b/pipe.jpg": "not a file",
@@ -118,7 +117,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path):
         frames[0].save(tmp_path / f"x.{kind}", save_all=True, append_images=frames[1:], lossless=True)
         with Image.open(tmp_path / f"x.{kind}") as image:
             assert image.n_frames == 3
-        got, _ = read_image(tmp_path / f"x.{kind}")
+        got, *_ = read_image(tmp_path / f"x.{kind}")
         assert got.mode == "RGB" and got.size == (24, 16) and np.asarray(got).reshape(-1, 3).tolist() == [[255, 0, 0]] * 384
 
 
@@ -136,7 +135,7 @@ def test_damage_at_any_byte_is_a_reason_or_a_picture(tmp_path):
                 damaged[rng.integers(0, len(damaged), 1 + i % 4)] = rng.integers(0, 256)
                 path.write_bytes(damaged.tobytes())
                 try:
-                    image, _ = read_image(path)
+                    image, *_ = read_image(path)
                     assert image.mode == "RGB" and min(image.size) > 0
                 except (OSError, ValueError) as error:
                     assert str(error)
@@ -165,7 +164,7 @@ def named(tmp_path: Path) -> Path:
 def test_any_name_is_listed_cached_and_reported(named, tmp_path, monkeypatch, capfd):
     (named / NAMES[3]).write_bytes(b"")
     first = open_set("folder", named, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(catalog, "read_image", lambda path: pytest.fail(f"{path} was opened again"))
+    monkeypatch.setattr(Watch, "judge", lambda self, path: pytest.fail(f"{path} was opened again"))
     again = open_set("folder", named, cache_dir=tmp_path / "cache")
     assert set(first.train.names) == set(NAMES) - {NAMES[3]} and again.train.fingerprint == first.train.fingerprint
     more = tuple(BadFile(name, "why") for name in NAMES)
@@ -266,7 +265,7 @@ ODD = {
 def test_every_kind_becomes_8_bit_rgb(name, tmp_path):
     source = ODD[name](ramp())
     source.save(tmp_path / name)
-    got, plain = read_image(tmp_path / name)
+    got, plain, _ = read_image(tmp_path / name)
     assert got.mode == "RGB" and got.size == (32, 16)
     assert plain == name.startswith(("grey", "alpha"))
     if name == "bilevel.png":
@@ -285,7 +284,7 @@ def test_exif_rotation_is_applied_once(turn, kind, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = turn
     path = picture(tmp_path / f"train/a/x.{kind}", (24, 16), exif=exif)
-    got, plain = read_image(path)
+    got, plain, _ = read_image(path)
     with Image.open(path) as raw:
         upright = {1: raw, 2: raw.transpose(0), 3: raw.transpose(3), 4: raw.transpose(1)}
         upright |= {5: raw.transpose(5), 6: raw.transpose(4), 7: raw.transpose(6), 8: raw.transpose(2)}
@@ -299,8 +298,8 @@ def test_the_cache_opens_a_file_again_only_when_it_changed(folder, tmp_path, mon
     (folder / "train/a b/empty.jpg").touch()
     first = open_set("folder", folder, cache_dir=cache)
     opened: list[str] = []
-    real = read_image
-    monkeypatch.setattr(catalog, "read_image", lambda path: opened.append(path.name) or real(path))
+    real = Watch.judge
+    monkeypatch.setattr(Watch, "judge", lambda self, path: opened.append(path.name) or real(self, path))
     again = open_set("folder", folder, cache_dir=cache)
     assert not opened and again.bad == first.bad and again.train.fingerprint == first.train.fingerprint
     np.testing.assert_array_equal(again.train.sizes, first.train.sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import threading
 from pathlib import Path
 
@@ -206,6 +207,19 @@ def test_a_file_that_breaks_later_is_named(images, tmp_path, damage):
         (tmp_path / broken).write_bytes(content.getvalue())
     loader = build_loader(dataclasses.replace(images, root=Path(tmp_path)), config(), "cpu")
     with pytest.raises(BrokenFile, match=broken):
+        list(loader.batches(0, 3))
+    loader.close()
+
+
+def test_a_file_that_dali_alone_cannot_decode_is_named(images, tmp_path):
+    shutil.copytree(images.root, tmp_path / "photos")
+    root = tmp_path / "photos"
+    whole = images.path(5).read_bytes()
+    (root / images.names[5]).write_bytes(whole[:20] + b"junk" + whole[20:])
+    odd = load("folder", root, progress=False).train
+    assert np.flatnonzero(~odd.plain).tolist() == [5]
+    loader = build_loader(dataclasses.replace(odd, plain=np.ones(len(odd), bool)), config(), "cpu")
+    with pytest.raises(BrokenFile, match=f"{images.names[5]}: DALI cannot decode it, though PIL can; .*data.loader=torch"):
         list(loader.batches(0, 3))
     loader.close()
 

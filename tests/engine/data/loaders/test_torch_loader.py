@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +19,14 @@ from torchvision import transforms as T
 import engine.data.loaders.choose
 from engine.config import Config, DataConfig
 from engine.data.catalog import ImageList, load
+from engine.data.loaders import torch_loader
 from engine.data.loaders.choose import build_loader
 from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.loaders.torch_loader import execute_view
 from engine.data.sampler import batch_at
 from engine.data.views import view_values
-from engine.errors import BrokenFile
+from engine.errors import BrokenFile, WorkerDied
 
 SIDE = 32
 
@@ -165,3 +169,53 @@ def test_importing_the_package_imports_neither_torch_nor_dali():
     root = Path(engine.data.__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_cause_and_remedy(images):
+    handler = signal.getsignal(signal.SIGCHLD)
+    loader = build_loader(images, config(workers=2), "cpu")
+    batches = loader.batches(0, 10_000)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == handler  # a worker's death interrupts nothing but the wait for its batch
+    worker = loader._loader._iterator._workers[1]
+    os.kill(worker.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(WorkerDied, match=rf"\(pid {worker.pid}\) was ended by SIGKILL; .*lack of memory: lower data.workers"):
+        for _ in batches:
+            pass
+    assert time.monotonic() - started < 30
+    loader.close()
+    assert "--shm-size=8g" in torch_loader._death(1, -signal.SIGBUS) and "code 3" in torch_loader._death(1, 3)
+
+
+def test_workers_do_without_shared_memory_where_there_is_none(images, monkeypatch, capfd):
+    expected = list(build_loader(images, config(), "cpu", with_clean=True).batches(0, 4))
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # what DataLoader itself would call
+    loader = build_loader(images, config(workers=1), "cpu", with_clean=True)
+    for a, b in zip(loader.batches(0, 4), expected, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("x_q", "x_k", "x_clean", "index"))
+    loader.close()
+    assert capfd.readouterr().err.count("shared memory (/dev/shm) is short") == 1
+
+
+def test_a_script_that_spawns_without_a_main_guard_is_told_of_it(images, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from engine.config import Config, DataConfig\n"
+        "from engine.data.catalog import load\n"
+        "from engine.data.loaders.torch_loader import TorchLoader\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        f"images = load('folder', {str(images.root)!r}, progress=False).train\n"
+        "cfg = Config(batch_size=4, data=DataConfig(workers=1, image_size=32))\n"
+        "next(TorchLoader(images, cfg, 'cpu').batches(0, 1))\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 1 and "below `if __name__ == '__main__':`" in lines[-1] and "data.workers=0" in lines[-1]
+    assert sum(line.startswith("Traceback") for line in lines) == 1  # the script's own
