@@ -57,7 +57,7 @@ def locked(path: Path, on_wait: Callable[[str], object] | None) -> Iterator[None
             except BlockingIOError:
                 if on_wait is None:
                     raise
-                on_wait(os.pread(file, 200, 0).decode(errors="replace") or "another process")
+                on_wait(os.pread(file, 200, 0).decode(errors="replace").strip() or "another process")
                 fcntl.flock(file, fcntl.LOCK_EX)
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.console import printable, with_progress
+from engine.console import printable, say, with_progress
 from engine.data import layouts
 from engine.data.image_file import MAX_PIXELS, read_image
 from engine.data.layouts.lists import BadFile, Split
@@ -29,7 +29,7 @@ from engine.data.machine import cores
 from engine.errors import BrokenFile
 from engine.files import write_text
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,11 @@ def _check_files(
 def _read_cache(path: Path) -> dict[str, list]:
     """{} for a cache that is missing, damaged or of another version: it only saves time. A row that is none is passed over."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if digest != hashlib.sha256(text.encode()).hexdigest():
+            say(f"{path} is damaged or of a former version; every file is checked again")
+            return {}
+        content = json.loads(text)
         files = content["files"] if content["version"] == _CACHE_VERSION else {}
         return {n: row for n, row in files.items() if _is_row(row)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -214,7 +218,7 @@ def _is_row(row: list) -> bool:
 
 def _write_cache(path: Path, files: dict[str, list]) -> None:
     text = json.dumps({"version": _CACHE_VERSION, "files": files})
-    write_text(path, text)
+    write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad: list[BadFile], cut: int) -> ImageList:
