@@ -7,6 +7,7 @@ the decoded sizes and of the format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -65,7 +66,8 @@ class Decoded:
             if not self._said:
                 self._said = True
                 say(f"{path} is damaged; images are decoded anew where it is, and the next start makes it again")
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # removed by another process, or not ours to remove
+                path.unlink()
             self.image(i)[:] = _kept(self._images, self.sizes, i)  # the map is private: nobody else sees it
         self._checked[i] = True
 
@@ -138,6 +140,8 @@ def _from_file(
     with locked(path.with_suffix(".lock"), waits):  # of several processes one decodes
         start = _start_of_data(path, key, 4 * count + total)
         if start is None:
+            for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed: the lock is ours
+                left.unlink(missing_ok=True)
             free = shutil.disk_usage(folder).free
             if free < total + _SPARE_DISK:
                 raise OSError(f"{folder} has {free / 1e9:.1f} GB free, {(total + _SPARE_DISK) / 1e9:.1f} GB are needed")

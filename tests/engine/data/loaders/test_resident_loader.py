@@ -264,6 +264,15 @@ def test_a_file_that_breaks_before_it_is_decoded_is_named_and_nothing_is_left(im
     assert not list((tmp_path / "decoded").glob("*safetensors*"))
 
 
+def test_what_a_killed_process_decoded_is_removed(images, tmp_path):
+    path = cache_path(images, images.sizes, tmp_path / "decoded")
+    path.parent.mkdir()
+    left, other = path.with_name(f".{path.name}.abc.tmp"), path.with_name(".another-list.safetensors.abc.tmp")
+    left.touch(), other.touch()
+    decode(images, cache_dir=tmp_path)
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, path.with_suffix(".lock").name, other.name])
+
+
 def test_a_file_that_breaks_later_is_not_missed(images, tmp_path):
     whole = run(images, config(), 0, 3)
     loader = build_loader(images, config(), "cpu", cache_dir=tmp_path)
