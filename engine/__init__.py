@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from engine import compiler_cache
+
 if TYPE_CHECKING:
     from engine.build import load
     from engine.training.trainer import Trainer
 
 __all__ = ["Trainer", "load"]
+
+compiler_cache.choose()  # importing torchvision chooses for whoever has not
 
 
 def __getattr__(name: str) -> Any:  # lazily: reading a config needs no torch

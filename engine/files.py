@@ -1,13 +1,21 @@
-"""Files of every room: atomic writes, and the folder for what may be computed again. Needs no torch."""
+"""Files of every room: atomic writes, locks, and the folder for what may be computed again. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -37,6 +45,40 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """``write_atomically`` of a text in UTF-8."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, on_wait: Callable[[str], object] | None) -> Iterator[None]:
+    """Holds the lock file ``path``, which is made where it is missing, within the block; it ends with the process.
+
+    on_wait: called once with the holder, as far as it is known, before waiting for another process; None does not wait.
+    Raises BlockingIOError where it may not wait, OSError for a link or anything else that is no plain file: what lies under a
+    predictable name may have been put there by somebody else. Where the system has no such locks (Windows) nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is None:
+                    raise
+                on_wait(os.pread(file, 200, 0).decode(errors="replace").strip() or "another process")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise OSError(f"{path} is no plain file of its own, as a lock should be; remove it")
+            if not found.st_nlink:  # removed between opening and locking: whoever comes next locks another file
+                continue
+            os.ftruncate(file, 0)
+            os.write(file, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+            return
+        finally:
+            os.close(file)
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -43,7 +42,6 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
 
 def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -> Summary:
     device, folder, cache = world.device, RunFolder(out), cache_folder()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # a second start is warm
     cfg = build.resolve(cfg, device, world.size, world.local_size)
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.console import say
+from engine.console import printable, say
 from engine.files import write_text
 
 try:
@@ -150,11 +150,11 @@ class _Lock:
             return
         while True:
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)  # a link's target is somebody's
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                holder = os.read(file, 1000).decode(errors="replace").strip() or "unknown"
+                holder = printable(os.read(file, 1000).decode(errors="replace").strip()) or "unknown"
                 os.close(file)
                 raise RunFolderInUse(
                     f"{folder}: another process ({holder}) trains here; wait for it, end it, or give another run folder (--out DIR)"

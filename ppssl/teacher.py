@@ -144,6 +144,10 @@ def _check_tag(open_clip: Any, model: str, tag: str, quick_gelu: bool) -> None:
         )
 
 
+MAX_CORPUS = 1 << 18
+"""Bytes of a file of descriptions; its parser takes ten seconds for a megabyte."""
+
+
 SHIPPED = 8
 """Descriptions that are taken of a shipped corpus, as the paper has them."""
 
@@ -162,13 +166,17 @@ def load_descriptions(corpus: str, count: int | None = None) -> list[str]:
     if not own:
         text = (shipped / f"{corpus}.yaml").read_text(encoding="utf-8")
     elif Path(corpus).is_file():
+        if (size := Path(corpus).stat().st_size) > MAX_CORPUS:
+            raise ValueError(f"ais.prompts: {corpus} has {size} bytes, at most {MAX_CORPUS} are read; keep fewer descriptions")
         text = Path(corpus).read_text(encoding="utf-8")
     else:
         names = sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir() if p.name.endswith(".yaml"))
         raise FileNotFoundError(f"ais.prompts: no corpus {corpus!r}; use one of {', '.join(names)} or the path of a YAML file")
     try:
-        entries = [(str(e["text"]), bool(e.get("relevant", False))) for e in yaml.safe_load(text)["descriptions"]]
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        entries = [(e["text"], bool(e.get("relevant", False))) for e in yaml.safe_load(text)["descriptions"]]
+        if not all(isinstance(sentence, str) for sentence, _ in entries):  # nested aliases would grow beyond any memory as text
+            raise TypeError("a description is no text")
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"ais.prompts: {corpus} is not of the form 'descriptions: [{{text: ..., relevant: true}}, ...]'"
         ) from error

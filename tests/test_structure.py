@@ -15,7 +15,7 @@ COMMANDS = ("check", "doctor", "evaluate", "export", "replay", "search", "train"
 # From the ground up: a module may import what stands in a row below its own, or its own package.
 LAYERS = (
     {"errors", "files", "console"},
-    {"run_folder", "config", "command"},
+    {"run_folder", "config", "command", "compiler_cache"},
     {"data", "synthetic"},
     {"pretrained"},
     {"training"},
@@ -108,9 +108,9 @@ def test_others_use_only_what_a_room_offers() -> None:
                 assert module.count(".") > 1 or f"{module}.{taken}" in ALL, f"{name} imports its own room's face"
 
 
-@pytest.mark.parametrize("name", ["engine.config", "engine.errors", "engine.files", "engine.run_folder", "engine.console"])
+@pytest.mark.parametrize("name", ["config", "errors", "files", "run_folder", "console", "compiler_cache"])
 def test_what_reads_settings_and_files_loads_no_torch(name: str) -> None:
-    code = f"import sys, {name}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, engine.{name}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

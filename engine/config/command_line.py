@@ -106,7 +106,7 @@ def _parse(argv: list[str]) -> Arguments:
     if cfg is None:
         raise ConfigError(f"no recipe is named; add --cfg FILE or one of --cfg {', --cfg '.join(recipe_names())}")
     path = find_recipe(cfg)
-    recipe = read(path.read_bytes(), str(path), of_run=path.name == "config.yaml")
+    recipe = read(path, str(path), of_run=path.name == "config.yaml")
     resolve(recipe, str(path))  # so that an error in the file is reported as the file's
     return Arguments(resolve({**recipe, **overrides}, "command line"), path, profile=profile, **switches)
 

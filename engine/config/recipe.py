@@ -15,12 +15,16 @@ from engine.config.schema import Config, checked, flatten, keys, validate
 from engine.errors import ConfigError
 from ppssl.settings import replace_keys
 
+MAX_BYTES, MAX_DEPTH = 1 << 16, 20
+"""Of a recipe: what is larger or deeper is none, and PyYAML takes ten seconds for a megabyte."""
+
 
 class YamlLoader(yaml.SafeLoader):
     """Safe YAML with the core schema of YAML 1.2 (PyYAML's 1.1 reads ``off`` as false and ``1e-4`` as text), in which a
     key that is given twice, a tag and an alias are errors: a recipe needs none, and nested aliases can grow beyond any memory."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -29,7 +33,12 @@ class YamlLoader(yaml.SafeLoader):
             raise ConfigError(f"{where}: the YAML alias *{event.anchor} is refused; write the value out")
         if (tag := getattr(event, "tag", None)) is not None:
             raise ConfigError(f"{where}: the YAML tag {tag} is refused, a recipe holds plain values only; remove it")
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:
+            raise ConfigError(f"{where}: nested more than {MAX_DEPTH} deep; a recipe has sections and lists")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -72,18 +81,25 @@ def from_yaml(source: str | Path) -> Config:
         ConfigError: not YAML, an unknown or a former key, a wrong type or a value out of range.
     """
     origin = str(source) if isinstance(source, Path) else "the YAML text"
-    return resolve(read(source.read_bytes() if isinstance(source, Path) else source, origin), origin)
+    return resolve(read(source, origin), origin)
 
 
 def from_run(source: str | Path) -> Config:
     """Reads what a run has written down, its config.yaml (``Path``) or the text in a checkpoint (``str``): as ``from_yaml``, but
     former names are translated and the nulls of former runs have the values that they had then."""
     origin = str(source) if isinstance(source, Path) else "the config of the run"
-    return resolve(read(source.read_bytes() if isinstance(source, Path) else source, origin, of_run=True), origin)
+    return resolve(read(source, origin, of_run=True), origin)
 
 
-def read(text: str | bytes, origin: str, *, of_run: bool = False) -> dict[str, Any]:
-    """YAML text as {dotted key: value}, keys checked; ``of_run``: see ``from_run``."""
+def read(source: str | bytes | Path, origin: str, *, of_run: bool = False) -> dict[str, Any]:
+    """YAML text or a YAML file as {dotted key: value}, keys checked; ``of_run``: see ``from_run``."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            text: str | bytes = file.read(MAX_BYTES + 1)
+    else:
+        text = source
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{origin}: more than {MAX_BYTES // 1024} kB, which no recipe has; is it the right file?")
     values = _read(text, origin)
     if of_run:
         try:

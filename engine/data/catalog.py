@@ -32,7 +32,7 @@ from engine.data.machine import cores
 from engine.errors import BrokenFile
 from engine.files import write_text
 
-_CACHE_VERSION = f"2, Pillow {PIL.__version__}"
+_CACHE_VERSION = f"3, Pillow {PIL.__version__}"
 """Of the check's rows; what Pillow reads changes with it."""
 _EMPTY_CLASS = "empty class: no readable image"
 
@@ -253,7 +253,11 @@ def _say_what_is_unusual(checks: dict[str, _Check]) -> None:
 def _read_cache(path: Path) -> dict[str, list]:
     """{} for a cache that is missing, damaged or of another version: it only saves time. A row that is none is passed over."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if digest != hashlib.sha256(text.encode()).hexdigest():
+            say(f"{path} is damaged or of a former version; every file is checked again")
+            return {}
+        content = json.loads(text)
         files = content["files"] if content["version"] == _CACHE_VERSION else {}
         return {n: row for n, row in files.items() if _is_row(row)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -274,7 +278,7 @@ def _is_row(row: list) -> bool:
 
 def _write_cache(path: Path, files: dict[str, list]) -> None:
     text = json.dumps({"version": _CACHE_VERSION, "files": files})
-    write_text(path, text)
+    write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad: list[BadFile], cut: int) -> ImageList:

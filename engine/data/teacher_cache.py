@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from engine.console import bar, say
 from engine.data.catalog import ImageList
 from engine.data.loaders.clean_batches import clean_batches
-from engine.files import write_atomically
+from engine.files import read_metadata, write_atomically
 from ppssl.teacher import Teacher
 
 
@@ -34,7 +35,7 @@ def embeddings(
     preprocessing: change any of them and it is computed anew.
     """
     key = cache_key(teacher, images)
-    path = cache_dir / "teacher" / f"{key}.npy" if cache_dir else None
+    path = cache_dir / "teacher" / f"{key}.safetensors" if cache_dir else None
     if path is not None and path.is_file():
         stored = _load(path, (len(images), teacher.dim))
         if stored is not None:
@@ -57,7 +58,9 @@ def embeddings(
             result[index.cpu().numpy()] = teacher.embed(x).half().cpu().numpy()
             progress.advance(task, len(index))
     if path is not None:
-        write_atomically(path, lambda temporary: _save(temporary, result))
+        metadata = {"sha256": hashlib.sha256(result.data).hexdigest()}
+        write_atomically(path, lambda temporary: save_file({"rows": result}, temporary, metadata))
+        path.with_suffix(".npy").unlink(missing_ok=True)  # of former versions, without a checksum
     return torch.from_numpy(result).to(device)
 
 
@@ -83,15 +86,10 @@ def cache_key(teacher: Teacher, images: ImageList) -> str:
 
 
 def _load(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The stored rows, or None for a file that is not what ``_save`` wrote; a pickle in it is not executed."""
+    """The stored rows, or None for a file that is not what was written."""
     try:
-        stored = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        metadata, stored = read_metadata(path), load_file(path)["rows"]
+    except Exception:  # safetensors raises a type of its own for anything that is not its format
         return None
-    whole = isinstance(stored, np.ndarray) and stored.shape == shape and stored.dtype == np.float16
-    return stored if whole and np.isfinite(stored).all() else None
-
-
-def _save(temporary: str, array: np.ndarray) -> None:
-    with open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+    whole = stored.shape == shape and stored.dtype == np.float16 and np.isfinite(stored).all()
+    return stored if whole and metadata.get("sha256") == hashlib.sha256(stored.data).hexdigest() else None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine import compiler_cache
 from engine.training import optim
 from engine.training.distributed import average_all
 from engine.training.graph import CapturedStep
@@ -107,6 +108,8 @@ class Step:
         for module in method.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.num_batches_tracked = None  # one more kernel per layer, and unused with a fixed momentum
+        if compile != "off":
+            compiler_cache.prepare()
         self.compile = compile
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         self._keep_buffers()
@@ -219,7 +222,7 @@ class Step:
     def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
         """``_whole`` as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes and
         the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
-        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, dynamic=False, backend=backend)
+        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, **_how(backend))
 
         def run(batch: Batch) -> Output:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -233,7 +236,7 @@ class Step:
         functorch = torch._functorch.config
 
         def compiled(maps: Callable) -> Callable:
-            inner = torch.compile(maps, dynamic=False, backend=backend)
+            inner = torch.compile(maps, **_how(backend))
 
             def run(images: Tensor) -> dict[str, Tensor]:
                 with functorch.patch(donated_buffer=False):
@@ -285,3 +288,8 @@ class Step:
         self._keep_buffers()  # a compiled graph holds these very tensors
         self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
+
+
+def _how(backend: Any) -> dict[str, Any]:
+    """Arguments of ``torch.compile``."""
+    return {"dynamic": False, "backend": backend} | ({"options": compiler_cache.OPTIONS} if backend == "inductor" else {})

@@ -1,5 +1,6 @@
 """Everything malformed that somebody may hand to a run, in one table: what is said to it, or that it is passed over."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 from torch import nn
 
 from engine import build, console, run_folder
@@ -232,7 +234,6 @@ RECIPES = [
     recipe("above a range", "ema: {decay: 1.0}", "ema.decay", "[0, 1)"),
     recipe("with a seed too large", f"seed: {2**63}", "seed", "2**63"),
     recipe("with digits without end", f"seed: {'9' * 5000}", "YAML"),
-    recipe("with brackets without end", "seed: " + "[" * 20000, "YAML"),
     recipe("with a queue below a batch", "queue: {size: 4}", "queue.size", "batch_size"),
     recipe("with an odd image size", "data: {image_size: 65}", "data.image_size", "multiple of 32"),
     recipe("with an unknown precision", "amp: fp8", "amp", "fp8", "bf16"),
@@ -241,6 +242,9 @@ RECIPES = [
     recipe("that names Python", "seed: !!python/name:os.system", "python/name", "refused"),
     recipe("with a tag of its own", "seed: !include /etc/passwd", "!include", "refused"),
     recipe("with a binary tag", "out: !!binary aGk=", "binary", "refused"),
+    recipe("of five megabytes", "seed: 1\n" + "# filler\n" * 600_000, "more than 64 kB", "right file"),
+    recipe("nested 21 deep", "seed: " + "[" * 20 + "]" * 20, "line 1", "nested more than 20 deep"),
+    recipe("with brackets without end", "seed: " + "[" * 60_000, "nested more than 20 deep"),
     recipe("with an alias", "seed: &s 1\nepochs: *s", "line 2", "*s", "refused"),
     recipe("with a billion laughs", LAUGHS, "refused"),
     line("without a recipe", words=("--cfg",)),
@@ -376,7 +380,13 @@ CHECKPOINTS = [
 # Caches: only time is lost.
 
 
-def image_cache(name: str, change: Callable[[dict], object] | str) -> Case:
+def sealed(text: str) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def image_cache(name: str, change: Callable[[dict], object] | str, words: str = "", *, seal: bool = True) -> Case:
+    """seal: what is changed has the digest of what it is now, as if a former version had written it."""
+
     def run(folder: Path) -> str:
         picture(folder / "data/x.jpg", (20, 16))
         load = partial(catalog.load, "folder", folder / "data", workers=1, cache_dir=folder / "cache", progress=False)
@@ -385,12 +395,20 @@ def image_cache(name: str, change: Callable[[dict], object] | str) -> Case:
         if isinstance(change, str):
             path.write_text(change)
         else:
-            content = json.loads(path.read_text())
+            digest, _, text = path.read_text().partition("\n")
+            content = json.loads(text)
             change(content)
-            path.write_text(json.dumps(content))
-        return f"sizes {load().train.sizes.tolist()}"
+            text = json.dumps(content)
+            path.write_text(sealed(text) if seal else f"{digest}\n{text}")
+        with console.console.capture() as said:
+            sizes = load().train.sizes.tolist()
+        return f"{said.get()} sizes {sizes}"
 
-    return Case(f"cache of images {name}", run, None, ("sizes [[16, 20]]",))
+    return Case(f"cache of images {name}", run, None, (words, "sizes [[16, 20]]"))
+
+
+def stored_rows(path: Path, rows: np.ndarray) -> None:
+    save_file({"rows": rows}, path, {"sha256": hashlib.sha256(rows.tobytes()).hexdigest()})
 
 
 def teacher_rows(name: str, write: Callable[[Path], object]) -> Case:
@@ -407,24 +425,28 @@ def teacher_rows(name: str, write: Callable[[Path], object]) -> Case:
             assert torch.equal(look(), good)
         return said.get()
 
-    return Case(f"cache of the teacher {name}", run, None, (".npy is damaged",))
+    return Case(f"cache of the teacher {name}", run, None, (".safetensors is damaged",))
 
 
 CACHES = [
-    image_cache("that is no JSON", "{"),
-    image_cache("that is a list", "[]"),
-    image_cache("with brackets without end", "[" * 100_000),
+    image_cache("that is no JSON", sealed("{")),
+    image_cache("that is a list", sealed("[]")),
+    image_cache("with brackets without end", sealed("[" * 100_000)),
+    image_cache("without a digest", "{}", "is damaged"),
+    image_cache("with a wrong size", lambda c: c["files"]["x.jpg"].__setitem__(2, 18), "is damaged", seal=False),
     image_cache("of another version", lambda c: c.update(version=0)),
     image_cache("with a row in words", lambda c: c["files"].update({"x.jpg": "wide"})),
     image_cache("with half a row", lambda c: c["files"]["x.jpg"].pop()),
     image_cache("with a size that cannot be", lambda c: c["files"]["x.jpg"].__setitem__(2, -5)),
-    teacher_rows("with code in it", lambda p: np.save(p, np.array([Malice()]), allow_pickle=True)),
+    teacher_rows("with code in it", lambda p: np.save(p.open("wb"), np.array([Malice()]), allow_pickle=True)),
     teacher_rows("of a pickle", lambda p: p.write_bytes(pickle.dumps(Malice()))),
     teacher_rows("of no bytes", lambda p: p.write_bytes(b"")),
+    teacher_rows("with a byte turned", lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1]))),
+    teacher_rows("of a former version", lambda p: save_file({"rows": np.zeros((1, 3), np.float16)}, p)),
     teacher_rows("that is cut", lambda p: p.write_bytes(p.read_bytes()[:-2])),
-    teacher_rows("of another shape", lambda p: np.save(p, np.zeros((2, 3), np.float16))),
-    teacher_rows("of another type", lambda p: np.save(p, np.zeros((1, 3), np.float64))),
-    teacher_rows("with no number", lambda p: np.save(p, np.full((1, 3), math.nan, np.float16))),
+    teacher_rows("of another shape", lambda p: stored_rows(p, np.zeros((2, 3), np.float16))),
+    teacher_rows("of another type", lambda p: stored_rows(p, np.zeros((1, 3), np.float64))),
+    teacher_rows("with no number", lambda p: stored_rows(p, np.full((1, 3), math.nan, np.float16))),
     teacher_rows("that is an archive", lambda p: np.savez(p.open("wb"), a=np.zeros(1))),
 ]
 
@@ -466,6 +488,9 @@ OTHERS = [
     corpus("that calls Python", "descriptions: !!python/object/apply:os.mkdir [executed]", 2, "descriptions"),
     corpus("with one sentence", "descriptions: [{text: a bird}]", 2, "ais.prompts", "has 1"),
     corpus("with fewer than asked for", "descriptions: [{text: a bird}, {text: a cat}]", 3, "ais.count", "has 2"),
+    corpus("of a megabyte", "descriptions:\n" + "- {text: a bird}\n" * 60_000, 1, "corpus.yaml", "at most"),
+    corpus("of laughs", "a: &a [b, b]\nc: &c [*a, *a]\ndescriptions: [{text: *c}]", 1, "corpus.yaml", "descriptions: ["),
+    corpus("with brackets without end", "descriptions: " + "[" * 20_000, 1, "corpus.yaml", "descriptions: ["),
     Case("corpus that is not there", lambda f: load_descriptions("unicorns", 2), FileNotFoundError, ("unicorns", "birds")),
     Case("teacher with code in it", lambda f: (f / "clip.pt").write_bytes(pickle.dumps(Malice()))
          and Teacher.from_open_clip("ViT-B-32", "clip.pt", ["a"]), ValueError, ("clip.pt", "can run code")),

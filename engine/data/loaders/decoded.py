@@ -1,7 +1,8 @@
 """Every image of a list decoded once: 8-bit pixels in one flat array, kept on disk so that the next start decodes nothing.
 
-The file is a safetensors file with one tensor, ``pixels`` [total] uint8: images of [height, width, 3] in list order. Its name
-and its metadata hold a key of the files' names, byte sizes and modification times, of the decoded sizes and of the format.
+The file is a safetensors file with two tensors: ``crc32`` [N] uint32 of each image's pixels, and ``pixels`` [total] uint8: images
+of [height, width, 3] in list order. Its name and its metadata hold a key of the files' names, byte sizes and modification times, of
+the decoded sizes and of the format.
 """
 
 from __future__ import annotations
@@ -11,46 +12,64 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.console import bar, say
+from engine.console import bar, printable, say
 from engine.data.catalog import ImageList
 from engine.data.machine import cores
 from engine.data.views import resized
-from engine.files import read_metadata, write_atomically
+from engine.files import locked, read_metadata, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows: each process decodes for itself, and the file is replaced whole
-    fcntl = None
-
-FORMAT = 1
+FORMAT = 2
 """Of the file; another number, and it is regenerated."""
 _SPARE_DISK = 1 << 30
 """Bytes that a cache leaves free on its disk."""
 
 
-class Decoded(NamedTuple):
-    """The pixels of a list."""
+class Decoded:
+    """The pixels of a list.
 
-    pixels: npt.NDArray[np.uint8]
-    """[total]; backed by the file where there is one."""
-    offsets: npt.NDArray[np.int64]
-    """[N] where each image begins."""
-    sizes: npt.NDArray[np.int32]
-    """[N, 2] height and width as they are kept."""
+    pixels: [total] uint8; backed by the file where there is one. offsets: [N] int64, where each image begins. sizes: [N, 2] int32,
+    height and width as they are kept.
+    stored: the file that they were read from with its [N] checksums; None for pixels that were decoded by this process.
+    """
+
+    def __init__(
+        self, images: ImageList, pixels: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int32],
+        stored: tuple[Path, npt.NDArray[np.uint32]] | None = None,
+    ):  # fmt: skip
+        self.pixels, self.offsets, self.sizes = pixels, offsets, sizes
+        self._images, self._stored = images, stored
+        self._checked = np.full(len(sizes), stored is None)
+        self._said = False
 
     def image(self, i: int) -> npt.NDArray[np.uint8]:
         """[height, width, 3] of image ``i``."""
         height, width = self.sizes[i].tolist()
         return self.pixels[self.offsets[i] : self.offsets[i] + 3 * height * width].reshape(height, width, 3)
+
+    def check(self, i: int) -> None:
+        """Before image ``i`` is read: compares its pixels with their checksum, once. One that the file holds wrong is decoded again
+        here, and the file is removed, so that the next start makes it anew. Safe in several threads; raises as ``ImageList.read``.
+        """
+        if self._checked[i]:
+            return
+        path, sums = self._stored
+        if zlib.crc32(self.image(i)) != sums[i]:
+            if not self._said:
+                self._said = True
+                say(f"{path} is damaged; images are decoded anew where it is, and the next start makes it again")
+            with contextlib.suppress(OSError):  # removed by another process, or not ours to remove
+                path.unlink()
+            self.image(i)[:] = _kept(self._images, self.sizes, i)  # the map is private: nobody else sees it
+        self._checked[i] = True
 
 
 def kept_sizes(images: ImageList, short_side: int | None) -> npt.NDArray[np.int32]:
@@ -80,20 +99,18 @@ def decode(
     offsets = np.zeros(len(images), np.int64)
     np.cumsum(3 * sizes[:-1].astype(np.int64).prod(1), out=offsets[1:])
     total = total_bytes(sizes)
-    pixels = None
     if cache_dir is not None:
         try:
-            pixels = _from_file(images, sizes, offsets, total, cache_dir / "decoded", workers)
+            return _from_file(images, sizes, offsets, total, cache_dir / "decoded", workers)
         except OSError as error:
             say(f"decoded images are kept in memory only: {error}")
-    if pixels is None:
-        pixels = np.empty(total, np.uint8)
+    pixels = np.empty(total, np.uint8)
 
-        def keep(i: int, image: npt.NDArray[np.uint8]) -> None:
-            pixels[offsets[i] : offsets[i] + image.size] = image.reshape(-1)
+    def keep(i: int, image: npt.NDArray[np.uint8]) -> None:
+        pixels[offsets[i] : offsets[i] + image.size] = image.reshape(-1)
 
-        _decode_all(images, sizes, keep, workers)
-    return Decoded(pixels, offsets, sizes)
+    _decode_all(images, sizes, keep, workers)
+    return Decoded(images, pixels, offsets, sizes)
 
 
 def cache_path(images: ImageList, sizes: npt.NDArray[np.int32], folder: Path) -> Path:
@@ -111,28 +128,39 @@ def _key(images: ImageList, sizes: npt.NDArray[np.int32]) -> str:
 
 def _from_file(
     images: ImageList, sizes: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], total: int, folder: Path, workers: int | None
-) -> npt.NDArray[np.uint8]:
+) -> Decoded:
     """The pixels as a map of the file, which is made first where it is missing, of another state or damaged."""
     path, key = cache_path(images, sizes, folder), _key(images, sizes)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(path):  # of several processes one decodes
-        start = _start_of_pixels(path, key, total)
+    count = len(images)
+
+    def waits(holder: str) -> None:
+        say(f"waiting for {printable(holder)}, which decodes the same images into {path}")
+
+    with locked(path.with_suffix(".lock"), waits):  # of several processes one decodes
+        start = _start_of_data(path, key, 4 * count + total)
         if start is None:
+            for left in folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed: the lock is ours
+                left.unlink(missing_ok=True)
             free = shutil.disk_usage(folder).free
             if free < total + _SPARE_DISK:
                 raise OSError(f"{folder} has {free / 1e9:.1f} GB free, {(total + _SPARE_DISK) / 1e9:.1f} GB are needed")
-            say(f"decoding {len(images)} images once, {total / 1e9:.2f} GB, into {path}")
+            say(f"decoding {count} images once, {total / 1e9:.2f} GB, into {path}")
             write_atomically(path, lambda temporary: _write(Path(temporary), images, sizes, offsets, total, key, workers))
             for old in folder.glob(f"{path.name.split('-')[0]}-*.safetensors"):
                 if old != path:  # the same list when its files were others; who has it mapped keeps it
                     old.unlink(missing_ok=True)
-            start = _start_of_pixels(path, key, total)
+            start = _start_of_data(path, key, 4 * count + total)
             assert start is not None
-    return np.memmap(path, np.uint8, "c", offset=start, shape=(total,))  # a private map: torch wants memory it could write
+        with path.open("rb") as file:  # a private map, which may be written: torch wants that, and so does a repair
+            pixels = np.memmap(file, np.uint8, "c", offset=start + 4 * count, shape=(total,))
+            file.seek(start)
+            sums = np.frombuffer(file.read(4 * count), "<u4")
+    return Decoded(images, pixels, offsets, sizes, (path, sums))
 
 
-def _start_of_pixels(path: Path, key: str, total: int) -> int | None:
-    """Bytes before the pixels, or None for a file that is missing, damaged, cut off or of another state of the files."""
+def _start_of_data(path: Path, key: str, size: int) -> int | None:
+    """Bytes before the ``size`` bytes of tensors; None for a file that is missing, damaged, cut off or of another state."""
     if not path.is_file():
         return None
     try:
@@ -141,7 +169,7 @@ def _start_of_pixels(path: Path, key: str, total: int) -> int | None:
             start = 8 + int.from_bytes(file.read(8), "little")
     except Exception:  # safetensors raises a type of its own for anything that is not its format
         metadata, start = {}, 0
-    if metadata.get("key") != key or path.stat().st_size != start + total:
+    if metadata.get("key") != key or path.stat().st_size != start + size:
         say(f"{path} is damaged or was made from other files; decoding anew")
         return None
     return start
@@ -151,21 +179,39 @@ def _write(
     path: Path, images: ImageList, sizes: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], total: int, key: str,
     workers: int | None,
 ) -> None:  # fmt: skip
-    tensor = {"dtype": "U8", "shape": [total], "data_offsets": [0, total]}
-    header = json.dumps({"__metadata__": {"key": key, "format": str(FORMAT)}, "pixels": tensor}).encode()
-    header += b" " * (-(len(header) + 8) % 4096)  # pixels begin on a page
+    table = 4 * len(images)
+    tensors = {
+        "crc32": {"dtype": "U32", "shape": [len(images)], "data_offsets": [0, table]},
+        "pixels": {"dtype": "U8", "shape": [total], "data_offsets": [table, table + total]},
+    }
+    header = json.dumps({"__metadata__": {"key": key, "format": str(FORMAT)}, **tensors}).encode()
+    header += b" " * (-(len(header) + 8 + table) % 4096)  # pixels begin on a page
+    sums = np.zeros(len(images), "<u4")
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.flush()
         start = 8 + len(header)
 
-        def keep(i: int, image: npt.NDArray[np.uint8]) -> None:
-            data, place = memoryview(image.reshape(-1)), start + int(offsets[i])
+        def put(data: memoryview, place: int) -> None:
             while data:  # a full disk is an error here; through a map it would be the end of the process
                 written = os.pwrite(file.fileno(), data, place)
                 data, place = data[written:], place + written
 
+        def keep(i: int, image: npt.NDArray[np.uint8]) -> None:
+            sums[i] = zlib.crc32(image)
+            put(memoryview(image.reshape(-1)), start + table + int(offsets[i]))
+
         _decode_all(images, sizes, keep, workers)
+        put(memoryview(sums).cast("B"), start)
+
+
+def _kept(images: ImageList, sizes: npt.NDArray[np.int32], i: int) -> npt.NDArray[np.uint8]:
+    """[height, width, 3] of image ``i`` as it is kept."""
+    image = images.read(i)
+    height, width = sizes[i].tolist()
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(image)
 
 
 def _decode_all(
@@ -174,11 +220,7 @@ def _decode_all(
     """Hands every image to ``keep``, from several threads and in any order: PIL decodes without the interpreter's lock."""
 
     def one(i: int) -> None:
-        image = images.read(i)
-        height, width = sizes[i].tolist()
-        if (image.height, image.width) != (height, width):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        keep(i, np.ascontiguousarray(image))
+        keep(i, _kept(images, sizes, i))
 
     with bar() as progress, ThreadPoolExecutor(workers or cores()) as pool:
         task = progress.add_task("decoding every image once", total=len(images))
@@ -188,12 +230,3 @@ def _decode_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds the lock beside ``path``."""
-    with path.with_suffix(".lock").open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

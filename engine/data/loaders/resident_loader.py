@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores, free_host_bytes
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
 from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
+from ppssl.encoder import Trunk
 from ppssl.method import Batch
 from ppssl.ops import augment, recolour
 
@@ -49,7 +51,8 @@ class Plan(NamedTuple):
 def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
     """What ``data.resident`` comes to on this machine, by the memory that is free now.
 
-    ``auto`` keeps images as they are or not at all: the device first, then the host, then off. ``device`` and ``host`` are
+    ``auto`` keeps images as they are or not at all: the device first, then the host, then off; on a CPU it leaves the memory that
+    training takes. ``device`` and ``host`` are
     obeyed, if need be with a bounded short side, which changes what a crop contains and is therefore part of the loader's name.
     Raises ValueError where they cannot be.
     """
@@ -67,7 +70,10 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
     share = HOST_SHARE if gpu or asked == "host" else CPU_SHARE
     if gpu:
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # pinned memory is a process's own
-    room = {"host": int(share * free_host_bytes())}
+    free = free_host_bytes()
+    room = {"host": int(share * free)}
+    if not gpu and asked == "auto":
+        room["host"] = max(0, min(room["host"], free - training_bytes(cfg)))
     if gpu:
         room["device"] = int(DEVICE_SHARE * torch.cuda.mem_get_info(device)[0])
     whole = total_bytes(images.sizes)
@@ -85,6 +91,24 @@ def plan(images: ImageList, cfg: Config, device: torch.device) -> Plan:
         f"data.resident={asked}: even with a short side of {bound} px the decoded images take {_gb(size)}, and there is room for "
         f"{_gb(room[asked])}; use data.resident=off"
     )
+
+
+def training_bytes(cfg: Config) -> int:
+    """Memory that a step of ``cfg`` takes beside the images: weights, gradients, momentum and the key network's copy, and what the
+    trunk keeps for its backward pass, by a pass over shapes alone. A tensor that several operators keep counts several times, which
+    leaves room for what a method adds."""
+    with torch.device("meta"):
+        trunk, pair = Trunk(cfg.encoder.arch), torch.empty(2, 3, cfg.data.image_size, cfg.data.image_size)
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        trunk(pair)
+    return 4 * sum(p.nbytes for p in trunk.parameters()) + kept * cfg.batch_size // len(pair)
 
 
 def build(
@@ -131,6 +155,9 @@ class ResidentLoader:
         self._on_device = self._gpu and where.where == "device"
         self._threads = None if self._gpu else Threads(max(1, cores() if cfg.data.workers is None else cfg.data.workers))
         self._closed, self._blocks = False, None
+        if self._gpu:  # all of it is read now
+            with ThreadPoolExecutor(cfg.data.workers or cores()) as pool:
+                list(pool.map(decoded.check, range(len(images))))
         self._pixels = torch.from_numpy(decoded.pixels)
         if self._on_device:
             self._pixels = self._pixels.to(device)
@@ -154,6 +181,12 @@ class ResidentLoader:
         index, values, offsets, sizes = self._inputs(step)
         side, count = self._cfg.data.image_size, len(index)
         views = torch.empty((2 * count, side, side, 3)).permute(0, 3, 1, 2)
+
+        def check(part: slice) -> None:
+            for i in index[part].tolist():
+                self._decoded.check(i)
+
+        self._threads.share(check, count)
 
         def make(part: slice) -> None:
             augment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -232,14 +233,15 @@ def test_listed_files_that_are_no_files(tmp_path):
 def test_a_cache_with_wrong_rows_is_only_slower(folder, tmp_path, monkeypatch):
     open_set("folder", folder, cache_dir=tmp_path)
     (file,) = tmp_path.glob("catalog-*.json")
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text().split("\n")[1])
     rows = content["files"]
     good = dict(rows)
     for name, column, value in zip(sorted(rows), (2, 3, 4, 5, 0), ("14", 10**12, 1, 7, None), strict=True):
         rows[name] = [*rows[name][:column], value, *rows[name][column + 1 :]]
-    file.write_text(json.dumps(content))
+    text = json.dumps(content)
+    file.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     train = open_set("folder", folder, cache_dir=tmp_path).train
-    assert train.sizes.tolist() == [[14, 20]] * 3 and json.loads(file.read_text())["files"] == good
+    assert train.sizes.tolist() == [[14, 20]] * 3 and json.loads(file.read_text().split("\n")[1])["files"] == good
 
 
 def ramp() -> np.ndarray:

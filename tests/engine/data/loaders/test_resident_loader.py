@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -196,6 +198,62 @@ def test_a_damaged_or_foreign_cache_is_said_and_made_anew(images, tmp_path, dama
     assert "damaged or was made from other files; decoding anew" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("short_side", [None, 50])
+@pytest.mark.parametrize("damaged", ["pixels", "an image", "checksums"])
+def test_damaged_pixels_are_said_repaired_and_never_trained_on(
+    images, tmp_path, damaged, short_side, capfd, decoded_names, monkeypatch
+):
+    size = engine.data.loaders.decoded.total_bytes(kept_sizes(images, short_side))
+    monkeypatch.setattr(resident_loader, "plan", lambda *_: resident_loader.Plan("host", short_side, ""))
+    whole = run(images, config(), 0, 6, cache_dir=tmp_path, with_clean=True)
+    (path,) = (tmp_path / "decoded").glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    start = len(content) - size
+    part = {"pixels": slice(start, None), "an image": slice(start + 7, start + 8), "checksums": slice(start - 52, start)}[damaged]
+    content[part] = (255 - np.frombuffer(content[part], np.uint8)).tobytes()
+    path.write_bytes(content)
+    decoded_names.clear(), capfd.readouterr()
+    assert same(whole, run(images, config(), 0, 6, cache_dir=tmp_path, with_clean=True))
+    assert capfd.readouterr().err.count("is damaged; images are decoded anew") == 1
+    assert sorted(decoded_names) == sorted(images.names[:1] if damaged == "an image" else set(decoded_names))
+    assert not path.exists()
+    assert same(whole, run(images, config(), 0, 6, cache_dir=tmp_path, with_clean=True)) and path.exists()  # made again
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_damaged_pixels_do_not_reach_a_gpu(images, tmp_path, where):
+    (first,) = run_on_gpu(images, where, tmp_path)
+    (path,) = (tmp_path / "decoded").glob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-500] + bytes(255 - b for b in content[-500:]))
+    (second,) = run_on_gpu(images, where, tmp_path)
+    assert torch.equal(first.x_q, second.x_q) and not path.exists()
+
+
+def run_on_gpu(images: ImageList, where: str, cache: Path) -> list:
+    loader = build_loader(images, config(13, resident=where), "cuda", cache_dir=cache)
+    batches = list(loader.batches(0, 1))
+    loader.close()
+    return batches
+
+
+def test_waiting_for_another_process_that_decodes_is_said(images, tmp_path, capfd):
+    path = cache_path(images, images.sizes, tmp_path / "decoded").with_suffix(".lock")
+    path.parent.mkdir()
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print('pid 12 on node7', file=f, flush=True)"
+    other = subprocess.Popen([sys.executable, "-c", f"{holder}; print(flush=True); input()", path], stdin=-1, stdout=-1)
+    other.stdout.readline()
+    thread = threading.Thread(target=lambda: decode(images, cache_dir=tmp_path))
+    thread.start()
+    thread.join(1)
+    assert thread.is_alive()
+    other.communicate(b"\n")
+    thread.join(60)
+    assert not thread.is_alive()
+    assert capfd.readouterr().err.count("waiting for pid 12 on node7, which decodes the same images") == 1
+
+
 def test_a_file_that_breaks_before_it_is_decoded_is_named_and_nothing_is_left(images, tmp_path):
     images.path(7).write_bytes(b"gone bad")
     with pytest.raises(BrokenFile, match="07.jpg: unreadable now"):
@@ -204,6 +262,15 @@ def test_a_file_that_breaks_before_it_is_decoded_is_named_and_nothing_is_left(im
     with pytest.raises(BrokenFile, match="07.jpg: .*10 x 12 pixels"):
         build_loader(images, config(), "cpu", cache_dir=tmp_path)
     assert not list((tmp_path / "decoded").glob("*safetensors*"))
+
+
+def test_what_a_killed_process_decoded_is_removed(images, tmp_path):
+    path = cache_path(images, images.sizes, tmp_path / "decoded")
+    path.parent.mkdir()
+    left, other = path.with_name(f".{path.name}.abc.tmp"), path.with_name(".another-list.safetensors.abc.tmp")
+    left.touch(), other.touch()
+    decode(images, cache_dir=tmp_path)
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, path.with_suffix(".lock").name, other.name])
 
 
 def test_a_file_that_breaks_later_is_not_missed(images, tmp_path):
@@ -253,6 +320,20 @@ def test_auto_keeps_images_as_they_are_or_not_at_all(images, monkeypatch, capfd)
     assert build_loader(images, config(resident="auto", workers=0), "cpu").name.startswith(("dali", "torch"))
     with pytest.raises(ValueError, match="data.resident=host: even with a short side of 37 px .* use data.resident=off"):
         resident_loader.plan(images, config(), CPU)
+
+
+def test_auto_leaves_the_memory_that_training_takes(images, monkeypatch):
+    cfg = config(resident="auto", batch_size=64)
+    whole, taken = engine.data.loaders.decoded.total_bytes(images.sizes), resident_loader.training_bytes(cfg)
+    trunk = resident_loader.Trunk(cfg.encoder.arch)
+    weights = sum(p.nbytes for p in trunk.parameters())
+    activations = sum(y.nbytes for y in trunk.maps(torch.zeros(64, 3, SIDE, SIDE)).values())
+    assert 4 * weights + activations < taken < 4 * weights + 100 * activations
+    assert resident_loader.training_bytes(config(resident="auto", batch_size=128)) - 4 * weights == 2 * (taken - 4 * weights)
+    for free, where in ((taken + whole, "host"), (taken + whole - 1, "off"), (taken // 2, "off")):
+        monkeypatch.setattr(resident_loader, "free_host_bytes", lambda free=free: free)
+        assert resident_loader.plan(images, cfg, CPU).where == where
+    assert resident_loader.plan(images, config(batch_size=64), CPU).where == "host"  # who asks for it is obeyed
 
 
 def test_memory_that_is_short_after_all_goes_down_one_level(images, monkeypatch, capfd):
