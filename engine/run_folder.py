@@ -212,6 +212,39 @@ def rewind_metrics(out: Path, step: int) -> None:
     write_text(RunFolder(out).metrics, text)
 
 
+def append_data(out: Path, step: int, root: str, lists: dict[str, str]) -> bool:
+    """Records at ``step`` which images the run has, where it has not yet: the folder as seen from the run folder, and the identity
+    of each list by its split. Returns False where it had others."""
+    before = read_data(out)
+    found = {"root": os.path.relpath(root, out.resolve()), "lists": lists}
+    if before != found:
+        append_metrics(out, {"kind": "data", "step": step} | found)
+    return before is None or before["lists"] == lists
+
+
+def read_data(out: Path) -> dict[str, Any] | None:
+    """What ``append_data`` recorded last; None for a run of an earlier version."""
+    records = [r for r in read_metrics(out) if r.get("kind") == "data" and isinstance(r.get("lists"), dict)]
+    return {name: records[-1].get(name) for name in ("root", "lists")} if records else None
+
+
+def find_root(out: Path, root: str | None) -> str | None:
+    """The folder of the run's data set: ``root`` as its config says or, where that is gone, the folder that lies as that one lay
+    seen from the run. ``root`` where neither is there."""
+    if root is None or Path(root).is_dir():
+        return root
+    run = out.resolve()
+    lay = (read_data(out) or {}).get("root")
+    places = [run / lay] if isinstance(lay, str) else []
+    if not Path(root).is_absolute():  # as an earlier version wrote it: as typed, in a folder above the run as a rule
+        places += [parent / root for parent in run.parents]
+    for place in places:
+        if place.is_dir():
+            say(f"data.root={root} is not there; {os.path.normpath(place)} is taken, which lies as it did seen from the run")
+            return os.path.normpath(place)
+    return root
+
+
 def commit() -> str | None:
     """The commit of this source tree, with ``-dirty`` where files differ from it; None where it is no git clone."""
     root = Path(__file__).resolve().parents[1]

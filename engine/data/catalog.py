@@ -47,13 +47,24 @@ class ImageList:
     plain: npt.NDArray[np.bool_]
     """[N] RGB or grey JPEG, or 8-bit PNG without palette: read alike by every decoder; all else is left to PIL."""
     fingerprint: str
-    """sha256 over names, byte sizes and modification times, and ``cut``."""
+    """sha256 over names, byte sizes and modification times, and ``cut``: of these very files on this disk."""
+    file_sizes: npt.NDArray[np.int64]
+    """[N] bytes of the files."""
     cut: int = 0
     """Rows at the bottom of every file's upright picture that are no part of the image. A loader that opens files itself need
     not know: its boxes count from the top left and lie within ``sizes``."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def identity(self) -> str:
+        """sha256 over names, byte sizes, classes and ``cut``: equal for a copy of the data set, unlike ``fingerprint``."""
+        labels = [0] * len(self) if self.labels is None else self.labels.tolist()
+        digest = hashlib.sha256(f"cut {self.cut}\n".encode())
+        for name, size, label in zip(self.names, self.file_sizes.tolist(), labels, strict=True):
+            digest.update(os.fsencode(name) + f"\0{size}\0{self.classes[label] if self.classes else ''}\n".encode())
+        return digest.hexdigest()
 
     def path(self, i: int) -> Path:
         """Where image ``i`` lies."""
@@ -247,5 +258,6 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
         sizes=np.array([(c.height - cut, c.width) for c in used], np.int32).reshape(-1, 2),
         plain=np.array([c.plain for c in used], bool),
         fingerprint=digest.hexdigest(),
+        file_sizes=np.array([c.size for c in used], np.int64),
         cut=cut,
     )
