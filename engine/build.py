@@ -54,6 +54,8 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     except ValueError as error:
         raise ConfigError(str(error)) from None
     cfg = resolve_variant(cfg)
+    if cfg.data.root is not None:  # a run is evaluated from other folders too
+        cfg = replace(cfg, data=replace(cfg.data, root=os.path.abspath(os.path.expanduser(cfg.data.root))))
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -189,6 +191,7 @@ def assemble(
         teacher=rows,
         out=out,
         config=cfg,
+        images=images.train,
         profile=profile if world.first else 0,
         world=world,
     )

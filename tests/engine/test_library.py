@@ -181,8 +181,8 @@ def test_a_second_trainer_continues_the_run_in_its_folder(tmp_path: Path) -> Non
 def test_a_second_trainer_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match=r"optim\.lr.*0\.1.*0\.2"):
-        Trainer(moco(), Noise(), epochs=1, optim=OptimConfig(lr=0.2), device="cpu", out=tmp_path / "run").fit()
+    with pytest.raises(ConfigError, match=r"optim\.momentum.*0\.9.*0\.8"):
+        Trainer(moco(), Noise(), epochs=1, optim=OptimConfig(lr=0.1, momentum=0.8), device="cpu", out=tmp_path / "run").fit()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
