@@ -187,8 +187,13 @@ def _key(path: Path) -> tuple[int, str]:
 
 def append_metrics(out: Path, record: dict[str, Any]) -> None:
     """Appends one JSON line to ``out``/metrics.jsonl."""
-    with RunFolder(out).metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = RunFolder(out).metrics
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 
 from engine import report, run_folder
 from engine.config import from_yaml
-from engine.evaluation import attention_maps
+from engine.evaluation import attention_maps, evaluator
 from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint
@@ -169,6 +169,30 @@ def test_a_run_records_its_images_and_where_they_lie(
     assert main(["--cfg", str(recipe), "data.root=birds", "--out", "run", "epochs=1"]) == 0
     assert "the images are not those of before step 5" in " ".join(capfd.readouterr().err.split())
     assert run_folder.read_data(Path("run"))["lists"] == noted["lists"]
+
+
+@pytest.mark.parametrize("when", [0, 1, 2], ids=["before training", "between epochs", "after training"])
+def test_a_full_disk_in_an_evaluation_names_the_file_the_checkpoint_and_the_remedy(
+    when: int, recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, calls = evaluator.keep, []
+
+    def full(path: Path, records: list, **options: object) -> list:
+        calls.append(1)
+        if len(calls) == when + 1:
+            monkeypatch.setattr(Path, "write_text", no_space)
+        return keep(path, records, **options)
+
+    def no_space(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluator, "keep", full)
+    assert main(["--cfg", str(recipe), "--out", "full", "eval.every=1"]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    saved = ["none", "full/checkpoints/step_000000003.pt", "full/checkpoints/step_000000010.pt"][when]
+    for words in ("evaluation", "full/evaluation.json", "No space left", f"last good checkpoint: {saved}", "make room"):
+        assert words in error, error
+    monkeypatch.undo()
 
 
 def test_dry_run_runs_one_step_and_writes_nothing(recipe: Path, capfd: pytest.CaptureFixture) -> None:
