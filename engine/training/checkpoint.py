@@ -21,6 +21,8 @@ from engine.pretrained import save_weights
 from engine.run_folder import RunFolder
 
 FORMAT = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full."""
 _NAME = re.compile(r"step_(\d{9})\.pt")
 _SEAL = b"\nPPSSL SHA-256 "  # then the digest, at the end of a checkpoint; torch's reader looks past it
 _DIGEST_SIZE = 32
@@ -250,7 +252,7 @@ class Saver:
                 save_weights(RunFolder(self.out).weights, copies["weights"], metadata)
         except OSError as error:
             remedy = ""
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in NO_ROOM:
                 size = sum(t.nbytes for same in self.buffers.values() for t in same) / 2**20
                 remedy = f"free some space (a checkpoint takes {size:.0f} MiB) or lower run.keep, "
             self.error = OSError(

@@ -105,9 +105,10 @@ class Health:
         self.loss: Tensor | None = None
         self.last = torch.zeros(())
 
+    @torch.no_grad()
     def largest_weight(self) -> float:
         """The largest absolute value of a weight; waits for the device."""
-        return float(torch.stack(torch._foreach_norm(self.parameters, math.inf)).detach().max())
+        return float(torch.stack(torch._foreach_norm(self.parameters, math.inf)).max())
 
     def see(self, loss: Tensor) -> None:
         """Notes the loss of a step, without waiting for it."""

@@ -226,19 +226,19 @@ class Trainer:
 
     def write_line(self, lr: float) -> None:
         """The due log line."""
-        with self.writing(f"the log of step {self.step.steps_done}"):
+        with self.writing(f"writing the log of step {self.step.steps_done}"):
             self.log.line(step=self.step.steps_done, epoch=self.epoch, lr=lr)
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """What is written in here beside the checkpoints: an ``OSError`` names the last good one and the remedy."""
+        """What is done in here writes beside the checkpoints: an ``OSError`` names the last good one and the remedy."""
         try:
             yield
         except OSError as error:
             self.saver.wait()
             raise OSError(
-                f"{what} could not be written in {self.out or 'the run folder'} ({error}); last good checkpoint: "
-                f"{self.saver.last_good()}; make room, then run the same command: it continues there"
+                f"{what} failed ({error}); last good checkpoint: {self.saver.last_good()}; "
+                f"{'make room, then ' * (error.errno in checkpoint.NO_ROOM)}run the same command: it continues there"
             ) from error
 
     def run_hooks(self) -> None:
