@@ -57,6 +57,8 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
         count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
         cfg = replace(cfg, ais=replace(cfg.ais, count=count))
+    if cfg.data.root is not None:  # a run is evaluated from other folders too
+        cfg = replace(cfg, data=replace(cfg.data, root=os.path.abspath(os.path.expanduser(cfg.data.root))))
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -204,6 +206,7 @@ def assemble(
         teacher=rows,
         out=out,
         config=cfg,
+        images=images.train,
         profile=profile if world.first else 0,
         world=world,
     )

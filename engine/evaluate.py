@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from rich.table import Table
 
 from engine import build, files
 from engine.command import command
-from engine.config import parse
+from engine.config import Config, from_run, parse
 from engine.console import console, say
 from engine.errors import ConfigError
 from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher, supported
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
-from engine.pretrained import Run, load_run, third_party, weights_file
+from engine.pretrained import Run, load_run, run_config, third_party, weights_file
+from engine.run_folder import read_data
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 
@@ -44,6 +46,7 @@ def evaluate(
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be evaluated.
     """
     run, model, folder = _open(source, cfg, overrides, device)
+    own = _own_lists(source, run.config) if source.is_dir() else None
     images = build.data(run.config, cache_dir=files.cache_folder(), training=False)
     protocols = supported(images, protocols or run.config.eval.protocols)
     check(images, protocols, split)
@@ -58,9 +61,19 @@ def evaluate(
     for candidate in candidates:
         records += evaluate_features(
             candidate, images, run.config, device,
-            protocols=protocols, fractions=fractions, solvers=("convex", "sgd"), split=split,
+            protocols=protocols, fractions=fractions, solvers=("convex", "sgd"), split=split, own=own,
         )  # fmt: skip
     return records
+
+
+def _own_lists(folder: Path, now: Config) -> dict[str, str] | None:
+    """{split: identity} of the lists that the run in ``folder`` had. None where it does not say, as in an earlier version, and
+    ``now`` names the same folder."""
+    if recorded := read_data(folder):
+        return recorded["lists"]
+    then = run_config(folder)
+    same = then.data.name == now.data.name and Path(then.data.root or "").resolve() == Path(now.data.root or "").resolve()
+    return None if same else {}
 
 
 def _candidate(model: str, run: Run, folder: Path, device: torch.device) -> Candidate:
@@ -84,6 +97,8 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
             raise ValueError(f"{foreign[0]}: a run is evaluated as it was trained; only data.* and eval.* and amp can be set")
         run = load_run(source, device)
         config = parse(["--cfg", str(source / "config.yaml"), *overrides]).config
+        if config.data.root == from_run(source / "config.yaml").data.root:
+            config = replace(config, data=replace(config.data, root=run.config.data.root))  # where it lies now
         return run._replace(config=config), "run", source
     if cfg is None:
         raise ValueError(f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml")
@@ -187,8 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         split=args.split, baselines=args.baselines,
     )  # fmt: skip
     show(records)
+    if not all(r["own_data"] for r in records):
+        say("these are not the images of the run: the records stand beside its own and name their data")
     beside = args.source / "evaluation.json" if args.source.is_dir() else args.source.with_suffix(".evaluation.json")
-    keep(args.out or beside, records)
+    source = {"source": str(args.source.resolve())} if args.out else {}  # a file of one's own may hold several
+    keep(args.out or beside, [r | source for r in records])
     say(f"written: {args.out or beside}")
     return 0
 

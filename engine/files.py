@@ -30,8 +30,10 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk does not say which file it was
         raise
     if os.name == "nt":
         return  # Windows opens no folders

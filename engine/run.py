@@ -20,7 +20,7 @@ from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
-from engine.run_folder import RunFolder, append_metrics, commit, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
 from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
@@ -45,7 +45,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     cfg = build.resolve(cfg, device, world.size, world.local_size)
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
-    source, state = _checkpoint(cfg, folder, world)
+    found = find_checkpoint(cfg.resume, out, flatten(cfg), world)
     with world.main_process_first():
         images = build.data(cfg, cache_dir=cache)
 
@@ -59,12 +59,13 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         images,
         device,
         teacher=teacher,
-        out=out if world.first else None,
+        out=out,
         cache=cache,
         embed=embed,
         profile=profile,
         world=world,
     )
+    trainer.begin(found)
     if world.first:
         for written in (folder.path, folder.checkpoints, folder.replay):
             remove_temporary_files(written)
@@ -74,16 +75,18 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
             say(f"warning: {text}; see {folder.bad_files}")
     evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
+    if world.first:
+        if found is None:
+            append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
+        note_data(out, cfg, images, trainer.step.steps_done)
     opened = time.perf_counter()
-    if source is not None:
-        trainer.resume(source, state)
+    if found is not None:
         evaluator.resume(trainer.step.steps_done)
     else:
-        if world.first:
-            append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
-        evaluator(trainer)
-        evaluator.teacher(teacher)
-        watch(trainer)
+        with trainer.writing("the evaluation before training"):
+            evaluator(trainer)
+            evaluator.teacher(teacher)
+            watch(trainer)
     evaluating = time.perf_counter() - opened
     if cfg.eval.every:
         trainer.hooks.append(evaluator.after_epoch)
@@ -97,8 +100,9 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         say(f"{out} was finished before: nothing is trained or evaluated again, the report is regenerated")
     else:
         opened = time.perf_counter()
-        evaluator(trainer)
-        watch(trainer)
+        with trainer.writing("the evaluation after training"):
+            evaluator(trainer)
+            watch(trainer)
         trainer.records.close()
         if world.first:
             now = time.perf_counter()
@@ -114,19 +118,11 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     return summary
 
 
-def _checkpoint(cfg: Config, folder: RunFolder, world: World) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint that every process continues, and its state; (None, None) to start afresh, in which case a run that is already
-    in ``folder`` is moved aside, not overwritten."""
-    found = None
-    if world.first:
-        found = find_checkpoint(cfg.resume, folder.path, flatten(cfg))
-        if found is None:
-            folder.move_aside()
-    source, state = found or (None, None)
-    source = world.broadcast_object(source)
-    if source is not None and state is None:
-        state = checkpoint.load(source)
-    return source, state
+def note_data(out: Path, cfg: Config, images: catalog.Catalog, step: int) -> None:
+    """Records which images the run has, and says where it had others."""
+    lists = {"train": images.train.identity} | ({"test": images.test.identity} if images.test is not None else {})
+    if not append_data(out, step, cfg.data.root, lists):
+        say(f"the images are not those of before step {step}: what was evaluated until then is of others")
 
 
 def is_finished(out: Path, step: int) -> bool:

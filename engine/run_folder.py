@@ -196,8 +196,13 @@ def _key(path: Path) -> tuple[int, str]:
 
 def append_metrics(out: Path, record: dict[str, Any]) -> None:
     """Appends one JSON line to ``out``/metrics.jsonl."""
-    with RunFolder(out).metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    path = RunFolder(out).metrics
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        raise
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -219,6 +224,39 @@ def rewind_metrics(out: Path, step: int) -> None:
     records = [r for r in read_metrics(out) if r.get("step", 0) <= step]
     text = "".join(json.dumps(r) + "\n" for r in records)
     write_text(RunFolder(out).metrics, text)
+
+
+def append_data(out: Path, step: int, root: str, lists: dict[str, str]) -> bool:
+    """Records at ``step`` which images the run has, where it has not yet: the folder as seen from the run folder, and the identity
+    of each list by its split. Returns False where it had others."""
+    before = read_data(out)
+    found = {"root": os.path.relpath(root, out.resolve()), "lists": lists}
+    if before != found:
+        append_metrics(out, {"kind": "data", "step": step} | found)
+    return before is None or before["lists"] == lists
+
+
+def read_data(out: Path) -> dict[str, Any] | None:
+    """What ``append_data`` recorded last; None for a run of an earlier version."""
+    records = [r for r in read_metrics(out) if r.get("kind") == "data" and isinstance(r.get("lists"), dict)]
+    return {name: records[-1].get(name) for name in ("root", "lists")} if records else None
+
+
+def find_root(out: Path, root: str | None) -> str | None:
+    """The folder of the run's data set: ``root`` as its config says or, where that is gone, the folder that lies as that one lay
+    seen from the run. ``root`` where neither is there."""
+    if root is None or Path(root).is_dir():
+        return root
+    run = out.resolve()
+    lay = (read_data(out) or {}).get("root")
+    places = [run / lay] if isinstance(lay, str) else []
+    if not Path(root).is_absolute():  # as an earlier version wrote it: as typed, in a folder above the run as a rule
+        places += [parent / root for parent in run.parents]
+    for place in places:
+        if place.is_dir():
+            say(f"data.root={root} is not there; {os.path.normpath(place)} is taken, which lies as it did seen from the run")
+            return os.path.normpath(place)
+    return root
 
 
 def commit() -> str | None:

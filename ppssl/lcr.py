@@ -58,8 +58,8 @@ class LCR(MoCo):
             feature = self.encoder_q.trunk(batch.x_q)  # F [B, C, h, w]
             q = self.encoder_q.project(global_average_pool(feature))
         with span("key_fwd"), torch.no_grad():
-            key_feature = self.encoder_k.trunk(batch.x_k)
-            k = self.encoder_k.project(global_average_pool(key_feature))
+            key_feature = self.encoder_k.trunk(self.shuffled(batch.x_k))
+            k = self.in_order(self.encoder_k.project(global_average_pool(key_feature)))
 
         # L_con: the query against its key and the queue
         losses, rank = self.contrast(q, k, batch.index)

@@ -121,6 +121,11 @@ class Method(nn.Module):
         """Called after the optimizer with ``Output.keys`` and ``Batch.index``. Must change nothing where the 0-d bool ``skip`` is
         true."""
 
+    @torch.no_grad()
+    def renumber(self, places: Tensor) -> None:
+        """Called where a run goes on with another training list: what remembers images by their index takes ``places[index]``,
+        [N + 1] int64 on the CPU, -1 where an image is gone; its last row, -1, stands for no image."""
+
 
 class _Methods(Mapping[str, type[Method]]):
     """The registered methods by name; a method's module is imported when it is asked for."""

@@ -88,12 +88,24 @@ class MoCo(Method):
             self.queue.push(gather(keys, self.group), gather(index, self.group), skip)
 
     @torch.no_grad()
+    def renumber(self, places: Tensor) -> None:
+        if self.queue.index is not None:
+            self.queue.index.copy_(places.to(self.queue.index.device)[self.queue.index])
+
+    @torch.no_grad()
     def keys(self, x_k: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] of the key network."""
         with span("key_fwd"):
-            if self.bn_groups == 1 or not self.encoder_k.training:
-                return self.embed_key(x_k)
-            return unshuffle(self.embed_key(shuffle(x_k, self.bn_groups, self.group)), self.bn_groups, self.group)
+            return self.in_order(self.embed_key(self.shuffled(x_k)))
+
+    def shuffled(self, x_k: Tensor) -> Tensor:
+        """The images as the key network gets them: in other parts of the batch than their queries, where parts have batch
+        statistics of their own."""
+        return shuffle(x_k, self.bn_groups, self.group) if self.bn_groups > 1 and self.encoder_k.training else x_k
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """What the key network made of ``shuffled`` images, [B, D], in the order of the queries."""
+        return unshuffle(rows, self.bn_groups, self.group) if self.bn_groups > 1 and self.encoder_k.training else rows
 
     def embed_key(self, x_k: Tensor) -> Tensor:
         """The key network itself, [B, 3, S, S] -> unit rows [B, D]: k = l2(g_k(gap(f_k(x_k))))."""

@@ -22,7 +22,7 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.errors import ConfigError
-from ppssl.settings import FREE, SETTINGS, Distinct, Resume, Sections, get_key
+from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,11 +47,11 @@ class OneOf:
 class OptimConfig:
     """SGD."""
 
-    lr: Annotated[float, Ge(0)] = 0.03
+    lr: Annotated[float, Ge(0), SAID] = 0.03
     """Peak learning rate for the global batch; never rescaled behind your back."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Of SGD."""
-    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    weight_decay: Annotated[float, Ge(0), SAID] = 1e-4
     """L2, on every parameter."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: half a period from lr to 0 over the whole run, by step."""
@@ -83,6 +83,8 @@ class DataConfig:
     """Cut the photographer's banner, 20 rows, off the bottom of FGVC-Aircraft's images; published results mostly keep it."""
     workers: Annotated[Annotated[int, Ge(0)] | None, FREE] = None
     """Loader threads or processes; null takes the machine's cores."""
+    allow_change: Annotated[bool, FREE] = False
+    """Continue a run although training images were added, removed or changed since its checkpoint; else that is refused."""
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,25 @@ class ImageList:
     """[N] read alike by every decoder, as the bytes of the file show (image_file/markers.py): 8-bit Huffman-coded RGB or gray JPEG,
     8-bit PNG without palette, animation or orientation; all else is left to PIL."""
     fingerprint: str
-    """sha256 over names, byte sizes and modification times, how unusual levels were scaled, and ``cut``."""
+    """sha256 over names, byte sizes and modification times, how unusual levels were scaled, and ``cut``: of these
+    very files on this disk."""
+    file_sizes: npt.NDArray[np.int64]
+    """[N] bytes of the files."""
     cut: int = 0
     """Rows at the bottom of every file's upright picture that are no part of the image. A loader that opens files itself need
     not know: its boxes count from the top left and lie within ``sizes``."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def identity(self) -> str:
+        """sha256 over names, byte sizes, classes and ``cut``: equal for a copy of the data set, unlike ``fingerprint``."""
+        labels = [0] * len(self) if self.labels is None else self.labels.tolist()
+        digest = hashlib.sha256(f"cut {self.cut}\n".encode())
+        for name, size, label in zip(self.names, self.file_sizes.tolist(), labels, strict=True):
+            digest.update(os.fsencode(name) + f"\0{size}\0{self.classes[label] if self.classes else ''}\n".encode())
+        return digest.hexdigest()
 
     def path(self, i: int) -> Path:
         """Where image ``i`` lies."""
@@ -311,5 +323,6 @@ def _finish(layout: layouts.Layout, split: Split, checks: dict[str, _Check], bad
         sizes=np.array([(c.verdict.height - cut, c.verdict.width) for c in used], np.int32).reshape(-1, 2),
         plain=np.array([c.verdict.plain for c in used], bool),
         fingerprint=digest.hexdigest(),
+        file_sizes=np.array([c.size for c in used], np.int64),
         cut=cut,
     )

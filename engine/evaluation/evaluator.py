@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,11 +112,13 @@ def evaluate_features(
     fractions: Sequence[float] = (100,),
     solvers: Sequence[str] = ("convex",),
     split: str = "test",
+    own: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One plain record for every number of every protocol, each naming protocol, feature, split, epoch and step.
+    """One plain record for every number of every protocol, each naming protocol, feature, data, split, epoch and step.
 
     protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd). Where
     no evaluated class has training images, knn and linear do not apply: one record each, whose ``top1`` is None.
+    own: {split: identity} of the lists that are the run's own, so that ``own_data`` tells them from others; None: these are.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
@@ -130,18 +132,24 @@ def evaluate_features(
         "epoch": candidate.epoch,
         "step": candidate.step,
         "data": cfg.data.name,
+        "root": str(images.train.root.resolve()),
         "split": split,
         "images": len(evaluated),
         "classes": len(np.unique(evaluated.labels)),
         "image_size": cfg.data.image_size,
         "batch_size": cfg.eval.batch_size,
+        "amp": cfg.amp,
     }
+    identities = {"train": images.train.identity, split: evaluated.identity}
     records: list[dict[str, Any]] = []
 
     def add(protocol: str, setting: str, values: dict[str, Any]) -> None:
         nonlocal started
         now = time.perf_counter()
-        records.append({"protocol": protocol, "setting": setting} | about | values | {"seconds": now - started})
+        used = (split,) if protocol == "retrieval" else (split, "train")
+        which = {"own_data": own is None or all(own.get(name) == identities[name] for name in used)}
+        which |= {"fingerprint": identities[split][:16]} | ({"train_fingerprint": identities["train"][:16]} if used[1:] else {})
+        records.append({"protocol": protocol, "setting": setting} | about | which | values | {"seconds": now - started})
         started = now
 
     if "retrieval" in protocols:
@@ -215,14 +223,17 @@ def in_percent(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()) or "no protocol is applicable"
 
 
+_LISTS = ("fingerprint", "train_fingerprint")
 _IDENTITY = (
-    "model", "protocol", "solver", "k", "fraction", "data", "split", "epoch", "step", "feature", "image_size", "batch_size",
+    "source", "model", "protocol", "solver", "k", "fraction", "data", "split", "epoch", "step", "feature", "image_size",
+    "batch_size", "amp", "temperature", "lr", "epochs", "draw_seed", *_LISTS,
 )  # fmt: skip
 
 
 def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = None) -> list[dict[str, Any]]:
-    """Adds ``records`` to the list in ``path``, in the place of older ones of the same thing; returns the whole list. ``until``
-    drops what was measured after that step (a run that is continued from there has not been there yet)."""
+    """Adds ``records`` to the list in ``path``, in the place of older ones of the same thing: the same network, protocol, settings
+    and images. Other images are another thing, however they are called. Returns the whole list. ``until`` drops what was measured
+    after that step (a run that is continued from there has not been there yet)."""
     old: list[dict[str, Any]] = []
     if path.is_file():
         try:
@@ -233,7 +244,9 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
     def identity(record: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(record.get(name) for name in _IDENTITY)
 
-    new = {identity(r) for r in records}
+    # records of earlier versions do not say which images they are of; they are taken for the run's own
+    unnamed = [{k: v for k, v in r.items() if k not in _LISTS} for r in records if r.get("own_data")]
+    new = {identity(r) for r in [*records, *unnamed]}
     kept = [r for r in old if identity(r) not in new and (until is None or (r["step"] or 0) <= until)]
     text = json.dumps([*kept, *records], indent=1) + "\n"
     write_text(path, text)
@@ -241,7 +254,7 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
 
 
 # Of the first record, into the line of the log.
-_ABOUT = ("feature", "data", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
+_ABOUT = ("feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
 
 
 class Evaluator:

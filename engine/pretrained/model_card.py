@@ -82,12 +82,15 @@ def preprocessing(run: Run) -> dict[str, Any]:
 
 
 def metrics(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the run's log and its evaluation files say: ``before`` and ``last`` from the log, the rest by file name."""
+    """What the run's log and its evaluation files say of its own data: ``before`` and ``last`` from the log, the rest by file
+    name."""
     evaluated = [{k: v for k, v in r.items() if k not in ("kind", "seconds")} for r in records if r["kind"] == "eval"]
     found: dict[str, Any] = {"before": evaluated[0], "last": evaluated[-1]} if evaluated else {}
     for name in ("evaluation", "retrieval"):
         if (file := folder / f"{name}.json").is_file():
-            found[name] = _without_paths(json.loads(file.read_text(encoding="utf-8")))
+            records = json.loads(file.read_text(encoding="utf-8"))
+            own = [r for r in records if r.get("own_data", True)] if isinstance(records, list) else records
+            found[name] = _without_paths(own)
     return found
 
 

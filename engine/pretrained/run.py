@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from engine.config import Config, from_run
 from engine.files import read_metadata
 from engine.pretrained import weights_file
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, find_root
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS
 from ppssl.settings import method_settings
@@ -26,6 +27,16 @@ class Run(NamedTuple):
     epoch: int
 
 
+def run_config(folder: str | Path) -> Config:
+    """The config of a run folder, with its data set where it lies now. Raises ``FileNotFoundError`` where there is none,
+    ``ConfigError`` where it cannot be read."""
+    path = RunFolder(Path(folder)).config
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+    cfg = from_run(path)
+    return replace(cfg, data=replace(cfg.data, root=find_root(Path(folder), cfg.data.root)))
+
+
 def load_run(folder: str | Path, device: torch.device | str = "cpu", network: FeatureNet | None = None) -> Run:
     """The config and the trained network of a run folder, in eval mode.
 
@@ -35,9 +46,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
     """
     folder = Path(folder)
     files = RunFolder(folder)
-    if not files.config.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_run(files.config)
+    cfg = run_config(folder)
     path = files.weights
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")

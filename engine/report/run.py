@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from engine import build, files
-from engine.config import Config, from_run
+from engine.config import Config
 from engine.data import ImageList
 from engine.evaluation import Attention, attention_maps
 from engine.evaluation import features as kept_features
-from engine.pretrained import load_run
+from engine.pretrained import load_run, run_config
 from engine.run_folder import RunFolder, read_metrics
 from engine.synthetic import dataset
 
@@ -44,10 +44,7 @@ class Run(NamedTuple):
 def read(folder: Path, device: torch.device, *, with_features: bool = True) -> Run:
     """Reads ``folder`` and, with its images available, takes their features. Raises ``FileNotFoundError`` when it is not a run
     folder, ``ValueError`` when its config is damaged."""
-    path = RunFolder(folder).config
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    cfg = from_run(path)
+    cfg = run_config(folder)
     images, split = _images(cfg) if with_features else ("Only the first run's images are shown.", "")
     features = images if isinstance(images, str) else _features(folder, images, split, device)
     name, evaluated = folder.resolve().name, _evaluation(folder)
@@ -55,13 +52,13 @@ def read(folder: Path, device: torch.device, *, with_features: bool = True) -> R
 
 
 def _evaluation(folder: Path) -> list[dict[str, Any]]:
-    """The list in evaluation.json; empty where it is missing or not one."""
+    """The records of the run's own data in evaluation.json; empty where it is missing or not one."""
     path = RunFolder(folder).evaluation
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     except ValueError:
         return []
-    return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+    return [r for r in found if isinstance(r, dict) and r.get("own_data", True)] if isinstance(found, list) else []
 
 
 def _attention(folder: Path) -> Attention | str:

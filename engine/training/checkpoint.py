@@ -15,11 +15,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from engine.console import say
 from engine.files import write_atomically
 from engine.pretrained import save_weights
 from engine.run_folder import RunFolder
 
 FORMAT = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full."""
 _NAME = re.compile(r"step_(\d{9})\.pt")
 _SEAL = b"\nPPSSL SHA-256 "  # then the digest, at the end of a checkpoint; torch's reader looks past it
 _DIGEST_SIZE = 32
@@ -65,14 +68,23 @@ class _Hashed:
         self.file.flush()
 
 
-def save(folder: Path, state: dict[str, Any], *, keep: int) -> Path:
-    """Writes ``folder/step_<state["step"]>.pt`` and removes all but the newest ``keep`` up to it. Raises ``OSError`` when the disk
-    is full; the checkpoints before it are untouched."""
+def save(folder: Path, state: dict[str, Any], *, keep: int, good: Path | None = None) -> Path:
+    """Writes ``folder/step_<state["step"]>.pt`` and removes all but the newest ``keep`` up to it, and never ``good``. Raises
+    ``OSError`` when the disk is full; the checkpoints before it are untouched."""
     path = folder / f"step_{state['step']:09d}.pt"
     write(path, state)
     for old in [p for p in list_checkpoints(folder) if p.name <= path.name][:-keep]:
-        old.unlink(missing_ok=True)
+        if old != good:
+            old.unlink(missing_ok=True)
     return path
+
+
+def set_aside(folder: Path, step: int, suffix: str) -> list[Path]:
+    """Renames the checkpoints of steps after ``step``, so that none of them is continued; returns what they were."""
+    later = [path for path in list_checkpoints(folder) if path.name > f"step_{step:09d}.pt"]
+    for path in later:
+        path.replace(path.with_suffix(suffix))
+    return later
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -146,12 +158,18 @@ class Saver:
 
     ``save`` copies every tensor to the host (pinned where it comes from a GPU) and returns; the thread waits for the copies and
     writes. One save is outstanding at most: the next one waits for it. The thread's error is raised by ``poll``, ``wait`` or the
-    next ``save`` as an ``OSError`` that names the last good checkpoint. ``saved`` is that checkpoint.
+    next ``save`` as an ``OSError`` that names the last good checkpoint. ``saved`` is the newest checkpoint, ``good`` the newest
+    that nothing speaks against: it stays, however many follow it that are in doubt.
+
+    out: run folder, None where there is none. writes: False in the processes that only ask for ``last_good``.
     """
 
-    def __init__(self, out: Path, *, keep: int):
-        self.out, self.keep = out, keep
+    def __init__(self, out: Path | None, *, keep: int, writes: bool = True):
+        self.out, self.keep, self.writes = out, keep, writes
         self.saved: Path | None = None
+        self.good: Path | None = None
+        self.good_step = -1
+        self.doubt: str | None = None
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.buffers: dict[tuple, list[Tensor]] = {}
@@ -165,13 +183,47 @@ class Saver:
         elif self.thread is not None:
             self.thread.join()  # what ends the run is more important than an error in here
 
-    def save(self, state: dict[str, Any], weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Begins to write ``checkpoints/step_<state["step"]>.pt``, then ``weights.safetensors``; both may be changed at once."""
+    def save(
+        self, state: dict[str, Any], weights: dict[str, Tensor] | None, metadata: dict[str, str], *, doubt: str | None = None
+    ) -> None:
+        """Begins to write ``checkpoints/step_<state["step"]>.pt``, then ``weights.safetensors`` unless None; both may be changed at
+        once. doubt: what speaks against this state."""
         self.wait()
-        copies, on_gpu = self._copy({"state": state, "weights": weights})
+        if doubt and not self.doubt:
+            say(f"step {state['step']}: {doubt}: the run may be diverging; {self.last_good()} stays the last good checkpoint")
+        self.doubt = doubt
+        about = {"doubt": doubt, "good": self.good and self.good.name, "good_step": self.good_step}
+        copies, on_gpu = self._copy({"state": state | about, "weights": weights})
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        self.thread = threading.Thread(target=self._write, args=(copies, metadata, copied), name="checkpoint")
-        self.thread.start()
+        thread = threading.Thread(target=self._write, args=(copies, metadata, copied), name="checkpoint")
+        try:
+            thread.start()
+        except RuntimeError:  # a limit on threads: training waits for the disk then
+            self._write(copies, metadata, copied)
+        else:
+            self.thread = thread
+
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes on from the checkpoint at ``path`` with its ``state``."""
+        self.saved, self.doubt = path, state.get("doubt")
+        self.good, self.good_step = path, state["step"]
+        if self.doubt:
+            before = path.with_name(state["good"] or "none")
+            self.good, self.good_step = before if before.is_file() else None, state["good_step"]
+
+    def last_good(self) -> Path | str:
+        """The newest checkpoint that nothing speaks against, for a message; ``none``. A process that does not write looks what is
+        there."""
+        if self.writes or self.out is None:
+            return self.good or "none"
+        return next(reversed(list_checkpoints(RunFolder(self.out).checkpoints)), "none")
+
+    def set_aside(self) -> None:
+        """Renames the checkpoints that are in doubt to ``*.suspect``: the run has turned out to be ruined, and the last good one is
+        what is continued."""
+        if self.writes and self.out is not None:
+            for path in set_aside(RunFolder(self.out).checkpoints, self.good_step, ".suspect"):
+                say(f"{path.name} was in doubt and was set aside (now {path.stem}.suspect)")
 
     def poll(self) -> None:
         """Raises the error of a save that has failed; does not wait."""
@@ -192,15 +244,19 @@ class Saver:
         try:
             if copied is not None:
                 copied.synchronize()
-            self.saved = save(RunFolder(self.out).checkpoints, state, keep=self.keep)
-            save_weights(RunFolder(self.out).weights, copies["weights"], metadata)
+            good = self.good if state["doubt"] else None
+            self.saved = save(RunFolder(self.out).checkpoints, state, keep=self.keep, good=good)
+            if state["doubt"] is None:
+                self.good, self.good_step = self.saved, state["step"]
+            if copies["weights"] is not None:
+                save_weights(RunFolder(self.out).weights, copies["weights"], metadata)
         except OSError as error:
             remedy = ""
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in NO_ROOM:
                 size = sum(t.nbytes for same in self.buffers.values() for t in same) / 2**20
                 remedy = f"free some space (a checkpoint takes {size:.0f} MiB) or lower run.keep, "
             self.error = OSError(
-                f"step {state['step']} could not be saved in {self.out} ({error}); last good checkpoint: {self.saved or 'none'}; "
+                f"step {state['step']} could not be saved in {self.out} ({error}); last good checkpoint: {self.last_good()}; "
                 f"{remedy}then run the same command: it continues there"
             )
         except BaseException as error:  # raised where the trainer looks

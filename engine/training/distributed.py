@@ -6,8 +6,11 @@ the same averaged gradient, and SGD is a function of the two.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.console import console
+from engine.console import console, say
 from engine.errors import ConfigError
 from ppssl.ops import all_reduce_mean, gather, group_name
 
@@ -113,6 +116,7 @@ def join(environment: Mapping[str, str] = os.environ) -> World:
     if found is None:
         return ALONE
     world, address, port = found
+    end_with_parent()
     if torch.cuda.is_available():
         world.device = torch.device("cuda", gpu_of(world.local_rank, torch.cuda.device_count(), environment))
         torch.cuda.set_device(world.device)
@@ -134,6 +138,23 @@ def join(environment: Mapping[str, str] = os.environ) -> World:
         console.quiet = True
         warnings.simplefilter("ignore")  # the first process has the same ones
     return world
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """From now on this process ends within a second of the one that started it: a launcher that was killed cannot end its
+    processes, and they would go on in the run folder of whoever starts the run again."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        try:
+            say(f"the launcher (process {parent}) is gone: process {os.getpid()} ends")
+        finally:  # nobody may be there to read it
+            os._exit(1)  # spoils nothing: files are replaced whole
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def described(environment: Mapping[str, str]) -> tuple[World, str, str] | None:

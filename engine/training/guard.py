@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,4 +95,44 @@ class Guard:
             getattr(self, name).copy_(state[name])
 
 
+class Health:
+    """Whether a state whose numbers are finite may be ruined all the same: a weight or a loss that is out of all proportion to what
+    the run began with. It decides which checkpoints are good to go back to, not what a step does."""
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.parameters = parameters
+        self.weight = self.largest_weight()
+        self.loss: Tensor | None = None
+        self.last = torch.zeros(())
+
+    @torch.no_grad()
+    def largest_weight(self) -> float:
+        """The largest absolute value of a weight; waits for the device."""
+        return float(torch.stack(torch._foreach_norm(self.parameters, math.inf)).max())
+
+    def see(self, loss: Tensor) -> None:
+        """Notes the loss of a step, without waiting for it."""
+        self.last = loss
+        if self.loss is None:
+            self.loss = loss.clone()
+
+    def doubt(self) -> str | None:
+        """What speaks against the state after the last step, or None; waits for the device."""
+        begun = self.state_dict()
+        for name, now in (("weight", self.largest_weight()), ("loss", float(self.last))):
+            usual = abs(begun[name]) if math.isfinite(begun[name]) else 0.0
+            if not abs(now) <= _OUT_OF_PROPORTION * max(1.0, usual):
+                return f"the {'largest weight' if name == 'weight' else name} is {now:.3g}, and was {begun[name]:.3g} at first"
+        return None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"weight": self.weight, "loss": 0.0 if self.loss is None else float(self.loss)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Of a checkpoint of an earlier version, which has none, the weights that it holds count as what the run began with."""
+        self.weight = state.get("weight", self.largest_weight())
+        self.loss = torch.tensor(state["loss"]) if "loss" in state else None
+
+
+_OUT_OF_PROPORTION = 1000.0
 _SAVED = ("bad", "skipped")  # a streak that a checkpoint cuts through begins anew

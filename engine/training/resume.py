@@ -2,39 +2,111 @@
 
 from __future__ import annotations
 
+import os
+import re
+import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.config import ConfigError, flatten, from_run, keys
-from engine.console import say
-from engine.run_folder import RunFolder
+import torch
+from torch import Tensor
+
+from engine.config import ConfigError, OptimConfig, RunConfig, flatten, from_run, keys
+from engine.console import printable, say
+from engine.data import ImageList
+from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import checkpoint
+from engine.training.distributed import ALONE, World
+from ppssl.method import METHODS, Method
+
+Found = tuple[Path, dict[str, Any]]
+"""A checkpoint and its state."""
+_EXAMPLES = 3
+_LONGEST = 1 << 30
+"""Bytes that a list of files may unpack to."""
 
 
-def find_checkpoint(resume: str, out: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """(path, state) of the checkpoint that ``resume`` names for the run folder ``out``; None to start afresh.
+def find_checkpoint(resume: str, out: Path, settings: dict[str, Any], world: World = ALONE) -> Found | None:
+    """The checkpoint that every process of ``world`` continues in the run folder ``out``; None to start afresh.
 
     resume: ``auto`` is the folder's newest checkpoint, ``none`` is none, anything else the path of a checkpoint or of a run folder.
     settings: {dotted key: value} of the run that is to continue it.
-    Raises ``FileNotFoundError`` where a path holds no checkpoint, ``ConfigError`` naming a key whose value must not change,
-    ``ValueError`` for a checkpoint that cannot be read.
+    Raises ``FileNotFoundError`` where a path holds no checkpoint, ``ConfigError`` naming a key whose value must not change or where
+    ``out`` holds another run, ``ValueError`` for a checkpoint that cannot be read.
     """
+    found = None
+    if world.first and (found := _find(resume, out)):
+        refuse_change(recorded_settings(found[1], found[0]), settings, found[0], world.size)
+    source = world.broadcast_object(found and found[0])
+    return found or (source and (source, checkpoint.load(source)))
+
+
+def _find(resume: str, out: Path) -> Found | None:
     if resume == "none":
         return None
-    if resume == "auto":
-        found = checkpoint.newest(RunFolder(out).checkpoints, say)
-        if found is None:
-            return None
-    else:
+    if resume != "auto":
         path = Path(resume)
         if not path.exists():
             raise FileNotFoundError(f"resume: {path} is not there; give a checkpoint, a run folder, auto or none")
-        found = checkpoint.newest(RunFolder(path).checkpoints, say) if path.is_dir() else (path, checkpoint.load(path))
-        if found is None:
-            raise FileNotFoundError(f"resume: {path} holds no checkpoint")
-    source, state = found
-    refuse_change(recorded_settings(state, source), settings, source)
-    return found
+        refuse_mixing(path, out)
+        if is_inside(path, out) or RunFolder(out).is_empty() or not checkpoint.list_checkpoints(RunFolder(out).checkpoints):
+            found = checkpoint.newest(RunFolder(path).checkpoints, say) if path.is_dir() else (path, checkpoint.load(path))
+            if found is None:
+                raise FileNotFoundError(f"resume: {path} holds no checkpoint")
+            return found
+    return checkpoint.newest(RunFolder(out).checkpoints, say)
+
+
+def is_inside(path: Path, out: Path) -> bool:
+    """Whether a checkpoint (or run folder) is that of the run in ``out``."""
+    return out.resolve() in (path.resolve(), *path.resolve().parents)
+
+
+def begun_from(out: Path) -> str | None:
+    """The checkpoint of another run that the run in ``out`` began from; None for a run that began by itself."""
+    return next((str(r.get("from")) for r in read_metrics(out) if r.get("kind") == "resume"), None)
+
+
+def refuse_mixing(path: Path, out: Path) -> None:
+    """Raises ``ConfigError`` where ``out`` holds another run than the one that ``path`` is a checkpoint of, or began from it."""
+    if is_inside(path, out) or RunFolder(out).is_empty():
+        return
+    began = begun_from(out)
+    if began is None or path.resolve() not in (Path(began), *Path(began).parents):
+        raise ConfigError(
+            f"resume: {path} is not of the run in {out}, and the two would be mixed; give an empty folder by --out DIR, or the "
+            f"folder of {path}"
+        )
+
+
+def continue_in(out: Path, path: Path, step: int) -> None:
+    """Makes the run folder ``out`` one of a run that continues the checkpoint at ``path`` of ``step``: checkpoints of later steps
+    are set aside, and a folder that is not the checkpoint's own remembers where it began."""
+    if not is_inside(path, out):
+        if begun_from(out) is None:
+            append_metrics(out, {"kind": "resume", "step": step, "from": str(path.resolve())})
+        return
+    for later in checkpoint.set_aside(RunFolder(out).checkpoints, step, ".later"):
+        say(f"{later.name} is of a later step than {path} and was set aside")
+
+
+def refuse_other_run(
+    source: Path, state: dict[str, Any], out: Path | None, images: ImageList | None, loader: str, *, allow_change: bool = False
+) -> Tensor | None:
+    """Compares what made the checkpoint ``source`` with what is to continue it in ``out``: the run, the images, the loader.
+
+    Says what differs and may. Returns and raises as ``refuse_mixing`` and ``refuse_other_images`` do.
+    """
+    if out is not None:
+        refuse_mixing(source, out)
+    places = None
+    if images is not None:
+        places = refuse_other_images(state.get("images"), images, source, allow=allow_change)
+    then, now = (re.sub(r" \(\d+ workers\)$", "", name) for name in (state.get("loader", loader), loader))
+    if then != now:  # they agree in what they show, not in every level of every pixel
+        say(f"loader: {now} from here on, {then} until {source}: the pixels of views may differ slightly")
+    return places
 
 
 def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -48,7 +120,27 @@ def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
         raise ValueError(f"resume: {source} was made with a config that this version cannot read: {error}") from error
 
 
-def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+def known_settings(
+    method: Method, epochs: int, optim: OptimConfig, run: RunConfig, ema_decay: float, amp: str | None
+) -> dict[str, Any]:
+    """{dotted key: value} of a run that was built in code, as far as it can be told: enough to load its network again where the
+    method is registered, and to refuse another run's folder."""
+    sections = {"optim": optim, "run": run}
+    known = {"epochs": epochs, "amp": amp, "ema.decay": ema_decay}
+    known |= {
+        f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)
+    }
+    known["method.name"] = METHODS.name_of(type(method)) or type(method).__name__
+    network = method.network if type(method).network is not Method.network else None
+    if network is not None:
+        known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
+        known["encoder.weights"] = "none"
+    if network is not None and network.mask is not None:
+        known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
+    return known
+
+
+def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path, processes: int = 1) -> None:
     """Compares the settings of a checkpoint with those of the run that continues it (``Key.resume``): says in the log what may
     change and did. Raises ``ConfigError`` naming the first key that must not change and did."""
     for key, value in now.items():
@@ -56,8 +148,60 @@ def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path) -> No
             continue
         if keys()[key].resume == "said":
             say(f"{key}: {value!r} from here on, {then[key]!r} until {source}")
-        else:
-            raise ConfigError(
-                f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; give {key}={then[key]} to "
-                f"continue it, or --out DIR (or --resume none) to start afresh"
-            )
+            continue
+        way = f"give {key}={then[key]} to continue it"
+        if key == "bn.groups" and then[key] % processes:  # as many parts as processes at least
+            fits = [str(n) for n in range(1, then[key] + 1) if then[key] % n == 0]
+            way = f"{processes} processes cannot share those parts of the batch: start {' or '.join(fits)} to continue it"
+        raise ConfigError(
+            f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; {way}, or --out DIR (or "
+            f"--resume none) starts afresh"
+        )
+
+
+def listing(images: ImageList) -> dict[str, Any]:
+    """What a checkpoint keeps of its training list: enough to name what has changed since."""
+    rows = zip(images.names, images.file_sizes.tolist(), strict=True)
+    packed = zlib.compress(b"".join(os.fsencode(name) + f"\0{size}\0".encode() for name, size in rows))
+    return {"fingerprint": images.fingerprint, "files": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
+
+
+def refuse_other_images(listed: dict[str, Any] | None, images: ImageList, source: Path, *, allow: bool = False) -> Tensor | None:
+    """Compares the training list of the checkpoint ``source`` with ``images`` by names and sizes of the files: a copy of a data set
+    is the same.
+
+    listed: of ``listing``; None of a checkpoint that holds none. allow: go on with another list.
+    Returns where the images of then are now ([N + 1] int64, -1 for those that are gone and in the last row), None where the lists
+    are the same. Raises ``ConfigError`` with counts and examples where they differ.
+    """
+    if listed is None:
+        say(f"{source} is of an earlier version and does not say which images it was trained on: they are taken to be these")
+        return None
+    if listed["fingerprint"] == images.fingerprint:
+        return None
+    parts = zlib.decompressobj().decompress(listed["files"].numpy().tobytes(), _LONGEST).split(b"\0")
+    then = dict(zip(map(os.fsdecode, parts[0::2]), map(int, parts[1::2]), strict=False))
+    now = dict(zip(images.names, images.file_sizes.tolist(), strict=True))
+    kinds = {
+        "added": [name for name in now if name not in then],
+        "removed": [name for name in then if name not in now],
+        "changed": [name for name in now if name in then and then[name] != now[name]],
+    }
+    difference = ", ".join(_counted(names, kind) for kind, names in kinds.items() if names)
+    if not difference and list(then) == list(now):
+        say(f"the images have the names and sizes of those of {source}, but other modification times: taken to be a copy")
+        return None
+    difference = f"the training images in {images.root} are not those of {source}: {difference or 'another order'} of {len(then)}"
+    if not allow:
+        raise ConfigError(
+            f"data.root: {difference}; the order of the images and the length of the run would change. Put them back, or continue "
+            f"with these by data.allow_change=true, or --resume none starts afresh"
+        )
+    say(f"{difference}; data.allow_change=true: the run goes on with these, in another order")
+    place = {name: i for i, name in enumerate(now)}
+    return torch.tensor([*(place.get(name, -1) for name in then), -1])
+
+
+def _counted(names: list[str], kind: str) -> str:
+    examples = ", ".join(map(printable, names[:_EXAMPLES])) + (", ..." if len(names) > _EXAMPLES else "")
+    return f"{len(names)} {kind} ({examples})"

@@ -285,6 +285,8 @@ class Step:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             buffer.copy_(self.optimizer.state[parameter]["momentum_buffer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.weight_decay  # may be another one from here on, as the rate may
         self._keep_buffers()  # a compiled graph holds these very tensors
         self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +17,19 @@ from torch import Tensor
 
 from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
 from engine.console import console, say
-from engine.data import Loader
+from engine.data import ImageList, Loader
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
 from engine.run_folder import RunFolder
 from engine.training import checkpoint, precision
 from engine.training.distributed import ALONE, World
+from engine.training.guard import Health
 from engine.training.log import Records, RunLog
 from engine.training.optim import learning_rate, sgd
 from engine.training.profiling import Profile
-from engine.training.resume import find_checkpoint
+from engine.training.resume import Found, continue_in, find_checkpoint, known_settings, listing, refuse_other_run
 from engine.training.step import Step, choose
-from ppssl.method import METHODS, Batch, Method, Output
+from ppssl.method import Batch, Method, Output
 from ppssl.ops import gather
 
 _STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
@@ -68,8 +68,8 @@ class Trainer:
     out: run folder, None keeps nothing. One process at a time trains there. A run that is already in it is continued where it is
     this one (``resume="auto"``) and moved aside with ``resume="none"``; a run with other settings is refused. ``engine.load(out)``
     gives the trained network.
-    config: of a run that is built from one; its caller has made ``out`` ready. world: the processes that share each batch (the
-    method is distributed, the loader gives this one's part of it), of which the first has ``out``.
+    config: of a run that is built from one. images: the training list; checkpoints remember it, and another one is refused. world:
+    the processes that share each batch (the method is distributed, the loader gives this one's part of it); the first one writes.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Trainer:
         hooks: Sequence[Callable[[Trainer], None]] = (),
         resume: str = "auto",
         config: Config | None = None,
+        images: ImageList | None = None,
         profile: int = 0,
         world: World = ALONE,
     ):
@@ -97,6 +98,7 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.method = method.to(self.device, memory_format=torch.channels_last).train()
         self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
+        self.loader_name = getattr(loader, "name", type(loader).__name__)
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
@@ -117,16 +119,19 @@ class Trainer:
             graph=self.execution.graph,
             max_bad_steps=run.max_bad_steps,
         )
-        self.out = None if out is None else Path(out)
-        self.resume_from, self.config = resume, config
-        self.settings = flatten(config) if config else known_settings(method, self, optim, run, ema_decay, amp)
+        self.out = Path(out) if out is not None and world.first else None
+        self.resume_from, self.config, self.images = resume, config, images
+        self.listing = listing(images) if images is not None else None
+        self.settings = flatten(config) if config else known_settings(method, epochs, optim, run, ema_decay, amp)
         self.log_every = run.log_every
         self.profile = profile
         self.save_every = run.save_every_steps or loader.steps_per_epoch
-        self.saver = checkpoint.Saver(self.out or Path(), keep=run.keep)
+        self.saver = checkpoint.Saver(None if out is None else Path(out), keep=run.keep, writes=world.first)
+        self.health = Health(self.step.parameters)
         self.saved_step = self.hooked_epoch = -1
-        self.folder_is_ready = self.out is None or config is not None  # whoever has a config has made the folder ready
-        self.records, self.log = Records(self.out), None
+        self.begun = self.save_is_due = self.is_ending = False
+        self.records = Records(self.out)
+        self.log: RunLog | None = None
 
     @property
     def epoch(self) -> int:
@@ -138,23 +143,20 @@ class Trainer:
         loss or gradient was not finite, ``BrokenFile`` after a save when an image can no longer be read, ``OSError`` when nothing
         can be saved; each names the last good checkpoint; ``RunFolderInUse`` where another process trains in ``out``."""
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        with RunFolder(self.out).locked() if self.out is not None else nullcontext():
-            self.prepare_folder()
+        out = self.saver.out
+        with RunFolder(out).locked() if out is not None and self.world.first else nullcontext():
+            if not self.begun:
+                self.begin(out and find_checkpoint(self.resume_from, out, self.settings, self.world))
             return self._fit()
 
-    def prepare_folder(self) -> None:
-        """Makes ``out`` the folder of this run: continues the run that is there, or moves it aside, as ``resume`` says.
-
-        Raises ``ConfigError`` where a setting that must not change differs from the run that is there.
-        """
-        if self.folder_is_ready:
-            return
-        self.folder_is_ready = True
-        found = find_checkpoint(self.resume_from, self.out, self.settings)
+    def begin(self, found: Found | None) -> None:
+        """Continues ``found`` (of ``find_checkpoint``). Without one makes ``out`` the folder of a new run: one that is already
+        there is moved aside, not overwritten."""
         if found is not None:
             self.resume(*found)
-        else:
+        elif self.out is not None:
             RunFolder(self.out).move_aside()
+        self.begun = True
 
     def write_settings(self, batch: Batch) -> None:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
@@ -191,7 +193,10 @@ class Trainer:
                     self.write_line(lr)
                 if not stop:
                     hooking += self.timed(self.run_hooks)
-                if step.steps_done % self.save_every == 0 or last or stop:
+                self.health.see(output.total)
+                self.save_is_due |= step.steps_done % self.save_every == 0
+                if self.save_is_due or last or stop:
+                    self.is_ending = last or bool(stop)
                     saving += self.timed(self.save)
                 if stop and not last:
                     saving += self.timed(self.saver.wait)
@@ -223,14 +228,20 @@ class Trainer:
         return seconds
 
     def write_line(self, lr: float) -> None:
-        """The due log line. Raises ``OSError`` naming the last good checkpoint when it cannot be written."""
-        try:
+        """The due log line."""
+        with self.writing(f"writing the log of step {self.step.steps_done}"):
             self.log.line(step=self.step.steps_done, epoch=self.epoch, lr=lr)
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """What is done in here writes beside the checkpoints: an ``OSError`` names the last good one and the remedy."""
+        try:
+            yield
         except OSError as error:
             self.saver.wait()
             raise OSError(
-                f"the log of step {self.step.steps_done} could not be written in {self.out} ({error}); last good checkpoint: "
-                f"{self.saver.saved or 'none'}; make room, then run the same command: it continues there"
+                f"{what} failed ({error}); last good checkpoint: {self.saver.last_good()}; "
+                f"{'make room, then ' * (error.errno in checkpoint.NO_ROOM)}run the same command: it continues there"
             ) from error
 
     def run_hooks(self) -> None:
@@ -238,7 +249,8 @@ class Trainer:
         write is lost when the run dies."""
         if self.step.steps_done % self.loader.steps_per_epoch == 0 and self.epoch > max(0, self.hooked_epoch):
             for hook in self.hooks:
-                hook(self)
+                with self.writing(f"what follows epoch {self.epoch} (evaluation, pictures)"):
+                    hook(self)
             self.hooked_epoch = self.epoch
 
     @contextmanager
@@ -250,9 +262,10 @@ class Trainer:
             yield
         except (BrokenFile, WorkerDied) as error:
             if self.world.size == 1:
+                self.is_ending = True
                 self.save()
             self.saver.wait()
-            raise type(error)(f"{error}; last good checkpoint: {self.saver.saved or 'none'}") from None
+            raise type(error)(f"{error}; last good checkpoint: {self.saver.last_good()}") from None
 
     def with_teacher(self, batch: Batch) -> Batch:
         """The batch with its images' cached teacher embeddings, when the method wants them."""
@@ -276,71 +289,73 @@ class Trainer:
                 checkpoint.write(bundle, state | {"step": streak.step, "replay": again})
             except OSError as error:  # it must not hide why the run ends
                 replay = f"{bundle} for a replay could not be written ({error})"
+        self.saver.set_aside()
         terms = ", ".join(f"{name} {value:.6g}" for name, value in streak.terms.items())
+        good = self.saver.last_good()
+        way = f"{'start again' if good == 'none' else 'continue there'} by the same command with a lower optim.lr"
         raise FloatingPointError(
             f"step {streak.step}: the loss or its gradient is not finite ({terms}), the first of {self.step.guard.patience} steps "
-            f"in a row (run.max_bad_steps); last good checkpoint: {self.saver.saved or 'none'}; {replay}; "
-            f"a lower optim.lr{' or amp=null (float32)' if self.precision.dtype else ''} may help"
+            f"in a row (run.max_bad_steps); last good checkpoint: {good}; {replay}; {way}"
+            f"{', or afresh (--resume none) with amp=null (float32)' if self.precision.dtype else ''}"
         )
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint restores."""
-        return self.step.state_dict() | {
-            "epoch": self.epoch,
-            "hooked_epoch": self.hooked_epoch,
-            "method": self.method.state_dict(),
-            "rng": checkpoint.rng_state(),
-            "info": {"config": to_yaml(self.config)} if self.config else {"settings": self.settings},
-        }
+        return (
+            self.step.state_dict()
+            | {
+                "epoch": self.epoch,
+                "hooked_epoch": self.hooked_epoch,
+                "method": self.method.state_dict(),
+                "rng": checkpoint.rng_state(),
+                "health": self.health.state_dict(),
+                "loader": self.loader_name,
+                "info": {"config": to_yaml(self.config)} if self.config else {"settings": self.settings},
+            }
+            | ({} if self.listing is None else {"images": self.listing})
+        )
 
     def save(self) -> None:
-        """Begins to write a checkpoint and the network's weights into the run folder, in the background; their numbers are finite,
-        since a step that is not changes nothing. All processes call it: they hold parts of the state, one writes it."""
+        """Begins to write a checkpoint and the network's weights into the run folder, in the background. All processes call it:
+        they hold parts of the state, one writes it. While bad steps follow one another it waits for a good one, unless the run ends
+        here: a state that may be ruined takes no good one's place."""
         if (self.out is None and self.world.size == 1) or self.saved_step == self.step.steps_done:
             return
         self.check()
+        in_a_row = int(self.step.guard.in_a_row)
+        if in_a_row and not self.is_ending:
+            return
         state = self.state()
-        self.saved_step = self.step.steps_done
+        self.saved_step, self.save_is_due = self.step.steps_done, False
         if self.out is not None:
+            doubt = f"it follows {in_a_row} bad steps" if in_a_row else self.health.doubt()
             metadata = {"step": str(self.step.steps_done), "epoch": str(self.epoch)}
-            self.saver.save(state, self.method.network.weights(), metadata)
+            weights = self.method.network.weights() if not doubt or self.is_ending else None
+            self.saver.save(state, weights, metadata, doubt=doubt)
 
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
         """Continues the checkpoint at ``path`` (``state`` when it is already read). Raises ``ValueError`` when it belongs to
-        another method or network."""
-        self.folder_is_ready = True
+        another method or network, ``ConfigError`` when it is of other images or ``out`` holds another run."""
+        self.begun = True
         state = checkpoint.load(path) if state is None else state
+        allow = self.config is not None and self.config.data.allow_change
+        places = refuse_other_run(path, state, self.out, self.images, self.loader_name, allow_change=allow)
         try:
             self.method.load_state_dict(state["method"])
             self.step.load_state_dict(state)
             checkpoint.load_rng_state(state["rng"])
             self.hooked_epoch = state["hooked_epoch"]
+            self.health.load_state_dict(state.get("health", {}))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 300)  # torch lists every name
             raise ValueError(f"resume: {path} is of another method or network than this config's: {reason}") from error
-        self.saver.saved = path
+        if places is not None:
+            self.method.renumber(places)
+        self.saver.resume(path, state)
         self.records.rewind(self.step.steps_done)
+        if self.out is not None:
+            continue_in(self.out, path, self.step.steps_done)
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
-
-
-def known_settings(
-    method: Method, trainer: Trainer, optim: OptimConfig, run: RunConfig, ema_decay: float, amp: str | None
-) -> dict[str, Any]:
-    """{dotted key: value} of a run that was built in code, as far as it can be told: enough to load its network again where the
-    method is registered, and to refuse another run's folder."""
-    sections = {"optim": optim, "run": run}
-    known = {"epochs": trainer.epochs, "amp": amp, "ema.decay": ema_decay}
-    known |= {
-        f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)
-    }
-    known["method.name"] = METHODS.name_of(type(method)) or type(method).__name__
-    network = method.network if type(method).network is not Method.network else None
-    if network is not None:
-        known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
-        known["encoder.weights"] = "none"
-    if network is not None and network.mask is not None:
-        known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
-    return known
 
 
 @contextmanager

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from engine import build
+from engine import build, run_folder
 from engine.config import Config, from_yaml, to_yaml
 from engine.evaluate import main, retrieval
 from engine.evaluation import linear
+from engine.pretrained import model_card
 from engine.pretrained.weights_file import save_weights
+from engine.report import run as report_run
 
 
 @pytest.fixture
@@ -73,10 +75,94 @@ def test_the_command_prints_and_writes(run: Path, capsys: pytest.CaptureFixture[
     for word in ("leave-one-out", "l2(gap(F))", "test split: 8 images", f"{100 * record['rank1']:.2f} %", "evaluation.json"):
         assert word in shown
     assert main([str(run), "--out", str(tmp_path / "mine.json")]) == 0
-    assert without_seconds(written(tmp_path / "mine.json")) == without_seconds([record])
+    assert without_seconds(written(tmp_path / "mine.json")) == without_seconds([record | {"source": str(run)}])
     features = load_file(run / "features" / "test.safetensors")["features"]
     labels = build.data(from_yaml(run / "config.yaml"), cache_dir=None).test.labels
     assert retrieval(features, labels) == tuple(record[name] for name in ("rank1", "rank5", "mAP", "queries", "excluded"))
+
+
+def shown_in_card(run: Path) -> str:
+    return " ".join(model_card._table(model_card.metrics(run, [])))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["a run that knows its images", "a run of an earlier version"])
+def test_other_data_are_added_beside_and_are_no_results_of_the_run(
+    recorded: bool, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    other = tmp_path / "other"
+    shutil.copytree(photos / "train", other / "train")
+    shutil.copytree(photos / "train", other / "test")
+    if recorded:
+        lists = build.data(from_yaml(run / "config.yaml"), cache_dir=None)
+        run_folder.append_data(run, 0, str(photos), {"train": lists.train.identity, "test": lists.test.identity})
+    line = [str(run), "--protocol", "retrieval,knn"]
+    assert main(line) == 0
+    own, card = written(run / "evaluation.json"), shown_in_card(run)
+    assert all(r["own_data"] and r["root"] == str(photos) for r in own)
+    capsys.readouterr()
+    assert main([*line, f"data.root={other}"]) == 0
+    assert "not the images of the run" in said(capsys)
+    records = written(run / "evaluation.json")
+    assert records[: len(own)] == own and len(records) == 2 * len(own)
+    assert all(not r["own_data"] and r["root"] == str(other) and r["images"] == 12 for r in records[len(own) :])
+    assert shown_in_card(run) == card and [r for r in report_run._evaluation(run)] == own
+    assert main([*line, f"data.root={other}"]) == 0 and len(written(run / "evaluation.json")) == len(records)  # each once
+
+
+def test_a_copy_of_the_data_is_the_same_and_changed_images_are_not(run: Path, photos: Path, tmp_path: Path):
+    lists = build.data(from_yaml(run / "config.yaml"), cache_dir=None)
+    run_folder.append_data(run, 0, str(photos), {"train": lists.train.identity, "test": lists.test.identity})
+    assert main([str(run)]) == 0
+    shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copy)
+    assert main([str(run), f"data.root={tmp_path / 'copy'}"]) == 0
+    (record,) = written(run / "evaluation.json")
+    assert record["own_data"] and record["root"] == str(tmp_path / "copy")
+    (photos / "test/class0/0.png").unlink()
+    assert main([str(run)]) == 0
+    first, second = written(run / "evaluation.json")
+    assert first == record and second["images"] == 7 and not second["own_data"]
+
+
+def test_another_precision_and_another_run_are_other_records(run: Path, tmp_path: Path):
+    for line in ([], ["amp=bf16"]):
+        assert main([str(run), *line]) == 0
+    assert [r["amp"] for r in written(run / "evaluation.json")] == [None, "bf16"]
+    shutil.copytree(run, tmp_path / "second")
+    for folder in (run, tmp_path / "second", run):
+        assert main([str(folder), "--out", str(tmp_path / "both.json")]) == 0
+    assert [Path(r["source"]).name for r in written(tmp_path / "both.json")] == ["second", "run"]
+
+
+def test_records_that_do_not_say_which_images_they_are_of_are_replaced(run: Path):
+    assert main([str(run)]) == 0
+    (record,) = written(run / "evaluation.json")
+    old = {k: v for k, v in record.items() if k not in ("fingerprint", "own_data", "root", "amp")}
+    (run / "evaluation.json").write_text(json.dumps([old]))
+    assert main([str(run)]) == 0
+    assert without_seconds(written(run / "evaluation.json")) == without_seconds([record])
+
+
+@pytest.mark.parametrize("kept", ["relative", "absolute"], ids=["as an earlier version wrote it", "moved as a whole"])
+def test_a_run_is_evaluated_from_any_folder_and_after_both_have_moved(
+    kept: str, run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    if kept == "relative":
+        (run / "config.yaml").write_text(to_yaml(small_config(Path("photos"))))
+        elsewhere = tmp_path
+    else:
+        run_folder.append_data(run, 0, str(photos), {"train": "x", "test": "y"})
+        elsewhere = tmp_path / "moved"
+        elsewhere.mkdir()
+        for folder in (run, photos):
+            folder.rename(elsewhere / folder.name)
+    monkeypatch.chdir("/")
+    assert main([str(elsewhere / "run")]) == 0
+    assert written(elsewhere / "run/evaluation.json")[0]["root"] == str(elsewhere / "photos")
+    assert f"{elsewhere / 'photos'} is taken" in said(capsys)
+    assert report_run.read(elsewhere / "run", torch.device("cpu")).split == "test"
+    (elsewhere / "photos").rename(elsewhere / "gone")
+    assert main([str(elsewhere / "run")]) == 1
+    assert "photos" in said(capsys)
 
 
 def test_all_protocols_fractions_and_row_0(run: Path, capsys: pytest.CaptureFixture[str]):

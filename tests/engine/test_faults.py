@@ -376,11 +376,12 @@ def test_a_streak_of_bad_steps_leaves_a_bundle_that_reproduces_it(
     assert "first place that is not finite: the" in capfd.readouterr().err
 
     state = checkpoint.load(bundle)
-    healthy = bundle.with_name("healthy.pt")
-    checkpoint.write(healthy, checkpoint.load(Path("bad/checkpoints/step_000000002.pt")) | {"replay": state["replay"]})
+    healthy, earlier = bundle.with_name("healthy.pt"), Path("bad/checkpoints/step_000000002.pt")
+    assert main(["--cfg", str(recipe), "--out", "bad", "epochs=9", "method.name=ppssl", "run.keep=99"]) == 0
+    checkpoint.write(healthy, checkpoint.load(earlier) | {"replay": state["replay"]})
     assert replay_main([str(healthy)]) == 1
     assert "now draws other images" in capfd.readouterr().err
-    assert replay_main(["bad/checkpoints/step_000000002.pt"]) == 1
+    assert replay_main([str(earlier)]) == 1
     assert "no replay bundle" in capfd.readouterr().err
 
 

@@ -19,8 +19,8 @@ from engine.data.catalog import load as load_catalog
 from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.views import clean_resize
-from engine.errors import ConfigError
-from engine.training import checkpoint
+from engine.errors import BrokenFile, ConfigError
+from engine.training import World, checkpoint
 from ppssl import Batch, Method, MoCo, Output
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 
@@ -181,9 +181,22 @@ def test_a_second_trainer_continues_the_run_in_its_folder(tmp_path: Path) -> Non
 def test_a_second_trainer_with_other_settings_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match=r"optim\.lr.*0\.1.*0\.2"):
-        Trainer(moco(), Noise(), epochs=1, optim=OptimConfig(lr=0.2), device="cpu", out=tmp_path / "run").fit()
+    with pytest.raises(ConfigError, match=r"optim\.momentum.*0\.9.*0\.8"):
+        Trainer(moco(), Noise(), epochs=1, optim=OptimConfig(lr=0.1, momentum=0.8), device="cpu", out=tmp_path / "run").fit()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_broken_image_in_a_process_that_does_not_write_names_the_checkpoint_all_the_same(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+
+    class Broken(Noise):
+        def batches(self, start: int, stop: int) -> Iterator[Batch]:
+            yield from super().batches(0, 1)
+            raise BrokenFile("x.jpg: unreadable now")
+
+    other = Trainer(moco(), Broken(), epochs=1, device="cpu", out=tmp_path / "run", world=World(1, 2, device=torch.device("cpu")))
+    with pytest.raises(BrokenFile, match=r"last good checkpoint: .*step_000000008\.pt"):
+        other.fit()
 
 
 def test_a_run_can_be_moved_aside(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from engine import report, run_folder
 from engine.config import from_yaml
-from engine.evaluation import attention_maps
+from engine.evaluation import attention_maps, evaluator
 from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint
+from engine.training.step import Step
 from engine.training.trainer import Trainer
 from ppssl.moco import MoCo
 
@@ -161,6 +162,49 @@ def test_resume_none_moves_an_earlier_run_aside(recipe: Path) -> None:
     assert Path("runs/tiny/weights.safetensors").is_file() and Path("runs/tiny.1/weights.safetensors").is_file()
 
 
+def test_a_run_records_its_images_and_where_they_lie(
+    recipe: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/birds").symlink_to(world)
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["--cfg", str(recipe), "data.root=birds", "--out", "run", "epochs=1"]) == 0
+    assert from_yaml(Path("run/config.yaml")).data.root == str(tmp_path / "here/birds")
+    (noted,) = [r for r in run_folder.read_metrics(Path("run")) if r["kind"] == "data"]
+    assert noted["root"] == "../birds" and set(noted["lists"]) == {"train", "test"}
+    records = json.loads(Path("run/evaluation.json").read_text())
+    assert {r["fingerprint"] for r in records} == {noted["lists"]["test"][:16]} and all(r["own_data"] for r in records)
+    lines = Path("run/metrics.jsonl").read_text().replace(noted["lists"]["test"], "0" * 64)
+    Path("run/metrics.jsonl").write_text(lines)  # as if it had been tested on other images
+    assert main(["--cfg", str(recipe), "data.root=birds", "--out", "run", "epochs=1"]) == 0
+    assert "the images are not those of before step 5" in " ".join(capfd.readouterr().err.split())
+    assert run_folder.read_data(Path("run"))["lists"] == noted["lists"]
+
+
+@pytest.mark.parametrize("when", [0, 1, 2], ids=["before training", "between epochs", "after training"])
+def test_a_full_disk_in_an_evaluation_names_the_file_the_checkpoint_and_the_remedy(
+    when: int, recipe: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, calls = evaluator.keep, []
+
+    def full(path: Path, records: list, **options: object) -> list:
+        calls.append(1)
+        if len(calls) == when + 1:
+            monkeypatch.setattr(Path, "write_text", no_space)
+        return keep(path, records, **options)
+
+    def no_space(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluator, "keep", full)
+    assert main(["--cfg", str(recipe), "--out", "full", "eval.every=1"]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    saved = ["none", "full/checkpoints/step_000000003.pt", "full/checkpoints/step_000000010.pt"][when]
+    for words in ("evaluation", "full/evaluation.json", "No space left", f"last good checkpoint: {saved}", "make room"):
+        assert words in error, error
+    monkeypatch.undo()
+
+
 def test_dry_run_runs_one_step_and_writes_nothing(recipe: Path, capfd: pytest.CaptureFixture) -> None:
     before = sorted(Path().rglob("*"))
     assert main(["--cfg", str(recipe), "--dry-run"]) == 0
@@ -193,11 +237,62 @@ def test_a_streak_of_losses_that_are_not_finite_stops_the_run_and_names_everythi
     poison(monkeypatch, lambda step: step >= 4)
     assert main(["--cfg", str(recipe), "--out", "bad", "run.max_bad_steps=3"]) == 1
     error = capfd.readouterr().err.replace("\n", " ")
-    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000006.pt" in error
+    assert "step 4" in error and "total nan" in error and "contrast" in error and "step_000000003.pt" in error
     assert "engine.replay bad/replay/step_000000004.pt" in error
     kept = checkpoint.list_checkpoints(Path("bad/checkpoints"))
-    assert [p.name for p in kept] == ["step_000000003.pt", "step_000000006.pt"]
+    assert [p.name for p in kept] == ["step_000000003.pt"]  # none of the streak's
     assert all(torch.isfinite(t).all() for t in checkpoint.load(kept[0])["method"].values() if t.is_floating_point())
+
+
+def ruin(monkeypatch: pytest.MonkeyPatch, after: int, factor: float) -> None:
+    """Multiplies the weights after that step."""
+    run = Step.__call__
+
+    def ruining(self: Step, batch):
+        output = run(self, batch)
+        if self.steps_done == after:
+            torch._foreach_mul_([p.data for p in self.parameters], factor)
+        return output
+
+    monkeypatch.setattr(Step, "__call__", ruining)
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e6], ids=["bad at once", "finite for a while"])
+def test_ruined_weights_push_out_no_good_checkpoint_and_a_lower_rate_continues_there(
+    factor: float, recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    argv = ["--cfg", str(recipe), "--out", "ruined", "epochs=8", "run.save_every_steps=4", "run.keep=2", "run.log_every=1"]
+    with monkeypatch.context() as patch:
+        ruin(patch, 11, factor)
+        if factor < 1e30:  # two saves later
+            poison(patch, lambda step: step >= 21)
+        assert main([*argv, "run.max_bad_steps=4"]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    assert "last good checkpoint: ruined/checkpoints/step_000000008.pt" in error and "lower optim.lr" in error
+    assert [p.name for p in checkpoint.list_checkpoints(Path("ruined/checkpoints"))][-1] == "step_000000008.pt"
+    left = [p.name for p in sorted(Path("ruined/checkpoints").glob("*.suspect"))]
+    assert left == ([] if factor == 1e30 else ["step_000000016.suspect", "step_000000020.suspect"])
+    assert main([*argv, "optim.lr=0.003", "optim.weight_decay=0.001"]) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "step_000000008.pt at step 8 of 40" in said
+    assert "optim.lr: 0.003 from here on, 0.03 until" in said and "optim.weight_decay: 0.001 from here on" in said
+    last = checkpoint.load(checkpoint.list_checkpoints(Path("ruined/checkpoints"))[-1])
+    assert last["optimizer"]["param_groups"][0]["weight_decay"] == 0.001
+    assert [r["lr"] for r in run_folder.read_metrics(Path("ruined")) if r["kind"] == "train" and r["step"] == 9][0] < 0.003
+
+
+def test_a_run_stopped_in_a_streak_keeps_the_good_checkpoint_beside_what_it_saves(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--cfg", str(recipe), "--out", "stopped", "run.save_every_steps=2", "run.keep=1", "run.log_every=1"]
+    with monkeypatch.context() as patch:
+        poison(patch, lambda step: step >= 4 and (step < 6 or signal.raise_signal(signal.SIGTERM) or True))
+        assert main(argv) == 75
+    names = [p.name for p in checkpoint.list_checkpoints(Path("stopped/checkpoints"))]
+    assert names == ["step_000000004.pt", "step_000000007.pt"]
+    assert "3 bad steps" in checkpoint.load(Path("stopped/checkpoints") / names[1])["doubt"]
+    assert main(argv) == 0
+    assert [p.name for p in checkpoint.list_checkpoints(Path("stopped/checkpoints"))] == ["step_000000010.pt"]
 
 
 def fails(argv: list[str], capfd: pytest.CaptureFixture, *words: str, code: int = 1) -> None:

@@ -127,6 +127,19 @@ def test_the_cam_of_the_batch_mean_is_the_per_sample_one_over_the_batch_size() -
     assert torch.allclose(cams[0], BATCH * cams[1], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [PUBLISHED, GUIDED], ids=["published", "guided"])
+def test_keys_are_shuffled_among_the_parts_of_the_batch_as_moco_s_are(settings: LCRSettings) -> None:
+    torch.manual_seed(1)
+    trunk = Trunk("resnet18_w8_s16")
+    network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax=settings.method.minmax, groups=2))
+    head = projection_head("mlp2", trunk.channels, DIM)
+    method = LCR(network, head, settings=settings, dim=DIM, queue_size=QUEUE, bn_groups=2).train()
+    given = batch()
+    keys = method(given).keys
+    assert torch.equal(keys, method.keys(given.x_k))
+    assert not torch.allclose(keys, method.embed_key(given.x_k), atol=1e-4)  # in the parts of their queries
+
+
 def test_published_batch_norm_moves_three_times_once_for_the_keys_map() -> None:
     method, given = build(PUBLISHED), batch()
     start = method.mask.bn.running_mean.clone()

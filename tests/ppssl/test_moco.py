@@ -97,6 +97,14 @@ def test_exclude_same_image_takes_stale_keys_of_the_same_image_out_of_the_sum() 
     assert twin(batch).total < plain(batch).total
 
 
+def test_what_the_queue_remembers_follows_the_images_to_another_list() -> None:
+    method = build(exclude_same_image=True)
+    method.enqueue(torch.zeros(4, 6), torch.tensor([0, 3, 1, 2]))
+    method.renumber(torch.tensor([2, -1, 0, 1, -1]))  # image 1 is gone, the others have moved
+    assert method.queue.index.tolist() == [2, 1, -1, 0] + [-1] * 8
+    build().renumber(torch.tensor([0, -1]))  # nothing is remembered
+
+
 def test_a_method_trains_as_a_library_without_files() -> None:
     method = build(queue_size=16)
     before = copy.deepcopy(method.state_dict())

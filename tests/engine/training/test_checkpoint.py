@@ -133,6 +133,40 @@ def test_the_error_of_a_save_in_the_background_is_raised_at_the_next_look(tmp_pa
     )
 
 
+def test_a_save_for_which_no_thread_can_be_started_is_made_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with checkpoint.Saver(tmp_path, keep=2) as saver:
+        saver.save(tiny(1), {"w": torch.zeros(2)}, {})
+    assert checkpoint.load(saver.saved)["step"] == 1 and (tmp_path / "weights.safetensors").is_file()
+
+
+def test_states_in_doubt_leave_the_last_good_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "checkpoints"
+    with checkpoint.Saver(tmp_path, keep=1) as saver:
+        saver.save(tiny(1), {"w": torch.zeros(2)}, {})
+        for step in (2, 3, 4):
+            saver.save(tiny(step), None, {}, doubt="the loss is 1e9")
+    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["step_000000001.pt", "step_000000004.pt"]
+    assert capsys.readouterr().err.count("the loss is 1e9") == 1  # not at every save
+    assert saver.last_good() == folder / "step_000000001.pt" and saver.saved == folder / "step_000000004.pt"
+    again = checkpoint.Saver(tmp_path, keep=1)  # a process that goes on from the newest
+    again.resume(saver.saved, checkpoint.load(saver.saved))
+    assert again.last_good() == folder / "step_000000001.pt"
+    assert checkpoint.Saver(tmp_path, keep=1, writes=False).last_good() == folder / "step_000000004.pt"  # looks what is there
+    again.set_aside()
+    assert [p.name for p in sorted(folder.iterdir())] == ["step_000000001.pt", "step_000000004.suspect"]
+
+
+def test_a_process_that_does_not_write_names_the_checkpoint_that_lies_there(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, keep=1, writes=False)
+    assert saver.last_good() == "none"
+    path = checkpoint.save(tmp_path / "checkpoints", tiny(3), keep=1)
+    assert saver.last_good() == path
+
+
 class Malice:
     def __reduce__(self):
         return os.mkdir, ("executed",)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from engine import run_folder
 from engine.build import spread
 from engine.config import Config, from_yaml
 from engine.errors import ConfigError
+from engine.run_folder import RunFolder, RunFolderInUse
 from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint, optim, precision
@@ -280,6 +282,56 @@ def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_as_if_nothin
     assert re.search(r"continuing killed/checkpoints/step_00000000[36].pt", done.stderr), done.stderr
     whole, killed = final(pair / "whole"), final(pair / "killed")
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+
+
+def test_processes_end_with_a_launcher_that_is_killed_and_the_run_can_be_started_again_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "orphans.py"
+    script.write_text(
+        textwrap.dedent("""\
+        import contextlib, os, time
+        from pathlib import Path
+        from engine.run_folder import RunFolder
+        from engine.training import distributed
+
+        world = distributed.join()
+        with RunFolder(Path("run")).locked() if world.first else contextlib.nullcontext():
+            Path(f"{os.getpid()}.pid").touch()
+            time.sleep(300)
+    """)
+    )
+    port = f"--master-port={free_ports(1)[0]}"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", port, script.name],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < WORLD:
+            assert launcher.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        assert is_locked(tmp_path / "run")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    until = time.monotonic() + 5
+    while any(map(is_running, pids)) or is_locked(tmp_path / "run"):
+        assert time.monotonic() < until, "a process outlives its launcher"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie waits for init only
+    except OSError:
+        return False
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        with RunFolder(folder).locked():
+            return False
+    except RunFolderInUse:
+        return True
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
