@@ -135,7 +135,8 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
     with world.main_process_first():
-        say(f"encoder: {cfg.encoder.arch}, {third_party.initialize(trunk, cfg.encoder.weights)}")
+        found = third_party.initialize(trunk, cfg.encoder.weights, partial=cfg.encoder.partial)
+        say(f"encoder: {cfg.encoder.arch}, {found}")
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 

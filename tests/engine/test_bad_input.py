@@ -354,7 +354,7 @@ CHECKPOINTS = [
     weights("that are not there", "w.pth", lambda p: None, error=FileNotFoundError),
     weights("with code in them", "w.pth", lambda p: torch.save({"state_dict": Malice()}, p), "without running code"),
     weights("of an old pickle", "w.pth.tar", lambda p: p.write_bytes(pickle.dumps({"a": Malice()})), "without running code"),
-    weights("of text", "w.pth", lambda p: p.write_text("no"), "cannot be read"),
+    weights("of text", "w.pth", lambda p: p.write_text("no"), "a text"),
     weights("of a list", "w.pth", lambda p: torch.save([1], p), "list"),
     weights("of another network", "w.pth", lambda p: torch.save({"q": torch.zeros(2)}, p), "q"),
     weights("of other shapes", "w.pth", lambda p: torch.save({"conv1.weight": torch.zeros(2)}, p), "conv1.weight"),

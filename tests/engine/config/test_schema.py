@@ -31,6 +31,7 @@ FROZEN = {
     "method.mask_reach": None,
     "encoder.arch": "resnet50",
     "encoder.weights": "IMAGENET1K_V1",
+    "encoder.partial": False,
     "encoder.head": "mlp2",
     "encoder.dim": 256,
     "queue.size": 65536,
@@ -260,7 +261,7 @@ def test_null_stands_for_a_later_choice():
     assert [values[key] for key in ("iadm.weight", "iadm.temperature", "data.workers", "run.save_every_steps")] == [None] * 4
 
 
-FREE = {"out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers"}
+FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.loader", "data.resident", "data.workers"}
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
 
 
