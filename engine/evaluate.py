@@ -121,7 +121,9 @@ def show(records: Sequence[dict[str, Any]]) -> None:
         notes[f"feature of {r['model']}: {r['feature']}"] = None
     for r in records:
         name, setting, shown = r["protocol"], r["setting"], ("top1",)
-        if name == "retrieval":
+        if r.get("top1", 0) is None:
+            shown = ()
+        elif name == "retrieval":
             shown = ("rank1", "rank5", "mAP")
             setting += f"; {r['queries']:,} queries, {r['excluded']} alone in their class"
         elif name == "knn":
@@ -131,7 +133,7 @@ def show(records: Sequence[dict[str, Any]]) -> None:
             few, many = r["train_images_a_class"]
             each = f"{few}" if few == many else f"{few} to {many}"
             setting += f"; {r['train_images']:,} training images, {each} a class, draw {r['draw_seed']}"
-        result = "  ".join(f"{key} {100 * r[key]:.2f} %" for key in shown)
+        result = "  ".join(f"{key} {100 * r[key]:.2f} %" for key in shown) or "not applicable"
         table.add_row(r["model"], "-" if r["epoch"] is None else str(r["epoch"]), name, result)
         about = f"{name} of {r['model']}" if "penalty" in r else name  # its penalty is chosen for every model
         notes[f"{about}: {setting}"] = None

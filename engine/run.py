@@ -23,7 +23,7 @@ from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.run_folder import RunFolder, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
-from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
+from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -192,6 +192,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, cold start {record['cold_start_seconds']:.0f} s, total "
             f"{record['total_seconds']:.0f} s"
         )
+    if record.get("collapsed"):
+        say(f"warning: {COLLAPSE}")
     say(f"run folder: {out}")
 
 

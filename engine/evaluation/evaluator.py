@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine import files
 from engine.config import Config
@@ -21,7 +22,8 @@ from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_text
 from engine.run_folder import RunFolder, append_metrics, read_metrics
-from engine.training import ALONE, Trainer, World
+from engine.training import ALONE, COLLAPSE, COLLAPSED, Trainer, World
+from ppssl.method import spread
 from ppssl.teacher import Teacher
 
 DRAW_SEED = 0
@@ -92,6 +94,7 @@ def evaluate_features(
     """One plain record for every number of every protocol, each naming protocol, feature, split, epoch and step.
 
     protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd).
+    Where the evaluated images are of a single class, which every answer hits, ``top1`` is None in one record for each protocol.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
@@ -99,6 +102,9 @@ def evaluate_features(
     labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
     features = candidate.features(evaluated, split)
+    apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
+    if apart < COLLAPSED:
+        say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
     about = {
         "model": candidate.model,
         "feature": f"{candidate.feature}, {features.shape[1]}-d",
@@ -119,6 +125,11 @@ def evaluate_features(
         records.append({"protocol": protocol, "setting": setting} | about | values | {"seconds": now - started})
         started = now
 
+    if about["classes"] == 1:
+        say(f"{', '.join(protocols)}: not applicable, the {split} split has a single class")
+        for protocol in protocols:
+            add(protocol, f"not applicable: the {split} split has a single class, of which every answer is", {"top1": None})
+        return records
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if {"knn", "linear"} & set(protocols):
@@ -171,13 +182,18 @@ def headline(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     shown: dict[str, float] = {}
     for r in records:
         if r["protocol"] == "retrieval":
-            shown |= {name: r[name] for name in ("rank1", "rank5", "mAP")}
-        elif r["protocol"] == "knn":
+            shown |= {name: r[name] for name in ("rank1", "rank5", "mAP") if name in r}
+        elif r["protocol"] == "knn" and r["top1"] is not None:
             shown["knn_top1"] = r["top1"]
-    probes = [r for r in records if r["protocol"] == "linear" and r["solver"] == "convex"]
+    probes = [r for r in records if r["protocol"] == "linear" and r.get("solver") == "convex"]
     if probes:
         shown["linear_top1"] = max(probes, key=lambda r: r["fraction"])["top1"]
     return shown
+
+
+def in_percent(values: dict[str, float]) -> str:
+    """``headline`` as a line for the terminal."""
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()) or "no protocol is applicable"
 
 
 _IDENTITY = (
@@ -246,7 +262,7 @@ class Evaluator:
         self.cost = time.perf_counter() - started
         append_metrics(self.out, about | shown | {"seconds": self.cost})
         keep(RunFolder(self.out).evaluation, records)
-        say(f"epoch {epoch}: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items()))
+        say(f"epoch {epoch}: {in_percent(shown)}")
 
     def teacher(self, teacher: Teacher | None) -> None:
         """Evaluates the teacher's own image features, where the method has one: what the student could take over."""
@@ -255,7 +271,7 @@ class Evaluator:
         candidate = of_teacher(teacher, self.device, self.cfg.data.workers)
         records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.cfg.eval.protocols)
         keep(RunFolder(self.out).evaluation, records)
-        say("teacher: " + "  ".join(f"{name} {100 * value:.1f} %" for name, value in headline(records).items()))
+        say(f"teacher: {in_percent(headline(records))}")
 
     def resume(self, step: int) -> None:
         """Forgets what was measured after ``step`` and learns from the log what an evaluation costs."""
