@@ -84,14 +84,24 @@ def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
     return cfg
 
 
+def draw(cfg: Config, *, progress: bool = True) -> None:
+    """Draws the synthetic dataset at ``data.root`` where that names it and it is missing or of another version. For the commands
+    whose config is the person's own: one that was found in a run folder or a file decides nothing that is written."""
+    if cfg.data.name == "birds" and cfg.data.root is not None:
+        dataset.ensure(Path(cfg.data.root), progress=progress)
+
+
 def data(cfg: Config, *, cache_dir: Path | None, progress: bool = True) -> catalog.Catalog:
-    """The checked image lists of ``data.name`` under ``data.root``; the synthetic dataset is drawn there first if it is missing
-    or of another version."""
+    """The checked image lists of ``data.name`` under ``data.root``, where nothing is written."""
     if cfg.data.root is None:
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
     if cfg.data.name == "birds" and dataset.is_missing(root):
-        dataset.ensure(root, progress=progress)
+        raise ConfigError(
+            f"data.root: the synthetic dataset is not at {root}, or is of another version, and this command only reads: name the "
+            f"folder where it lies (data.root=DIR, of engine.replay --root DIR), or draw it: python -m engine.check --cfg demo "
+            f"data.root=DIR"
+        )
     return catalog.load(
         cfg.data.name,
         root,

@@ -49,6 +49,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
     source, state = _checkpoint(cfg, folder, world)
     with world.main_process_first():
+        build.draw(cfg)
         images = build.data(cfg, cache_dir=cache)
 
     def embed(teacher: Teacher) -> torch.Tensor:

@@ -73,6 +73,7 @@ def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
         )  # fmt: skip
     fractions = [float(name.split()[1]) for name in measures if name.startswith("linear")]
     protocols = ("retrieval", "linear") if fractions else ("retrieval",)
+    build.draw(cfg)
     images = build.data(cfg, cache_dir=files.cache_folder())
     records = evaluate_features(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
     keep_records(cell.folder / "evaluation.json", records)
