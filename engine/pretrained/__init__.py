@@ -2,7 +2,19 @@
 
 from engine.pretrained import model_card, third_party, weights_file
 from engine.pretrained.export_targets import FORMATS, export
+from engine.pretrained.file_kind import other_kind
 from engine.pretrained.run import Run, load_run
 from engine.pretrained.weights_file import load_weights, save_weights
 
-__all__ = ["FORMATS", "export", "Run", "load_run", "load_weights", "model_card", "save_weights", "third_party", "weights_file"]
+__all__ = [
+    "FORMATS",
+    "export",
+    "Run",
+    "load_run",
+    "load_weights",
+    "model_card",
+    "other_kind",
+    "save_weights",
+    "third_party",
+    "weights_file",
+]

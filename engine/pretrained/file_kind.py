@@ -35,7 +35,7 @@ def is_safetensors(path: Path) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
 
 
-def not_weights(path: Path) -> str | None:
+def other_kind(path: Path) -> str | None:
     """What the file is and what helps, where it is neither safetensors nor of ``torch.save``; None where it is."""
     head = _head(path)
     if head.startswith(b"PK"):

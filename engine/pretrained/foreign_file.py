@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.console import printable
-from engine.pretrained.file_kind import AGAIN, is_safetensors, not_weights
+from engine.pretrained.file_kind import AGAIN, is_safetensors, other_kind
 from engine.pretrained.weights_file import load_weights
 
 AUTHOR = (
@@ -61,7 +61,7 @@ def read(path: Path) -> Contents:
         raise FileNotFoundError(f"encoder.weights: {path} is not there; give none, a torchvision tag, or an existing file")
     if is_safetensors(path):
         return Contents(load_weights(path), [])
-    if reason := not_weights(path):
+    if reason := other_kind(path):
         raise ValueError(f"encoder.weights: {path} is {reason}")
     unbuilt: dict[str, type[Unbuilt]] = {}
     while True:

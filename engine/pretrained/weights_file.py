@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.console import printable
 from engine.files import write_atomically
-from engine.pretrained.file_kind import AGAIN, is_safetensors, not_weights
+from engine.pretrained.file_kind import AGAIN, is_safetensors, other_kind
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -43,7 +43,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if is_safetensors(path):
             reason = f"cut short or damaged ({printable(str(error))}); {AGAIN}"
         else:
-            reason = not_weights(path) or "of torch.save; give its name another ending than .safetensors"
+            reason = other_kind(path) or "of torch.save; give its name another ending than .safetensors"
         raise ValueError(f"{path} is not a safetensors file: it is {reason}") from error
 
 
