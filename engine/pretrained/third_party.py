@@ -86,7 +86,8 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     found, place = max(matches, key=lambda m: (len(m[0].tensors), not _FOLLOWER.search(m[0].prefix), len(m[0].misshapen)))
     parameters = [name for name, _ in trunk.named_parameters()]
     buffers = [name for name, _ in trunk.named_buffers()]
-    if not found.named or not (found.misshapen or set(parameters) & set(found.tensors)):
+    some = bool(set(parameters) & set(found.tensors))
+    if not some and not found.misshapen:
         if contents.unbuilt:
             raise ValueError(f"encoder.weights: {weights} holds {foreign_file.whole_model(contents.unbuilt)}")
         first = ", ".join([printable(name) for _, tensors in held for name in tensors][:3])
@@ -95,10 +96,10 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in found.named]
     differences = _differences(trunk.arch, own, found, missing, _label(file, contents.tree))
-    if differences and not partial:
+    if differences and not (partial and some):
+        partly = ", or encoder.partial=true to take what fits and leave the rest random" if some else ""
         raise ValueError(
-            f"encoder.weights: {weights} is of another network than {trunk.arch}: {differences[0]}; set {_remedy(found)}, or "
-            f"encoder.partial=true to take what fits and leave the rest random"
+            f"encoder.weights: {weights} is of another network than {trunk.arch}: {differences[0]}; set {_remedy(found)}{partly}"
         )
     tensors = {name: tensor.to(own[name].dtype) for name, tensor in found.tensors.items()}
     weights_file.refuse_not_finite({found.named[name]: t for name, t in tensors.items()}, f"encoder.weights: {weights}")
@@ -128,7 +129,9 @@ def match_names(own: dict[str, Tensor], foreign: dict[str, Tensor], path: str = 
         for i, part in enumerate(parts):
             for first in (part, _CHILDREN.get(part)):
                 if first and (tail := ".".join([first, *parts[i + 1 :]])) in own:
-                    groups.setdefault(".".join(parts[:i]), {})[tail] = name
+                    group = groups.setdefault(".".join(parts[:i]), {})
+                    if first == part or tail not in group:  # a name counts before a position
+                        group[tail] = name
 
     def fitting(prefix: str) -> dict[str, Tensor]:
         return {n: foreign[f] for n, f in groups[prefix].items() if _fits(foreign[f], own[n])}

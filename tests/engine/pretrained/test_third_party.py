@@ -183,6 +183,22 @@ def test_a_trunk_that_is_not_wholly_found_is_refused_unless_that_is_asked_for(ne
     assert torch.equal(trunk.conv1.weight, net.conv1.weight) and torch.equal(trunk.layer4[0].conv1.weight, before)
 
 
+def test_not_even_in_part_is_a_file_taken_of_which_nothing_fits(tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.ones(2, 3, 7, 7), "bn1.weight": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"its bn1\.weight is \[2\], here it is \[8\]") as refused:
+        initialize(Trunk("resnet18_w8"), str(tmp_path / "w.safetensors"), partial=True)
+    assert "partial" not in str(refused.value)
+
+
+def test_a_name_counts_before_a_position(net: nn.Module, tmp_path: Path) -> None:
+    file = without_fc(net) | {"0.weight": torch.randn_like(net.conv1.weight)}
+    for state in (file, dict(reversed(file.items()))):
+        torch.save(state, tmp_path / "w.pth")
+        trunk = Trunk("resnet18")
+        initialize(trunk, str(tmp_path / "w.pth"), partial=True)
+        assert torch.equal(trunk.conv1.weight, net.conv1.weight)
+
+
 def test_batch_counts_may_be_missing_and_running_statistics_may_not(net: nn.Module, tmp_path: Path) -> None:
     save_file({n: t for n, t in without_fc(net).items() if "num_batches" not in n}, tmp_path / "w.safetensors")
     assert "60 of 60 parameters and 40 of 60 buffers" in initialize(Trunk("resnet18"), str(tmp_path / "w.safetensors"))
