@@ -89,9 +89,15 @@ def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
     return cfg
 
 
+def draw(cfg: Config, *, progress: bool = True) -> None:
+    """Draws the synthetic dataset at ``data.root`` where that names it and it is missing or of another version. For the commands
+    whose config is the person's own: one that was found in a run folder or a file decides nothing that is written."""
+    if cfg.data.name == "birds" and cfg.data.root is not None:
+        dataset.ensure(Path(cfg.data.root), progress=progress)
+
+
 def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress: bool = True) -> catalog.Catalog:
-    """The checked image lists of ``data.name`` under ``data.root``; the synthetic dataset is drawn there first if it is missing
-    or of another version.
+    """The checked image lists of ``data.name`` under ``data.root``, where nothing is written.
 
     training: whether training images are needed. progress: shows it, and says how the set was understood.
     """
@@ -99,7 +105,11 @@ def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress
         raise ConfigError("data.root: not set; give the folder of the unpacked data set, e.g. data.root=/data/CUB_200_2011")
     root = Path(cfg.data.root)
     if cfg.data.name == "birds" and dataset.is_missing(root):
-        dataset.ensure(root, progress=progress)
+        raise ConfigError(
+            f"data.root: the synthetic dataset is not at {root}, or is of another version, and this command only reads: name the "
+            f"folder where it lies (data.root=DIR, of engine.replay --root DIR), or draw it: python -m engine.check --cfg demo "
+            f"data.root=DIR"
+        )
     found = catalog.load(
         cfg.data.name,
         root,
@@ -152,7 +162,8 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     torch.manual_seed(cfg.seed)
     trunk = Trunk(cfg.encoder.arch)
     with world.main_process_first():
-        say(f"encoder: {cfg.encoder.arch}, {third_party.initialize(trunk, cfg.encoder.weights)}")
+        found = third_party.initialize(trunk, cfg.encoder.weights, partial=cfg.encoder.partial)
+        say(f"encoder: {cfg.encoder.arch}, {found}")
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     own, rest = parser.parse_known_args(argv)
     cfg = parse(rest).config
+    build.draw(cfg)
     if own.views is None:
         return check(cfg, own.out)
     return show_views(cfg, own.views)

@@ -14,8 +14,9 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal."""
-    console.print(text, markup=False, soft_wrap=True)
+    """One line for the person at the terminal. Whatever ``text`` quotes, it cannot drive the terminal: what is neither printable
+    nor a line feed or a tab is escaped."""
+    console.print("".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text), markup=False, soft_wrap=True)
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -27,7 +28,11 @@ def printable(text: str) -> str:
     """``text`` on one line and harmless to a terminal: what comes from outside (names of files, classes, tensors) may hold line
     feeds, escape sequences and bytes that are no text. They are written as Python escapes them, and so is a backslash."""
     escaped = text.replace("\\", "\\\\")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in escaped)
+    return "".join(c if c.isprintable() else _escaped(c) for c in escaped)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def bar() -> Progress:

@@ -109,16 +109,19 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
 
 def _network_of_file(path: Path, config: Any) -> FeatureNet:
     """Our own files with their mask branch, everybody else's trunk with plain pooling."""
-    if path.suffix == ".safetensors" and any(name.startswith("mask.") for name in weights_file.load_weights(path)):
+    tensors = weights_file.load_weights(path) if path.suffix == ".safetensors" else {}
+    if any(name.startswith("mask.") for name in tensors):
         network = METHODS[config.method.name].build_network(build.settings_of(config), Trunk(config.encoder.arch))
         if network.mask is not None:
+            weights_file.refuse_not_finite(tensors, str(path))
             try:
-                network.load_weights(weights_file.load_weights(path))
+                network.load_weights(tensors)
             except RuntimeError as error:
                 raise ValueError(f"{path} does not fit encoder.arch={config.encoder.arch}: {error}") from error
             return network
     trunk = Trunk(config.encoder.arch)
-    say(f"encoder: {config.encoder.arch}, {third_party.initialize(trunk, str(path.resolve()))}")
+    found = third_party.initialize(trunk, str(path.resolve()), partial=config.encoder.partial)
+    say(f"encoder: {config.encoder.arch}, {found}")
     return FeatureNet(trunk)
 
 

@@ -44,6 +44,14 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         os.close(folder)
 
 
+def inside(folder: Path, path: Path) -> Path:
+    """``path``, which is to be written below ``folder``. Raises ``OSError`` where a link leads out of it: a folder that somebody
+    else made decides nothing outside of itself."""
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise OSError(f"{path} would be written to {path.parent.resolve()}, outside of {folder}, through a link; remove the link")
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """``write_atomically`` of a text in UTF-8."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))

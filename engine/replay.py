@@ -47,15 +47,17 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
 
     root: where the data set lies now, if it has moved. On a CPU the numbers are those of a run on a CPU to the bit, unless that run
     compiled its step.
+    Nothing is written but caches, wherever the bundle comes from.
     Raises ``FileNotFoundError``, or ``ValueError`` naming the bundle when it is not one, or was made by a library call without a
-    config, or when the data set is another one now.
+    config, or when the data set is not there or another one now.
     """
     state = checkpoint.load(bundle)
     if not isinstance(state.get("replay"), dict) or "config" not in state.get("info", {}):
         raise ValueError(f"{bundle} is no replay bundle of a run of engine.train; they lie in RUN/replay")
     device = torch.device(device)
     cfg = from_run(state["info"]["config"])
-    cfg = replace(cfg, run=replace(cfg.run, compile="off", cuda_graph="off"))
+    # the bundle holds the weights: where they once began is neither read nor downloaded
+    cfg = replace(cfg, run=replace(cfg.run, compile="off", cuda_graph="off"), encoder=replace(cfg.encoder, weights="none"))
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
     cfg = build.resolve(cfg, device)

@@ -22,7 +22,7 @@ from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_metrics
 from engine.synthetic import dataset
-from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
+from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -47,6 +47,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
     found = find_checkpoint(cfg.resume, out, flatten(cfg), world)
     with world.main_process_first():
+        build.draw(cfg)
         images = build.data(cfg, cache_dir=cache)
 
     def embed(teacher: Teacher) -> torch.Tensor:
@@ -196,6 +197,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
             f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
+    if record.get("collapsed"):
+        say(f"warning: {COLLAPSE}")
     say(f"run folder: {out}")
 
 

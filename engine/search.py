@@ -15,7 +15,7 @@ from rich.text import Text
 
 from engine import build, files
 from engine.command import command
-from engine.console import console, say
+from engine.console import console, printable, say
 from engine.data import ImageList, Transform, contact_sheet, read_image
 from engine.errors import ConfigError
 from engine.evaluation import most_similar, of_run
@@ -46,7 +46,7 @@ class Match(NamedTuple):
 
 def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Match]:
     """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
-    The lists' features are kept in ``folder``, so that only the first search takes long.
+    The lists' features are kept in ``folder``, so that only the first search takes long; nothing else is written.
 
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
@@ -101,12 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matches = search(args.run, args.image, args.top, device)
     write_sheet(args.image, matches, out)
-    say(f"most like {args.image}, below {matches[0].images.root}:")
+    say(f"most like {printable(str(args.image))}, below {printable(str(matches[0].images.root))}:")
     table = Table()
     for name in ("", "cosine", "list", "class", "file"):
         table.add_column(name, overflow="fold", justify="right" if name in ("", "cosine") else "left")
     for number, match in enumerate(matches, 1):
-        table.add_row(str(number), f"{match.cosine:.4f}", match.split, Text(match.label), Text(match.images.names[match.index]))
+        told = (Text(printable(text)) for text in (match.label, match.images.names[match.index]))
+        table.add_row(str(number), f"{match.cosine:.4f}", match.split, *told)
     console.print(table)
     say(f"contact sheet: {out}")
     return 0

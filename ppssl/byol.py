@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
 from ppssl.encoder import Encoder, FeatureNet, global_average_pool, projection_head
-from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register, spread
 from ppssl.momentum import key_copy, parameter_pairs
-from ppssl.ops import gather
 from ppssl.settings import BYOLSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
@@ -61,9 +60,8 @@ class BYOL(Method):
         with span("losses"):
             cosine = ((p_q * t_k).sum(1) + (p_k * t_q).sum(1)).mean() / 2
             total = 4 - 4 * cosine
-        # a spread that falls to 0 is the constant answer: 1/sqrt(D) where the targets of the global batch point everywhere
-        spread = gather(t_k, self.group).std(0).mean()
-        return Output(total, {"prediction": total.detach()}, stats={"cosine": cosine.detach(), "target_spread": spread})
+        # a spread of the targets that falls to 0 is the constant answer
+        return Output(total, {"prediction": total.detach()}, stats={"cosine": cosine.detach()} | spread(t_k, self.group))
 
     def predict(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> unit rows [B, D] float32."""

@@ -14,13 +14,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from ppssl.batch_norm import parts_here, update_running_statistics
 from ppssl.ops import gather, local_shard, maxout, maxout_image, world_size
 
-_RESNETS = {
+RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
+"""Block and blocks a stage of every network by name."""
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -37,12 +38,12 @@ class Trunk(nn.Module):
     def __init__(self, arch: str):
         super().__init__()
         match = re.fullmatch(r"(resnet\d+)(?:_w(\d+))?(?:_s(8|16|32))?", arch)
-        if match is None or match[1] not in _RESNETS:
+        if match is None or match[1] not in RESNETS:
             raise ValueError(
-                f"encoder.arch: {arch!r} is not known; use one of {', '.join(_RESNETS)}, optionally with _w<base width> and "
+                f"encoder.arch: {arch!r} is not known; use one of {', '.join(RESNETS)}, optionally with _w<base width> and "
                 f"_s<8|16|32> (output stride), e.g. resnet18_w32_s16"
             )
-        block, depths = _RESNETS[match[1]]
+        block, depths = RESNETS[match[1]]
         width, self.stride = int(match[2] or 64), int(match[3] or 32)
         self.arch = arch
         self.channels = 8 * width * block.expansion

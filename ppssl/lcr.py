@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, global_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
-from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.moco import MoCo
 from ppssl.ops import gradcam
 from ppssl.settings import LCRSettings, variant
 from ppssl.span import span
@@ -66,7 +66,7 @@ class LCR(MoCo):
         contrast = losses.mean()
         iadm = self.settings.iadm
         if not iadm.weight:
-            return Output(contrast, {"contrast": contrast.detach()}, k, contrast_accuracy(rank))
+            return Output(contrast, {"contrast": contrast.detach()}, k, self.statistics(rank, q, k))
 
         # the mask A, and with it the batch-norm's running statistics
         with span("losses"):
@@ -84,7 +84,7 @@ class LCR(MoCo):
                 rationale = rationale / context.share
         total = contrast + iadm.weight * rationale
         terms = {"contrast": contrast.detach(), "rationale": rationale.detach()}
-        return Output(total, terms, k, contrast_accuracy(rank))
+        return Output(total, terms, k, self.statistics(rank, q, k))
 
     def cam(self, losses: Tensor, feature: Tensor, context: StepContext = NO_CONTEXT) -> Tensor:
         """relu(+-sum_c F_c * dL_con/dF_c) [B, h, w] float32; the derivative is a constant, F is one only if ``lcr.detach``."""

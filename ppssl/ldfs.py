@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ppssl.encoder import FeatureNet, global_average_pool
 from ppssl.guidance import contrast_gradients
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
-from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.moco import MoCo
 from ppssl.settings import LDFSSettings
 from ppssl.span import span
 from ppssl.teacher import Teacher
@@ -105,7 +105,7 @@ class LDFS(MoCo):
 
         total = contrast + self.reconstruction * reconstruction + self.pair * self.warmed_up(context) * pair
         terms = {"contrast": contrast.detach(), "reconstruction": reconstruction.detach(), "pair": pair.detach()}
-        return Output(total, terms, k, contrast_accuracy(rank))
+        return Output(total, terms, k, self.statistics(rank, q, k))
 
     def observe(self, y: Tensor, losses: Tensor, context: StepContext = NO_CONTEXT) -> None:
         """Moves the running variance of each dimension and its importance: mean over images of |gap(dL/dF) * y|, L an image's own

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppssl.encoder import FeatureNet, Trunk
+from ppssl.ops import gather
 from ppssl.settings import SETTINGS, Sections, Settings
 from ppssl.teacher import Teacher
 
@@ -40,7 +41,7 @@ class Output(NamedTuple):
     keys: Tensor | None = None
     """[B, D] detached unit rows for the queue; None where there is none, and ``enqueue`` is not called."""
     stats: dict[str, Tensor] = {}
-    """Detached scalars worth a curve, e.g. contrast_top1."""
+    """Detached scalars worth a curve, e.g. contrast_top1. ``spread`` is watched by the engine, which tells of a collapse."""
 
 
 class StepContext(NamedTuple):
@@ -56,6 +57,15 @@ class StepContext(NamedTuple):
 
 
 NO_CONTEXT = StepContext()
+
+
+@torch.no_grad()
+def spread(rows: Tensor, group: str = "") -> dict[str, Tensor]:
+    """``{"spread": s}`` for ``Output.stats``: how far the unit rows [B, D] of the global batch lie apart, as the standard deviation
+    of a dimension times sqrt(D). 1 where they point everywhere, 0 where all are one (Chen and He 2021, arXiv 2011.10566, section
+    4.1). Nothing for a single row."""
+    rows = gather(rows.detach(), group)
+    return {"spread": rows.std(0).mean() * rows.shape[1] ** 0.5} if len(rows) > 1 else {}
 
 
 class Method(nn.Module):

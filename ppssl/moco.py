@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm, parts_here, shuffle, unshuffle
 from ppssl.encoder import Encoder, FeatureNet, ImageMaskBranch, MaskBranch, global_average_pool, projection_head
-from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register, spread
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 from ppssl.ops import gather, gradcam, queue_infonce
 from ppssl.settings import MoCoSettings
@@ -125,7 +125,11 @@ class MoCo(Method):
         k = self.keys(batch.x_k)
         losses, rank = self.contrast(q, k, batch.index)
         total = losses.mean()
-        return Output(total, {"contrast": total.detach()}, k, contrast_accuracy(rank))
+        return Output(total, {"contrast": total.detach()}, k, self.statistics(rank, q, k))
+
+    def statistics(self, rank: Tensor, q: Tensor, k: Tensor) -> dict[str, Tensor]:
+        """``Output.stats`` of queries and keys [B, D] and of the ranks of their positives [B]."""
+        return contrast_accuracy(rank, ties(q, k)) | spread(q, self.group)
 
     def attention(self, images: Tensor) -> dict[str, Tensor]:
         """``cam``: relu(-x * dL/dx) of each image's own loss against its mirror image, averaged over the cells of the map: what
@@ -142,6 +146,24 @@ class MoCo(Method):
         return self.contrast(q, self.keys(images.flip(3)), nobody)[0]
 
 
-def contrast_accuracy(rank: Tensor) -> dict[str, Tensor]:
-    """Shares of queries whose positive is the first, or among the first five, of 1 + K logits."""
-    return {"contrast_top1": (rank < 1).float().mean(), "contrast_top5": (rank < 5).float().mean()}
+TIE = 1e-6
+"""Cosines that differ by less are equal: several roundings of float32."""
+
+
+@torch.no_grad()
+def ties(q: Tensor, k: Tensor) -> Tensor:
+    """How many keys of other images of the batch score as the positive does, for each query: [B, D] and [B, D] unit rows -> [B]."""
+    with torch.autocast(q.device.type, enabled=False):
+        cosine = q.detach() @ k.detach().T
+    return ((cosine - cosine.diagonal()[:, None]).abs() <= TIE).sum(1) - 1  # the positive equals itself
+
+
+def contrast_accuracy(rank: Tensor, ties: Tensor) -> dict[str, Tensor]:
+    """Shares of queries whose positive is the first, or among the first five, of all logits. What ties with it stands before it, so
+    that a constant feature hits nothing; ``contrast_ties`` is the share of queries with a tie.
+
+    rank [B]: the negatives that score above the positive; ties [B].
+    """
+    place = rank + ties
+    found = {"contrast_top1": place < 1, "contrast_top5": place < 5, "contrast_ties": ties > 0}
+    return {name: hit.float().mean() for name, hit in found.items()}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Masked, Trunk, global_average_pool, masked_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
-from ppssl.moco import MoCo, contrast_accuracy
+from ppssl.moco import MoCo
 from ppssl.momentum import key_copy, parameter_pairs
 from ppssl.ops import gradcam
 from ppssl.settings import PPSSLSettings, variant
@@ -161,7 +161,7 @@ class PPSSL(MoCo):
             total = total + ais.weight * self.warmup(context) * distillation
             terms["ais"] = distillation.detach()
 
-        return Output(total, terms, k, contrast_accuracy(rank))
+        return Output(total, terms, k, self.statistics(rank, q, k))
 
     def cam(self, losses: Tensor, activations: dict[str, Tensor], size: Sequence[int], context: StepContext = NO_CONTEXT) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ppssl.batch_norm import distribute_batch_norm, group_batch_norm
 from ppssl.encoder import Encoder, FeatureNet, projection_head
-from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register
-from ppssl.moco import contrast_accuracy
+from ppssl.method import NO_CONTEXT, Batch, Method, Output, StepContext, register, spread
+from ppssl.moco import contrast_accuracy, ties
 from ppssl.ops import gather
 from ppssl.settings import SimCLRSettings
 from ppssl.span import span
@@ -48,10 +48,12 @@ class SimCLR(Method):
         with span("query_fwd"):
             z = self.encoder(torch.cat([batch.x_q, batch.x_k]))  # [2B, D], both views share their batch statistics
         with span("losses"):
-            every = torch.cat([gather(views, self.group) for views in z.chunk(2)])  # the negatives are the global batch's
+            a, b = (gather(views, self.group) for views in z.chunk(2))  # the negatives are the global batch's
+            every = torch.cat([a, b])
             losses, rank = nt_xent(every, self.temperature)
             total = losses.mean()
-        return Output(total, {"contrast": total.detach()}, stats=contrast_accuracy(rank))
+        accuracy = contrast_accuracy(rank, torch.cat([ties(a, b), ties(b, a)]))
+        return Output(total, {"contrast": total.detach()}, stats=accuracy | spread(every))
 
 
 def nt_xent(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

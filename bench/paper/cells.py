@@ -52,7 +52,8 @@ def keep_initial(cell: Cell) -> None:
     """A run folder of the network that training would start from."""
     torch.manual_seed(cell.config.seed)
     trunk = Trunk(cell.config.encoder.arch)
-    say(f"encoder: {third_party.initialize(trunk, cell.config.encoder.weights)}")
+    encoder = cell.config.encoder
+    say(f"encoder: {third_party.initialize(trunk, encoder.weights, partial=encoder.partial)}")
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_text(cell.folder / "config.yaml", to_yaml(cell.config))
     weights_file.save_weights(cell.folder / "weights.safetensors", FeatureNet(trunk).weights(), {"step": "0", "epoch": "0"})
@@ -72,6 +73,7 @@ def measure(cell: Cell, measures: Sequence[str]) -> dict[str, float]:
         )  # fmt: skip
     fractions = [float(name.split()[1]) for name in measures if name.startswith("linear")]
     protocols = ("retrieval", "linear") if fractions else ("retrieval",)
+    build.draw(cfg)
     images = build.data(cfg, cache_dir=files.cache_folder())
     records = evaluate_features(candidate, images, cfg, device, protocols=protocols, fractions=fractions, solvers=("sgd",))
     keep_records(cell.folder / "evaluation.json", records)

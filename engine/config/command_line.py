@@ -23,6 +23,7 @@ import yaml
 from engine.config import history
 from engine.config.recipe import NUMBER, YamlDumper, YamlLoader, nearest, read, resolve
 from engine.config.schema import RECIPES, Config, flatten, keys
+from engine.console import say
 from engine.errors import ConfigError
 
 # Spellings of MoCo, LCR and timm where they mean the same; hyphens and underscores are equal in all of them.
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     try:
         return _parse(argv)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         raise SystemExit(2) from error
 
 

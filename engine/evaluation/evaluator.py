@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine import files
 from engine.config import Config
@@ -21,7 +22,8 @@ from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_text
 from engine.run_folder import RunFolder, read_metrics
-from engine.training import ALONE, Trainer, World
+from engine.training import ALONE, COLLAPSE, COLLAPSED, Trainer, World
+from ppssl.method import spread
 from ppssl.teacher import Teacher
 
 DRAW_SEED = 0
@@ -117,7 +119,8 @@ def evaluate_features(
     """One plain record for every number of every protocol, each naming protocol, feature, data, split, epoch and step.
 
     protocols: of retrieval, knn (every k of ``knn.K``), linear (every ``fraction`` in percent and every solver: convex, sgd). Where
-    no evaluated class has training images, knn and linear do not apply: one record each, whose ``top1`` is None.
+    no evaluated class has training images, knn and linear do not apply; where the evaluated images are of a single class, which
+    every answer hits, no protocol does: one record each, whose ``top1`` is None.
     own: {split: identity} of the lists that are the run's own, so that ``own_data`` tells them from others; None: these are.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
@@ -126,6 +129,9 @@ def evaluate_features(
     labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
     features = candidate.features(evaluated, split)
+    apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
+    if apart < COLLAPSED:
+        say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
     about = {
         "model": candidate.model,
         "feature": f"{candidate.feature}, {features.shape[1]}-d",
@@ -152,6 +158,11 @@ def evaluate_features(
         records.append({"protocol": protocol, "setting": setting} | about | which | values | {"seconds": now - started})
         started = now
 
+    if about["classes"] == 1:
+        say(f"{', '.join(protocols)}: not applicable, the {split} split has a single class")
+        for protocol in protocols:
+            add(protocol, f"not applicable: the {split} split has a single class, of which every answer is", {"top1": None})
+        return records
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if learned := [name for name in protocols if name in _LEARNED]:
@@ -209,7 +220,7 @@ def headline(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     shown: dict[str, float] = {}
     for r in records:
         if r["protocol"] == "retrieval":
-            shown |= {name: r[name] for name in ("rank1", "rank5", "mAP")}
+            shown |= {name: r[name] for name in ("rank1", "rank5", "mAP") if name in r}
         elif r["protocol"] == "knn" and r["top1"] is not None:
             shown["knn_top1"] = r["top1"]
     probes = [r for r in records if r["protocol"] == "linear" and r.get("solver") == "convex"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.console import bar, say
 from engine.data import ImageList, clean_batches, clean_resize
-from engine.files import read_metadata
+from engine.files import inside, read_metadata
 from engine.pretrained import Run, weights_file
 from engine.training import gather_rows, precision
 from ppssl.ops import rank, world_size
@@ -75,7 +75,13 @@ def of_run(run: Run, images: ImageList, split: str, folder: Path, device: torch.
             finally:
                 counter.remove()
 
-    return kept(folder / "features" / f"{split}.safetensors", key(run.network, images, run.config, device), compute).to(device)
+    path, wanted = folder / "features" / f"{split}.safetensors", key(run.network, images, run.config, device)
+    try:
+        inside(folder, path)
+    except OSError as error:
+        say(f"{error}; the features are not kept")
+        return compute().to(device)
+    return kept(path, wanted, compute).to(device)
 
 
 def key(network: nn.Module, images: ImageList, cfg: Config, device: torch.device) -> str:

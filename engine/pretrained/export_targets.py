@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.console import say
-from engine.files import write_atomically
+from engine.files import inside, write_atomically
 from engine.pretrained import model_card
 from engine.pretrained.run import Run, load_run
 from ppssl.encoder import FeatureNet, global_average_pool, scale_to_unit
@@ -216,4 +216,5 @@ def _place(folder: Path, to: str, out: Path | None, arch: str) -> Path:
         return out
     if out is not None and not out.is_dir() and out.suffix:
         raise ValueError(f"--out {out}: --to {to} writes {suffix} files; give a folder or a name that ends so")
-    return (folder / "export" if out is None else out) / f"{arch}_{to.replace('-', '_')}{suffix}"
+    name = f"{arch}_{to.replace('-', '_')}{suffix}"
+    return inside(folder, folder / "export" / name) if out is None else out / name

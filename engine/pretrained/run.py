@@ -57,8 +57,10 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
                 f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
             )
         network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), Trunk(cfg.encoder.arch))
+    tensors = weights_file.load_weights(path)
+    weights_file.refuse_not_finite(tensors, str(path))
     try:
-        network.load_weights(weights_file.load_weights(path))
+        network.load_weights(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {files.config}: {textwrap.shorten(str(error), 300)}") from error
     metadata = read_metadata(path)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engine.pretrained.weights_file import load_weights
+from engine.console import printable
+from engine.pretrained import foreign_file, weights_file
+from ppssl.encoder import RESNETS
 
 # Put between the names of modules by torch.compile and by (Distributed)DataParallel.
 _WRAPPERS = ("_orig_mod", "module")
@@ -20,6 +22,23 @@ _WRAPPERS = ("_orig_mod", "module")
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # A network that follows the trained one has the same names; between the two the trained one is taken.
 _FOLLOWER = re.compile(r"(^|[._])(encoder_k|key|momentum|target|teacher|ema)([._]|$)")
+# First parts of names that belong to the trunk itself: what is left over of these is a block of another network.
+_FAMILY = re.compile(r"(conv|bn|layer|maxpool)\d?")
+# Networks of timm with the tensors of a ResNet that compute something else.
+_SAME_TENSORS = re.compile(r"resnet(?:blur|aa)\d+")
+# What is left over, by what it is for: the first that is found in a name counts.
+_MEANINGS = {
+    "optimizer": r"optimizer|momentum_buffer|exp_avg|grad_scaler|(^|\.)(guard|rng)\.",
+    "momentum network": _FOLLOWER.pattern,
+    "queue": r"queue",
+    "predictor": r"predict",
+    "prototypes": r"prototype",
+    "head": r"(^|\.)(fc|head|heads|classifier|linear|last_layer|mlp)\d*\.",
+    "mask branch": r"mask|(conv|bn)16\.",
+    "text model": r"(^|[._])(clip|text)",
+    "projection head": r"proj",
+    "decoder": r"decoder",
+}
 
 
 class Match(NamedTuple):
@@ -29,53 +48,74 @@ class Match(NamedTuple):
     """By the network's own names."""
     prefix: str
     """What stood before these names in the file."""
-    left_over: list[str]
-    """Names of the file that are not used."""
-    misshapen: dict[str, tuple[list[int], list[int]]]
-    """Own name: (shape in the file, shape wanted)."""
+    named: dict[str, str]
+    """Own name: name in the file, of what fits and of what has another shape."""
+    misshapen: dict[str, Tensor]
+    """By the network's own names: what has another shape, or holds no plain numbers."""
+    blocks: dict[str, str]
+    """Name in the file: name as in torchvision, of what belongs to the trunk there and has no place in this one."""
 
 
-def initialize(trunk: nn.Module, weights: str) -> str:
-    """Loads ``encoder.weights`` into ``trunk`` in place and returns a sentence for the log: how many of its parameters and buffers
-    were found, under which names, and what of the file was left over.
+def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
+    """Loads ``encoder.weights`` into ``trunk`` in place and returns a sentence for the log: what was found, under which names, and
+    what else is in the file.
 
     weights: ``none``, a torchvision tag of the trunk's architecture such as ``IMAGENET1K_V1`` (downloaded by torchvision when it
     is not in its cache), or the path of a .safetensors/.pth/.pth.tar/.ckpt file. Read are torchvision, timm, MoCo (also v3), LCR
     and LearnMat, solo-learn, lightly, DINO and whatever else keeps torchvision's names below a prefix, with or without the
     prefixes of DistributedDataParallel and torch.compile, and this engine's weights and checkpoints.
-    Raises ``ValueError`` when a name is unknown, nothing in the file matches, a tensor has another shape, or the file cannot be
-    read without running code from it; ``RuntimeError`` when a download fails; ``FileNotFoundError``.
+    partial: take what fits of another network; the sentence says what stays random.
+    Raises ``ValueError`` when a name is unknown, the file is of another network or cannot be read without running code from it, or
+    a number is not finite; ``RuntimeError`` when a download fails; ``FileNotFoundError``.
     """
     if weights == "none":
         return "random initial weights"
-    tree = read(Path(weights)) if Path(weights).suffix or "/" in weights else _torchvision(trunk.arch, weights)
+    file = Path(weights)
+    if file.suffix or "/" in weights or file.is_file():
+        contents = foreign_file.read(file)
+    else:
+        contents = foreign_file.Contents(_torchvision(trunk.arch, weights), [])
     own = trunk.state_dict()
-    matches = [match_names(own, tensors, path) for path, tensors in _containers(tree)]
-    if not matches:
-        raise ValueError(f"encoder.weights: {weights} holds a {type(tree).__name__} without named tensors")
+    held = list(foreign_file.containers(contents.tree))
+    if not held and contents.unbuilt:
+        raise ValueError(f"encoder.weights: {weights} holds {foreign_file.whole_model(contents.unbuilt)}")
+    if not held:
+        raise ValueError(f"encoder.weights: {weights} holds a {type(contents.tree).__name__} without named tensors")
     # the most tensors win; of equals the trained network, then the first
-    found = max(matches, key=lambda m: (len(m.tensors), not _FOLLOWER.search(m.prefix), len(m.misshapen)))
-    if found.misshapen:
-        name, (there, here) = next(iter(found.misshapen.items()))
-        more = f" and {len(found.misshapen) - 1} more differ" if len(found.misshapen) > 1 else ""
-        raise ValueError(
-            f"encoder.weights: {weights} is of another network than {trunk.arch}: its {name} is {there}, here it is {here}{more}; "
-            f"set encoder.arch to what the file was trained with"
-        )
+    matches = [(match_names(own, tensors, path), path) for path, tensors in held]
+    found, place = max(matches, key=lambda m: (len(m[0].tensors), not _FOLLOWER.search(m[0].prefix), len(m[0].misshapen)))
     parameters = [name for name, _ in trunk.named_parameters()]
     buffers = [name for name, _ in trunk.named_buffers()]
-    missing = [name for name in parameters if name not in found.tensors]
-    if len(missing) == len(parameters):
-        first = ", ".join(found.left_over[:3]) or "none"
+    some = bool(set(parameters) & set(found.tensors))
+    if not some and not found.misshapen:
+        if contents.unbuilt:
+            raise ValueError(f"encoder.weights: {weights} holds {foreign_file.whole_model(contents.unbuilt)}")
+        first = ", ".join([printable(name) for _, tensors in held for name in tensors][:3])
         raise ValueError(f"encoder.weights: nothing in {weights} matches {trunk.arch}; its first names are {first}")
-    trunk.load_state_dict(found.tensors, strict=False)
+    # files of PyTorch before 0.4.1, and our checkpoints, do not count batches
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in found.named]
+    differences = _differences(trunk.arch, own, found, missing, _label(file, contents.tree))
+    if differences and not (partial and some):
+        partly = ", or encoder.partial=true to take what fits and leave the rest random" if some else ""
+        raise ValueError(
+            f"encoder.weights: {weights} is of another network than {trunk.arch}: {differences[0]}; set {_remedy(found)}{partly}"
+        )
+    tensors = {name: tensor.to(own[name].dtype) for name, tensor in found.tensors.items()}
+    weights_file.refuse_not_finite({found.named[name]: t for name, t in tensors.items()}, f"encoder.weights: {weights}")
+    trunk.load_state_dict(tensors, strict=False)
     note = (
-        f"{weights}: {len(parameters) - len(missing)} of {len(parameters)} parameters and "
-        f"{sum(name in found.tensors for name in buffers)} of {len(buffers)} buffers matched"
+        f"{weights}: {sum(name in tensors for name in parameters)} of {len(parameters)} parameters and "
+        f"{sum(name in tensors for name in buffers)} of {len(buffers)} buffers matched"
     )
-    note += f" (below {found.prefix})" if found.prefix else ""
-    note += f"; not in the file and still random: {_summary(missing)}" if missing else ""
-    return note + (f"; left over in the file: {_summary(found.left_over)}" if found.left_over else "")
+    note += f" (below {printable(found.prefix)})" if found.prefix else ""
+    if differences:
+        note += f"; encoder.partial: {'; '.join(differences)}; what was not found is still random"
+    used = {f"{place}.{name}" for own_name, name in found.named.items() if own_name in tensors}
+    rest = [name for path, held_there in held for name in (f"{path}.{key}" for key in held_there) if name not in used]
+    note += f"; not used of the file: {_meanings(rest)}" if rest else ""
+    unbuilt = ", ".join(printable(name) for name in contents.unbuilt[:4])
+    return note + (f"; objects in it that were not built: {unbuilt}" if unbuilt else "")
 
 
 def match_names(own: dict[str, Tensor], foreign: dict[str, Tensor], path: str = "") -> Match:
@@ -89,58 +129,96 @@ def match_names(own: dict[str, Tensor], foreign: dict[str, Tensor], path: str = 
         for i, part in enumerate(parts):
             for first in (part, _CHILDREN.get(part)):
                 if first and (tail := ".".join([first, *parts[i + 1 :]])) in own:
-                    groups.setdefault(".".join(parts[:i]), {})[tail] = name
+                    group = groups.setdefault(".".join(parts[:i]), {})
+                    if first == part or tail not in group:  # a name counts before a position
+                        group[tail] = name
 
     def fitting(prefix: str) -> dict[str, Tensor]:
-        return {n: foreign[f] for n, f in groups[prefix].items() if own[n].shape == foreign[f].shape}
+        return {n: foreign[f] for n, f in groups[prefix].items() if _fits(foreign[f], own[n])}
 
     prefix = max(groups, key=lambda p: (len(fitting(p)), not _FOLLOWER.search(p), len(groups[p])))
-    used = groups[prefix]
-    tensors = fitting(prefix)
-    misshapen = {n: (list(foreign[f].shape), list(own[n].shape)) for n, f in used.items() if n not in tensors}
-    left_over = sorted(set(foreign) - set(used.values()))
-    return Match(tensors, ".".join(filter(None, (path, prefix))), left_over, misshapen)
+    named, tensors = groups[prefix], fitting(prefix)
+    misshapen = {n: foreign[f] for n, f in named.items() if n not in tensors}
+    before = prefix.split(".") if prefix else []
+    blocks = {}
+    for name in foreign.keys() - {*named.values()} if named else ():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        first, *rest = parts[len(before) :] or [""]
+        first = _CHILDREN.get(first, first)
+        if parts[: len(before)] == before and _FAMILY.fullmatch(first):
+            blocks[name] = ".".join([first, *rest])
+    blocks = {name: blocks[name] for name in foreign if name in blocks}  # in the order of the file
+    return Match(tensors, ".".join(filter(None, (path, prefix))), named, misshapen, blocks)
 
 
-def read(path: Path) -> Any:
-    """What a weights file holds, as tensors and plain data, without running code from it.
-
-    Raises ``FileNotFoundError``, or ``ValueError`` naming the file and the remedy.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"encoder.weights: {path} is not there; give none, a torchvision tag, or an existing file")
-    if path.suffix == ".safetensors":
-        return load_weights(path)
-    try:
-        # timm and many scripts keep their command line beside the tensors; a Namespace only holds attributes
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several types
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
-        raise ValueError(
-            f"encoder.weights: {path} cannot be read without running code from it ({reason}). Where you trust it, keep its tensors "
-            f"alone, once: python -c \"import torch; f = torch.load('{path}', 'cpu', weights_only=False); "
-            f"torch.save(f.get('state_dict', f), '{path.with_suffix('.tensors.pth')}')\""
-        ) from error
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether one holds the numbers of the other: quantized, complex, sparse and integer weights do not."""
+    alike = tensor.is_floating_point() == own.is_floating_point() and not tensor.is_complex() and not tensor.is_quantized
+    return alike and tensor.layout == torch.strided and tensor.shape == own.shape
 
 
-def _containers(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary in ``tree`` that holds tensors, with the keys that lead to it: files wrap their state in ``state_dict``,
-    ``model``, ``student`` and other names, beside the optimizer's."""
-    if not isinstance(tree, dict):
-        return
-    tensors = {str(key): value for key, value in tree.items() if isinstance(value, Tensor)}
-    if tensors:
-        yield path, tensors
-    for key, value in tree.items():
-        yield from _containers(value, f"{path}.{key}" if path else str(key))
+def _differences(arch: str, own: dict[str, Tensor], found: Match, missing: list[str], label: str | None) -> list[str]:
+    """How the network of a file differs from the trunk, one sentence a kind, in the file's own names."""
+    made = []
+    if found.misshapen:
+        name, there = next(iter(found.misshapen.items()))
+        more = f" and {len(found.misshapen) - 1} more differ" if len(found.misshapen) > 1 else ""
+        kinds = [list(there.shape), list(own[name].shape)]
+        if kinds[0] == kinds[1]:
+            kinds = [there.dtype, own[name].dtype] if there.layout == torch.strided else [there.layout, own[name].layout]
+        made.append(f"its {printable(found.named[name])} is {kinds[0]}, here it is {kinds[1]}{more}")
+    if found.blocks:
+        made.append(f"it also has {_listed(found.blocks)}, for which {arch} has no place")
+    if missing:
+        made.append(f"it lacks {_listed(missing)}")
+    if label:
+        made.append(f"it is named {printable(label)}, which has the same tensors and computes something else")
+    return made
 
 
-def _summary(names: list[str]) -> str:
-    """How many names begin with which module."""
-    counts = Counter(next((p for p in name.split(".") if p not in _WRAPPERS), name) for name in names)
-    return ", ".join(f"{module} {count}" for module, count in counts.most_common(8)) + (", ..." if len(counts) > 8 else "")
+def _listed(names: Iterable[str]) -> str:
+    """The first and the last of ``names`` and how many lie between them."""
+    shown = [printable(name) for name in names]
+    return ", ".join(shown) if len(shown) < 4 else f"{shown[0]}, {shown[1]} ... {shown[-1]} ({len(shown)} tensors)"
+
+
+def _remedy(found: Match) -> str:
+    """The setting that takes the file as it is, where its blocks tell which network it is."""
+    shapes = {name: list(tensor.shape) for name, tensor in (found.tensors | found.misshapen).items()}
+    inside = [*shapes, *found.blocks.values()]
+    numbers = [re.match(r"layer(\d)\.(\d+)\.", name) for name in inside]
+    stages = tuple(max((int(m[2]) + 1 for m in numbers if m and m[1] == stage), default=0) for stage in "1234")
+    expansion = 4 if "layer1.0.conv3.weight" in inside else 1
+    stem = shapes.get("conv1.weight", [])
+    known = [name for name, (block, depths) in RESNETS.items() if depths == stages and block.expansion == expansion]
+    if not known or stem[1:] != [3, 7, 7] or any(re.search(r"\.(se|attn|aa)\.", name) for name in inside):
+        return "encoder.weights to a file of this network"
+    return f"encoder.arch={known[0]}" + (f"_w{stem[0]}" if stem[0] != 64 else "")
+
+
+def _label(file: Path, tree: Any) -> str | None:
+    """The name of another network that the tensors cannot tell from a ResNet, where the file bears one: in its own name, in what
+    training scripts store beside the tensors, or in the config.json that timm's models come with."""
+    holders = [tree if isinstance(tree, dict) else {}]
+    args = holders[0].get("args")
+    holders.append(args.state if isinstance(args, foreign_file.Unbuilt) else args)
+    beside = file.with_name("config.json")
+    if file.is_file() and beside.is_file() and beside.stat().st_size < 2**20:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            holders.append(json.loads(beside.read_text(encoding="utf-8")))
+    values = [file.name, *(h.get(key) for h in holders if isinstance(h, dict) for key in ("arch", "architecture", "model"))]
+    matches = [_SAME_TENSORS.search(value) for value in values if isinstance(value, str)]
+    return next((m[0] for m in matches if m), None)
+
+
+def _meanings(names: list[str]) -> str:
+    """What ``names`` are for, or, where that cannot be told, the modules that they begin with."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = [p for p in name.split(".") if p and p not in (*_WRAPPERS, "state_dict", "model")]
+        meaning = next((text for text, pattern in _MEANINGS.items() if re.search(pattern, name.lower())), None)
+        found[meaning or printable(parts[0] if parts else name)] = None
+    return ", ".join([*found][:8]) + (", ..." if len(found) > 8 else "")
 
 
 def _torchvision(arch: str, tag: str) -> dict[str, Tensor]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from engine.console import printable
 from engine.files import write_atomically
+from engine.pretrained.file_kind import AGAIN, is_safetensors, other_kind
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -31,10 +34,24 @@ def _with_sorted_metadata(content: bytes) -> bytes:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file. Raises ``FileNotFoundError``, or ``ValueError`` naming the file when it is not one."""
+    """Reads a safetensors file. Raises ``FileNotFoundError``, or ``ValueError`` naming the file, what it is, and what helps."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
     try:
         return load_file(path)
     except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file ({error})") from error
+        if is_safetensors(path):
+            reason = f"cut short or damaged ({printable(str(error))}); {AGAIN}"
+        else:
+            reason = other_kind(path) or "of torch.save; give its name another ending than .safetensors"
+        raise ValueError(f"{path} is not a safetensors file: it is {reason}") from error
+
+
+def refuse_not_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """Raises ``ValueError`` naming the first of ``tensors`` with a NaN or an infinity, and ``what`` file they are of."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and (count := int((~torch.isfinite(tensor)).sum())):
+            raise ValueError(
+                f"{what}: {count:,} of the {tensor.numel():,} numbers of {printable(name)} are not finite, as of a training that "
+                f"diverged; give an earlier checkpoint, or weights from elsewhere"
+            )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from engine.config import flatten
 from engine.console import counted
 from engine.report.run import Run
+from engine.training import COLLAPSE
 
 SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
 """Of the lines of the log."""
@@ -37,10 +38,11 @@ class Headline(NamedTuple):
 
 
 def headline(run: Run) -> Headline | str:
-    """The first and the last evaluation of the log."""
+    """The first and the last evaluation of the log, and a warning where the network has collapsed."""
     evaluated = run.of_kind("eval")
+    warning = f" Warning: {COLLAPSE}." if any(r.get("collapsed") for r in run.of_kind("train")[-1:]) else ""
     if not evaluated:
-        return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split."
+        return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split." + warning
     first, last = evaluated[0], evaluated[-1]
     before = first if len(evaluated) > 1 else {}
     changes = [Change(text, before.get(name), last[name]) for name, text in SCORES.items() if name in last]
@@ -55,7 +57,7 @@ def headline(run: Run) -> Headline | str:
         f"epoch {first['epoch']} → {last['epoch']}" if before else f"epoch {last['epoch']}",
         f"seed {run.config.seed}",
     ]
-    return Headline(changes, "; ".join(part for part in parts if part) + ".")
+    return Headline(changes, "; ".join(part for part in parts if part) + "." + warning)
 
 
 def protocols(run: Run) -> Table | None:
@@ -78,9 +80,9 @@ def protocols(run: Run) -> Table | None:
             name = f"linear {r.get('solver', '')}, {r.get('fraction', 100):g} % of the labels"
         shown = {**SCORES, "top1": "top-1", "top5": "top-5"}
         values = [f"{text}\u00a0{100 * r[key]:.1f}\u00a0%" for key, text in shown.items() if isinstance(r.get(key), float)]
-        values = ["not applicable"] if r.get("top1", 0) is None else values
         epoch = "" if r.get("epoch") is None else f", epoch\u00a0{r['epoch']}"
-        rows.append([f"{model}{epoch}", name, "\n".join(values), f"{r.get('setting', '')}; feature {r.get('feature', '?')}"])
+        how = f"{r.get('setting', '')}; feature {r.get('feature', '?')}"
+        rows.append([f"{model}{epoch}", name, "\n".join(values) or "not applicable", how])
     return Table(["model", "protocol", "result", "how"], rows) if rows else None
 
 

@@ -16,7 +16,6 @@ from engine.evaluation import Attention, attention_maps
 from engine.evaluation import features as kept_features
 from engine.pretrained import load_run, run_config
 from engine.run_folder import RunFolder, read_metrics
-from engine.synthetic import dataset
 
 
 class Run(NamedTuple):
@@ -71,8 +70,7 @@ def _attention(folder: Path) -> Attention | str:
 
 def _images(cfg: Config) -> tuple[ImageList | str, str]:
     root = Path(cfg.data.root or "")
-    missing = not root.is_dir() or cfg.data.name == "birds" and dataset.is_missing(root)  # a page draws no synthetic dataset
-    if cfg.data.root is None or missing:
+    if cfg.data.root is None or not root.is_dir():
         return f"The images are not available: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
     try:
         found = build.data(cfg, cache_dir=files.cache_folder(), training=False, progress=False)

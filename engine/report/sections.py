@@ -59,17 +59,18 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
             found[run.name] = [(r["step"] / unit, r[key]) for r in run.of_kind(kind) if isinstance(r.get(key), (int, float))]
         return found
 
-    own = {"kind", "step", "epoch", "lr", "images_per_s", "data_wait", "seconds", "grad_norm"}
+    own = {"kind", "step", "epoch", "lr", "images_per_s", "data_wait", "seconds", "grad_norm", "collapsed"}
     terms = list(dict.fromkeys(key for records in trained.values() for r in records for key in r if key not in own))
     shares = [key for key in terms if "_top" in key]
     evaluated = [charts.line_chart(text, series("eval", key), x_name=x_name, percent=True) for key, text in SCORES.items()]
     made = []
     for key in [*[k for k in terms if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
         title = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second", "data_wait": "data wait",
-                 "contrast_top1": "contrast top-1", "contrast_top5": "contrast top-5"}.get(key, key)  # fmt: skip
+                 "contrast_top1": "contrast top-1", "contrast_top5": "contrast top-5",
+                 "contrast_ties": "ties in the contrast", "spread": "spread of the features"}.get(key, key)  # fmt: skip
         lines = series("train", key)
         if any(value for line in lines.values() for _, value in line):  # what stayed 0 throughout needs no picture
-            chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key == "data_wait")
+            chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key in ("data_wait", "contrast_ties"))
             made += [chart] if chart else []
     if not made or any(len(run.of_kind("eval")) > 2 for run in runs):
         made = [chart for chart in evaluated if chart] + made

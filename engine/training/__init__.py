@@ -2,6 +2,7 @@
 
 from engine.training import checkpoint, distributed, precision, speed
 from engine.training.distributed import ALONE, World, gather_rows
+from engine.training.log import COLLAPSE, COLLAPSED
 from engine.training.optim import apex_missing
 from engine.training.resume import find_checkpoint
 from engine.training.step import choose, uncompiled
@@ -9,6 +10,8 @@ from engine.training.trainer import Stopped, Summary, Trainer, signals_stop_at_o
 
 __all__ = [
     "ALONE",
+    "COLLAPSE",
+    "COLLAPSED",
     "Stopped",
     "Summary",
     "Trainer",

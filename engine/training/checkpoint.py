@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.console import say
 from engine.files import write_atomically
-from engine.pretrained import save_weights
+from engine.pretrained import other_kind, save_weights
 from engine.run_folder import RunFolder
 
 FORMAT = 2
@@ -123,6 +123,8 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     _check_seal(path)
+    if reason := other_kind(path):  # a seal can be forged: an archive that would fill the memory is not opened
+        raise ValueError(f"resume: {path} is {reason}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several types for what it will not load

@@ -17,6 +17,13 @@ from ppssl.method import Output
 from ppssl.span import span
 
 T = TypeVar("T")
+_NOT_SHOWN = ("grad_norm", "contrast_top5", "contrast_ties")
+COLLAPSED = 0.01
+"""Spread of the features (``ppssl.method.spread``) below which they count as one: their mean cosine is above 0.9999."""
+COLLAPSE = (
+    "all images give nearly the same feature: the network has collapsed. What people do: look at the images and at their views, "
+    "whether they are all alike or empty (python -m engine.check), lower optim.lr, and with method byol move ema.decay nearer to 1"
+)
 
 
 class Records:
@@ -58,7 +65,7 @@ class RunLog:
     """Log of one run into ``records`` and onto the terminal.
 
     ``watch(batches)`` times the wait for data; ``add`` after every step; ``line(...)`` when a line is due: it reads the
-    device once and returns the record that it wrote.
+    device once and returns the record that it wrote. ``collapsed`` says whether the features were one in the last of them.
     """
 
     def __init__(self, records: Records, *, total_steps: int, start_step: int, description: str):
@@ -66,6 +73,7 @@ class RunLog:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = self.images = 0
+        self.collapsed = False
         self.waited = self.waited_total = 0.0
         self.opened = self.since = time.perf_counter()
         self.progress = Progress(
@@ -127,16 +135,23 @@ class RunLog:
             "data_wait": self.waited / elapsed,
             "seconds": now - self.opened,
         }
+        collapsed = record["spread"] < COLLAPSED if "spread" in record else self.collapsed
+        if collapsed:
+            record["collapsed"] = True
         self.waited_total, taken = self.waited_total + self.waited, self.count
         self.sums, self.count, self.images, self.waited, self.since = None, 0, 0, 0.0, now
         self.records.write(record)
-        shown = [name for name in self.names if name in record and name not in ("grad_norm", "contrast_top5")]
+        shown = [name for name in self.names if name in record and name not in _NOT_SHOWN]
         status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
         status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
         status += f"  lr {lr:.3g}  {record['images_per_s']:.0f} img/s  data wait {100 * record['data_wait']:.0f} %"
         self.progress.update(self.task, status=status)
         if not console.is_terminal:
             say(f"step {step}/{self.total_steps}  epoch {epoch}  {status}")
+        if collapsed != self.collapsed:
+            told = COLLAPSE if collapsed else "the features of the images differ again"
+            say(f"step {step}: {told}; spread {record['spread']:.2g}, of 1 when they point everywhere")
+        self.collapsed = collapsed
         return record
 
     def leave_out(self, seconds: float) -> None:

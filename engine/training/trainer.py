@@ -45,6 +45,8 @@ class Summary(NamedTuple):
     data_wait: float
     checkpoint_seconds: float
     hook_seconds: float
+    collapsed: bool = False
+    """All images gave nearly the same feature at the end."""
 
 
 class Stopped(Exception):
@@ -205,7 +207,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         images = (step.steps_done - began) * batch_size
         training = max(seconds - compiling - saving - hooking, 1e-9)
-        return Summary(step.steps_done - began, seconds, compiling, images / training, log.waited_total / training, saving, hooking)
+        waited = log.waited_total / training
+        return Summary(step.steps_done - began, seconds, compiling, images / training, waited, saving, hooking, log.collapsed)
 
     def first_step(self, batch: Batch) -> tuple[Output, float]:
         """The step that compiles: shown as such, its seconds left out of the speed."""

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -288,6 +289,16 @@ def changed(path: Path, change: Callable[[bytearray], object]) -> None:
     path.write_bytes(content)
 
 
+def deflated(path: Path) -> None:
+    """A sealed checkpoint of zeros that take a thousandth of their size."""
+    checkpoint.write(path, state())
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(50_000_000))
+    content = path.read_bytes()
+    path.write_bytes(content + b"\nPPSSL SHA-256 " + hashlib.sha256(content).digest())
+
+
 def flip(content: bytearray, at: int) -> None:
     content[at] ^= 1
 
@@ -341,6 +352,7 @@ CHECKPOINTS = [
     saved("with bytes after it", partial(changed, change=lambda c: c.extend(b"!")), "not a checkpoint"),
     saved("of another program", lambda p: torch.save({"state_dict": {}}, p), "encoder.weights"),
     saved("of a pickle", lambda p: p.write_bytes(pickle.dumps(Malice())), "not a checkpoint"),
+    saved("of an archive that would fill the memory", deflated, "unpacks to 50,000,0"),
     saved("with code in it", lambda p: checkpoint.write(p, state() | {"x": Malice()}), "cannot be read"),
     saved("of another format", lambda p: checkpoint.write(p, state() | {"format": 1}), "format 2"),
     saved("without a step", lambda p: checkpoint.write(p, {"info": {}}), "not a checkpoint"),
@@ -358,7 +370,7 @@ CHECKPOINTS = [
     weights("that are not there", "w.pth", lambda p: None, error=FileNotFoundError),
     weights("with code in them", "w.pth", lambda p: torch.save({"state_dict": Malice()}, p), "without running code"),
     weights("of an old pickle", "w.pth.tar", lambda p: p.write_bytes(pickle.dumps({"a": Malice()})), "without running code"),
-    weights("of text", "w.pth", lambda p: p.write_text("no"), "cannot be read"),
+    weights("of text", "w.pth", lambda p: p.write_text("no"), "a text"),
     weights("of a list", "w.pth", lambda p: torch.save([1], p), "list"),
     weights("of another network", "w.pth", lambda p: torch.save({"q": torch.zeros(2)}, p), "q"),
     weights("of other shapes", "w.pth", lambda p: torch.save({"conv1.weight": torch.zeros(2)}, p), "conv1.weight"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import report, run_folder
+from engine import report, run, run_folder
 from engine.config import from_yaml
 from engine.evaluation import attention_maps, evaluator
 from engine.synthetic import dataset
@@ -389,6 +389,12 @@ def test_records_are_json_lines(recipe: Path) -> None:
     assert main(["--cfg", str(recipe), "epochs=1"]) == 0
     for line in Path("runs/tiny/metrics.jsonl").read_text().splitlines():
         assert "step" in json.loads(line)
+
+
+def test_the_last_lines_say_that_the_network_has_collapsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for collapsed in (False, True):
+        run.closing_lines(tmp_path, {"steps": 0, "collapsed": collapsed})
+        assert ("all images give nearly the same feature" in capsys.readouterr().err) is collapsed
 
 
 def test_a_page_that_fails_costs_the_run_nothing(

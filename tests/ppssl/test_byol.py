@@ -76,6 +76,6 @@ def test_it_learns_to_predict_and_does_not_collapse() -> None:
     with torch.no_grad():
         after = method.train()(batch())
     assert float(after.total) < 0.5 * float(before.total)
-    assert float(after.stats["target_spread"]) > 0.1
+    assert float(after.stats["spread"]) > 0.1
     assert not torch.equal(start["trunk.conv1.weight"], method.target.state_dict()["trunk.conv1.weight"])
     assert not torch.equal(start["trunk.bn1.running_mean"], method.target.state_dict()["trunk.bn1.running_mean"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_methods import batch, build_moco, build_ppssl, step_of
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from engine.config import ConfigError, from_yaml
 from ppssl import BYOL, METHODS, Batch, Method, MoCo, Output, StepContext, register
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.guidance import contrast_gradients
-from ppssl.method import NO_CONTEXT
+from ppssl.method import NO_CONTEXT, spread
 from ppssl.settings import SETTINGS, ContrastConfig, EncoderConfig, IadmConfig, Settings, SimCLRSettings, method_settings
 from ppssl.simclr import SimCLR
 
@@ -184,3 +185,11 @@ def test_trained_parameters_are_all_but_the_targets() -> None:
     assert [id(p) for p in trained] == [id(p) for p in method.encoder_q.parameters()]
     next(method.encoder_q.parameters()).requires_grad_(False)
     assert len(method.trained_parameters()) == len(trained) - 1
+
+
+def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
+    rows = F.normalize(torch.randn(4000, 32), dim=1)
+    assert float(spread(rows)["spread"]) == pytest.approx(1, abs=0.02)
+    assert float(spread(rows[:1].expand(50, -1))["spread"]) < 1e-6 and spread(rows[:1]) == {}
+    near = F.normalize(rows[:1] + 0.001 * F.normalize(torch.randn(4000, 32), dim=1), dim=1)
+    assert float(spread(near)["spread"]) == pytest.approx(0.001, rel=0.05)

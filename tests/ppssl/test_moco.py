@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +10,7 @@ from engine import Trainer
 from engine.config import OptimConfig
 from ppssl import METHODS, Batch, MoCo
 from ppssl.encoder import FeatureNet, Trunk, projection_head
+from ppssl.moco import contrast_accuracy, ties
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 
 
@@ -44,6 +46,27 @@ def test_the_loss_is_cross_entropy_over_the_key_and_the_queue() -> None:
     assert torch.allclose(output.total, expected, rtol=1e-5) and torch.allclose(output.keys, k, atol=1e-6)
     assert float(output.stats["contrast_top1"]) == float((logits.argmax(1) == 0).float().mean())
     assert not any(p.requires_grad for p in method.encoder_k.parameters())
+
+
+def test_what_ties_with_the_positive_is_no_hit() -> None:
+    method = build().train()
+    black = torch.zeros(4, 3, 32, 32)
+    method.queue.rows.copy_(-method.keys(black)[0])  # no negative scores above the positive
+    output = method(Batch(black, black, torch.arange(4)))
+    stats = {name: float(value) for name, value in output.stats.items()}
+    assert stats["contrast_ties"] == 1 and stats["contrast_top1"] == 0 and stats["contrast_top5"] == 1 and stats["spread"] < 1e-5
+    rank, tied = torch.tensor([0, 0, 1, 3, 5]), torch.tensor([0, 1, 0, 2, 0])
+    assert {name: float(v) for name, v in contrast_accuracy(rank, tied).items()} == pytest.approx(
+        {"contrast_top1": 0.2, "contrast_top5": 0.6, "contrast_ties": 0.4}
+    )
+
+
+def test_ties_are_other_images_keys_that_score_the_same() -> None:
+    k = F.normalize(torch.randn(6, 16), dim=1)
+    q = F.normalize(k + 0.1 * torch.randn(6, 16), dim=1)
+    assert ties(q, k).tolist() == [0] * 6
+    k[4] = k[1]
+    assert ties(q, k).tolist() == [0, 1, 0, 0, 1, 0]
 
 
 def test_key_copy_and_pairs() -> None:

@@ -31,6 +31,7 @@ FROZEN = {
     "method.mask_reach": None,
     "encoder.arch": "resnet50",
     "encoder.weights": "IMAGENET1K_V1",
+    "encoder.partial": False,
     "encoder.head": "mlp2",
     "encoder.dim": 256,
     "queue.size": 65536,
@@ -263,8 +264,8 @@ def test_null_stands_for_a_later_choice():
     assert [values[key] for key in ("iadm.weight", "iadm.temperature", "data.workers", "run.save_every_steps")] == [None] * 4
 
 
-FREE = {"out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident", "data.workers",
-        "data.allow_change"}  # fmt: skip
+FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident",
+        "data.workers", "data.allow_change"}  # fmt: skip
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
 SAID = {"optim.lr", "optim.weight_decay"}
 """What it may change with a line in the log: the remedies of a run that diverges."""

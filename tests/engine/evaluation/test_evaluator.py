@@ -161,6 +161,31 @@ def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
         assert {"protocol", "setting", "feature", "split", "epoch", "step", "model", "seconds"} <= record.keys()
 
 
+def test_a_single_class_is_not_applicable(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one = images._replace(test=replace(images.test, labels=np.zeros_like(images.test.labels)))
+    evaluates = Evaluator(tmp_path, config(), one, CPU)
+    evaluates(trainer(1))
+    records = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(r["protocol"], r["top1"], r["classes"]) for r in records] == [("retrieval", None, 1), ("knn", None, 1)]
+    (logged,) = run_folder.read_metrics(tmp_path)
+    assert (
+        not {"rank1", "mAP", "knn_top1"} & {*logged}
+        and "retrieval: not applicable: the test split has a single class" in logged["protocol"]
+    )
+    said = capsys.readouterr().err
+    assert "not applicable, the test split has a single class" in said and "no protocol is applicable" in said and "100" not in said
+    show(records)
+    assert capsys.readouterr().err.count("not applicable") >= 2
+
+
+def test_a_constant_feature_is_told(images: Catalog, capsys: pytest.CaptureFixture[str]):
+    def one(some: catalog.ImageList, split: str) -> torch.Tensor:
+        return torch.ones(len(some), 8) + 1e-5 * torch.randn(len(some), 8)
+
+    evaluate_features(Candidate("run", "constant", 1, 1, one), images, config(), CPU, protocols=["retrieval"])
+    assert "all images give nearly the same feature" in capsys.readouterr().err
+
+
 def test_records_take_the_place_of_older_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "evaluation.json"
     record = {"model": "run", "protocol": "knn", "k": 10, "epoch": 1, "step": 5, "top1": 0.1}

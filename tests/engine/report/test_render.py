@@ -260,6 +260,7 @@ def test_everything_that_was_evaluated_is_in_one_table(photos: Path, tmp_path: P
         {"model": "run", "protocol": "knn", "k": 20, "epoch": 4, "step": 12, "top1": 0.75, "top5": 1.0} | about,
         {"model": "run", "protocol": "linear", "solver": "convex", "fraction": 20.0, "epoch": 4, "step": 12, "top1": 0.3} | about,
         {"model": "teacher", "protocol": "retrieval", "epoch": None, "step": None, "rank1": 0.4} | about,
+        {"model": "other", "protocol": "retrieval", "epoch": None, "step": 1, "top1": None} | about,
     ]
     (run / "evaluation.json").write_text(json.dumps(records))
     found = page(run).text
@@ -269,6 +270,7 @@ def test_everything_that_was_evaluated_is_in_one_table(photos: Path, tmp_path: P
     absent = {"model": "run", "protocol": "knn", "epoch": 4, "step": 12, "top1": None} | about
     (run / "evaluation.json").write_text(json.dumps([absent]))
     assert "run, epoch 4 kNN not applicable as asked" in page(run).text
+    assert "other retrieval not applicable as asked" in found
     (run / "evaluation.json").write_text("{half")
     assert "All that was evaluated" not in page(run).text
 
@@ -280,6 +282,8 @@ def test_a_collapsed_network_gets_no_map_but_the_page(photos: Path, tmp_path: Pa
     weights_file.save_weights(run / "weights.safetensors", tensors, {"step": "12", "epoch": "4"})
     with pytest.raises(ValueError, match="tells nothing apart"):
         embedding.layout(torch.ones(9, 4))  # t-SNE would end the process
+    run_folder.append_metrics(run, {"kind": "train", "step": 12, "epoch": 4, "spread": 0.001, "collapsed": True})
     found = page(run)
     assert "No embedding map: the features of all images are the same" in found.text
+    assert "Warning: all images give nearly the same feature" in found.text
     assert "neighbors" in found.sections and "Line chart of loss" in str(found.drawings)
