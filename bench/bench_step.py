@@ -128,13 +128,16 @@ def build_method(size: Size, rung: Rung) -> Method:
 
 
 def build_teacher(size: Size) -> Teacher:
-    """An image encoder of CLIP's shape; its speed does not depend on its weights."""
-    from open_clip.transformer import VisionTransformer
+    """An image encoder of CLIP's shape, built by timm, which is where a benchmark runs more often than open_clip; its speed does
+    not depend on its weights."""
+    from timm.models.vision_transformer import VisionTransformer
 
     patch, width, layers = size.teacher
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        visual = VisionTransformer(size.side, patch, width, layers, heads=width // 64, mlp_ratio=4.0, output_dim=512)
+        visual = VisionTransformer(
+            size.side, patch, num_classes=512, embed_dim=width, depth=layers, num_heads=width // 64, pre_norm=True
+        )
         text = torch.randn(8, 512)
     return Teacher(visual, text, logit_scale=100.0, image_size=size.side, mean=(0.5,) * 3, std=(0.25,) * 3)
 
