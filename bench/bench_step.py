@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppssl.encoder
 import ppssl.moco
 import ppssl.ppssl
+from bench.gpu.cards import CARDS, card
 from bench.published_style import PublishedStyle, default_sgd, train_step
-from bench.timing import CEILINGS, CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
 from engine.data.machine import cores
 from engine.training import optim, precision
 from engine.training.step import Step
@@ -43,9 +44,6 @@ from ppssl.settings import variant
 
 LEARNING_RATE = 1e-3
 """Small: one batch is trained on again and again."""
-FLOOR_MS = {("NVIDIA H200", "ppssl"): 23.8, ("NVIDIA H200", "moco"): 16.9}
-"""Least time of a ResNet-50 step at 224 pixels for 128 images whose element-wise work is fused as Inductor does, by the
-bytes moved at 4.3 TB/s and 16-bit products at 790 TFLOP/s. A floor, not a measurement."""
 PASSES = {"ppssl": 5, "moco": 4, "lcr": 4, "ldfs": 8}
 
 
@@ -241,11 +239,12 @@ def account(name: str, size: Size, seconds: float, peak_bytes: int) -> dict[str,
         "peak_mib": peak_bytes / 2**20,
         "useful_tflop_s": tflop_s,
     }
-    device = torch.cuda.get_device_name() if CUDA else ""
-    if device in CEILINGS:
-        row["mfu"] = tflop_s / CEILINGS[device]["tflop_s"]
-    if (device, method) in FLOOR_MS and size.arch == "resnet50" and size.side == 224:
-        row["of_floor"] = FLOOR_MS[device, method] * size.batch / 128 / row["ms"]
+    known = card(torch.cuda.get_device_name()) if CUDA else None
+    if known:
+        row["mfu"] = tflop_s / CARDS[known].tflop_s
+    full = json.loads((Path(__file__).parent / "gpu/budget.json").read_text()).get("full", {})
+    if known and method in full and size == size_of("full")._replace(batch=size.batch):
+        row["of_floor"] = full[method]["ms"][known]["floor"] * size.batch / 128 / row["ms"]  # by arithmetic, no measurement
     return row
 
 

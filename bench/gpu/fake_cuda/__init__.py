@@ -105,8 +105,9 @@ def gpu(properties: types.SimpleNamespace = H100) -> Iterator[Any]:
         "reset_peak_memory_stats": None,
     }  # fmt: skip
     asked = {
-        "is_available": True, "get_device_properties": properties, "get_compute_capability": 10 * properties.major + properties.minor,
-        "current_device": 0, "is_bf16_supported": True, "synchronize": None, "get_raw_stream": 0, "is_triton_capable": True,
+        "is_available": True, "get_device_properties": properties, "current_device": 0,
+        "get_compute_capability": 10 * properties.major + properties.minor,
+        "is_bf16_supported": True, "synchronize": None, "get_raw_stream": 0, "is_triton_capable": True,
         "raise_if_triton_unavailable": None,
     }  # fmt: skip
     worker = {"get_device_properties": properties, "current_device": 0}

@@ -56,6 +56,7 @@ def test_fp16_skips_an_overflow_and_goes_on() -> None:
     step = step_of(build_ppssl(ARCH, "guided"), "fp16")
     given = Batch(*(None if field is None else field.cuda() for field in batch(16)))
     weights = [p.detach().clone() for p in step.parameters]
+    step.set_schedule()  # a scaler is updated once it has scaled something
     scale = float(step.scaler.get_scale())
     step.scaler.update(2.0**40)  # every gradient overflows
     step(given)
