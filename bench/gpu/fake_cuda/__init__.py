@@ -59,7 +59,8 @@ def environment() -> dict[str, str]:
     """The environment of a process that is to see the stub driver: before torch's own runtime, and by its name."""
     path = library()
     others = [entry for entry in os.environ.get("LD_LIBRARY_PATH", "").split(":") if entry]
-    return {**os.environ, "LD_PRELOAD": str(path), "LD_LIBRARY_PATH": ":".join([str(path.parent), *others])}
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # kernels are launched, if only so far
+    return {**kept, "LD_PRELOAD": str(path), "LD_LIBRARY_PATH": ":".join([str(path.parent), *others])}
 
 
 def restart() -> None:
