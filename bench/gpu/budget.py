@@ -195,9 +195,10 @@ def _cost(node: Any, triton_launches: int) -> Iterator[Cost]:
     from torch._inductor import ir
 
     def moved(part: Any) -> tuple[int, int]:
-        accesses = part.get_read_write_buffer_accesses
-        reads, writes = (accesses(include_reads=r, include_writes=not r) for r in (True, False))
-        return int(sum(reads.values())), int(sum(writes.values()))
+        accesses = part.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+        made = {dependency.name for dependency in part.read_writes.writes}
+        written = int(sum(size for name, size in accesses.items() if name in made))
+        return int(sum(accesses.values())) - written, written
 
     inner = node.get_nodes()[0].node
     if isinstance(inner, ir.MultiOutput) or type(node).__name__ == "NopKernelSchedulerNode":
@@ -229,7 +230,7 @@ def _kind(node: Any) -> str:
         for origin in part.node.get_origins() if part.node is not None else ():
             origins.add(str(origin.meta.get("original_aten", origin.target)).removeprefix("aten."))
     has = lambda *names: any(origin.startswith(names) for origin in origins)  # noqa: E731
-    if has("_foreach_add", "_foreach_mul", "_foreach_sub"):
+    if has("_foreach_add", "_foreach_mul", "_foreach_sub") and not node.is_reduction():
         return "EMA and optimizer"
     if has("native_batch_norm_backward"):
         return "batch-norm backward"
