@@ -413,7 +413,7 @@ def variants(arch: str) -> list[Variant]:
                 ragged = operand == "bfloat16" and width == 128
                 for even, part in [(True, 0)] + [(True, 1)] * (width > columns) + [(False, 0)] * ragged:
                     found.append(_split_variant(operand, pointer, width, batch, Config(**config), even, part))
-    for width in (128, 512):
+    for width in (128, 256, 512):
         found.append(_merge_variant(width))
     return found
 

@@ -1,6 +1,6 @@
 """Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD ...]`` prints one JSON line for
-each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on a GPU, up to
-the first number that it reads."""
+each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on a GPU,
+up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from bench.gpu import fake_cuda
+from bench.gpu import fake_cuda  # noqa: E402
 
 METHODS = ("moco", "ppssl published", "ppssl guided", "lcr published", "lcr guided", "ldfs", "simclr", "byol")
 PRECISIONS = ("bf16", "fp16", None)
@@ -81,10 +81,80 @@ def graph_tests(name: str) -> None:
             test_graph.curve(fake_cuda.built(test_graph.BUILD[name])())
 
 
+def launched(name: str, variant: str, dim: int) -> list[tuple[str, dict, int]]:
+    """(kernel, arguments by name, warps) of every launch of our Triton kernels in one step at the size of the benchmark."""
+    from unittest.mock import patch
+
+    from torch._library.custom_ops import OPDEFS
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.jit import JITFunction
+
+    from bench import bench_step
+
+    found = []
+
+    def launch(self, *given, grid, warmup, **options):
+        own = {key: value for key, value in options.items() if key in self.arg_names}
+        found.append((self.fn.__name__, dict(zip(self.arg_names, given, strict=False)) | own, options.get("num_warps", 4)))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "ppssl":
+                with patch.object(JITFunction, "run", launch):
+                    OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    settings = bench_step.variant
+    with (
+        patch.object(bench_step, "variant", lambda method, _, values: settings(method, variant, values)),
+        patch.object(bench_step, "build_method", fake_cuda.built(bench_step.build_method)),
+        patch.object(bench_step, "build_teacher", fake_cuda.built(bench_step.build_teacher)),
+    ):
+        step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), bench_step.RUNGS[name])
+    with Watch():
+        step()
+    return found
+
+
+def differences(kernel: str, values: dict, warps: int) -> list[str]:
+    """How the launch differs from the closest variant that is compiled ahead of time; [] where one is equal."""
+    import torch
+
+    from kernels import registry
+
+    short = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+    closest = [f"{kernel} is not compiled ahead of time"]
+    for number, variant in enumerate(v for v in registry.variants("sm_90") if v.kernel.fn.__name__ == kernel):
+        wrong = [] if warps == variant.warps else [f"warps {warps}, {variant.name} has {variant.warps}"]
+        for name, value in values.items():
+            given = short[value.dtype] if isinstance(value, torch.Tensor) else value
+            known = variant.types.get(name) if isinstance(value, torch.Tensor) else variant.constants.get(name)
+            if known is not None and known != given and getattr(known, "value", known) != given:
+                wrong.append(f"{name} {given}, {variant.name} has {known}")
+        if number == 0 or len(wrong) < len(closest):
+            closest = wrong
+    return closest
+
+
+def forms() -> dict[str, list[str]]:
+    steps = (("teacher cached", "published"), ("teacher cached", "guided"), ("moco", ""), ("lcr", ""), ("ldfs", ""))
+    found = {}
+    for name, variant in steps:
+        for dim in (128, 256):
+            wrong = [line for launch in launched(name, variant, dim) for line in differences(*launch)]
+            found[f"{name} {variant} D{dim}"] = sorted(set(wrong))
+    return found
+
+
 def main(mode: str, names: list[str]) -> None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
 
     with fake_cuda.gpu() as device:
+        if mode == "forms":
+            for case, wrong in forms().items():
+                print(json.dumps({"case": case, "error": "; ".join(wrong) or None}), flush=True)
+            return
         if mode == "graph":
             sys.path.insert(0, str(Path(__file__).with_name("engine") / "training"))
         for name in names or METHODS:

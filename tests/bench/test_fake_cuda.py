@@ -47,6 +47,12 @@ def test_the_tests_that_need_a_gpu_run_up_to_the_first_number_they_read() -> Non
     assert len(found) == 4 and not any(found.values()), found
 
 
+def test_the_kernels_of_the_step_are_those_compiled_ahead_of_time() -> None:
+    """Pointer types, constants, unit strides and warps of every launch at the size of the benchmark, for D 128 and 256."""
+    found = steps("forms")
+    assert len(found) == 10 and not any(found.values()), found
+
+
 def test_a_process_without_the_stub_driver_is_told() -> None:
     with pytest.raises(RuntimeError, match="restart"), fake_cuda.gpu():
         pass
