@@ -27,6 +27,7 @@ import torch
 import yaml
 from PIL import Image
 
+from bench.timing import CUDA, DEVICE, synchronize
 from engine.config import Config, DataConfig
 from engine.data.catalog import ImageList, load
 from engine.data.loaders.choose import build_loader, dali_problem
@@ -38,7 +39,6 @@ WARM, TIMED = 6, 10
 ROUNDS = 9
 STEADY_SECONDS = 12.0
 GUARDS = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text())["data"]
-CUDA = torch.cuda.is_available()
 LOADERS = {
     "torchvision, 0 workers": {"loader": "torch", "resident": "off", "workers": 0},
     "torchvision, 2 workers": {"loader": "torch", "resident": "off", "workers": 2},
@@ -80,16 +80,18 @@ class Side:
 
     def __init__(self, images: ImageList, **data):
         config = Config(batch_size=BATCH, data=DataConfig(workers=2, image_size=224, **data))
-        self.loader = build_loader(images, config, "cpu")
+        self.loader = build_loader(images, config, DEVICE)
         self.step = 0
 
     def turn(self) -> float:
         batches = self.loader.batches(self.step, self.step + WARM + TIMED)
         for _ in range(WARM):
             next(batches)
+        synchronize()
         start = time.perf_counter()
         for _ in batches:
             pass
+        synchronize()
         self.step += WARM + TIMED
         return time.perf_counter() - start
 
@@ -148,35 +150,30 @@ def resident_bytes(pid: int) -> int:
 
 def measure(name: str, root: Path, cache: Path) -> dict[str, float]:
     """One row, in this process."""
-    device = torch.device("cuda" if CUDA else "cpu")
     start = time.perf_counter()
     images = load("folder", root, cache_dir=cache, progress=False).train
     listed = time.perf_counter() - start
     data = DataConfig(**{"image_size": 224, **LOADERS[name]})
     config = Config(batch_size=128 if CUDA else 32, data=data)
 
-    def wait() -> None:
-        if CUDA:
-            torch.cuda.synchronize()
-
     memory = Memory()
     memory.start()
     start = time.perf_counter()
-    loader = build_loader(images, config, device, cache_dir=cache)
+    loader = build_loader(images, config, DEVICE, cache_dir=cache)
     epoch = loader.steps_per_epoch
     batches = loader.batches(0, 1 << 30)
     next(batches)
-    wait()
+    synchronize()
     first = time.perf_counter()
     for _ in range(epoch - 1):
         next(batches)
-    wait()
+    synchronize()
     steady = time.perf_counter()
     steps = 0
     while time.perf_counter() - steady < STEADY_SECONDS:
         next(batches)
         steps += 1
-    wait()
+    synchronize()
     end = time.perf_counter()
     batches.close()
     loader.close()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, compiled, guard, measure
 
 CASES = {
     "image": ((128, 3, 224, 224) if CUDA else (8, 3, 224, 224), (7, 7)),
@@ -39,7 +39,7 @@ def ours(act, grad, size):
 
 
 def provider(name: str):
-    return {"eager": lcr, "tuned": tuned, "ours": ours}.get(name) or torch.compile(lcr, fullgraph=True)
+    return {"eager": lcr, "tuned": tuned, "ours": ours}.get(name) or compiled(lcr)
 
 
 def inputs(case: str, channels_last: bool = False) -> tuple:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes, peak_extra_bytes
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, compiled, guard, measure, modes, peak_extra_bytes
 
 TEMPERATURE = 0.2
 SHAPES = [(128, 65536, 128), (128, 65536, 256), (1024, 262144, 128)] if CUDA else [(128, 65536, 128)]
@@ -41,7 +41,7 @@ def ours(q, k, queue):
 
 
 def provider(name: str):
-    return {"eager": moco, "tuned": tuned, "ours": ours}.get(name) or torch.compile(tuned, fullgraph=True)
+    return {"eager": moco, "tuned": tuned, "ours": ours}.get(name) or compiled(tuned)
 
 
 def inputs(batch: int, size: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -68,6 +68,7 @@ def test_infonce(benchmark, shape, name, mode):
         modes(functools.partial(function, q, k, queue), [q])[mode],
         moved=(size + 3 * batch) * dim * element if mode != "backward" else 3 * batch * dim * element,
         flop=4 * batch * size * dim if mode == "both" else 2 * batch * size * dim if mode == "forward" else 0,
+        replay=mode != "backward",
     )
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, guard, measure, modes
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, close, compiled, guard, measure, modes
 
 WIDTH = 32
 SHAPES = [(128, 2048, 7), (1024, 2048, 7)] if CUDA else [(32, 2048, 7)]
@@ -45,7 +45,7 @@ def ours(feature, weight, gamma, beta):
 
 
 def provider(name: str):
-    return {"eager": published, "tuned": tuned, "ours": ours}.get(name) or torch.compile(tuned, fullgraph=True)
+    return {"eager": published, "tuned": tuned, "ours": ours}.get(name) or compiled(tuned)
 
 
 def inputs(batch: int, channels: int, side: int, channels_last: bool = True) -> list[torch.Tensor]:
@@ -87,6 +87,7 @@ def test_maxout(benchmark, shape, name, mode):
         modes(scalar(function, leaves), leaves)[mode],
         moved=passes * feature.numel() * feature.element_size(),
         flop=products * 2 * feature.numel() * WIDTH,
+        replay=mode != "backward",
     )
 
 

@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppssl.encoder
 import ppssl.moco
 import ppssl.ppssl
+from bench.gpu.cards import CARDS, card
 from bench.published_style import PublishedStyle, default_sgd, train_step
-from bench.timing import CEILINGS, CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
+from bench.timing import CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
 from engine.data.machine import cores
 from engine.training import optim, precision
 from engine.training.step import Step
@@ -43,9 +44,6 @@ from ppssl.settings import variant
 
 LEARNING_RATE = 1e-3
 """Small: one batch is trained on again and again."""
-FLOOR_MS = {("NVIDIA H200", "ppssl"): 23.8, ("NVIDIA H200", "moco"): 16.9}
-"""Least time of a ResNet-50 step at 224 pixels for 128 images whose element-wise work is fused as Inductor does, by the
-bytes moved at 4.3 TB/s and 16-bit products at 790 TFLOP/s. A floor, not a measurement."""
 PASSES = {"ppssl": 5, "moco": 4, "lcr": 4, "ldfs": 8}
 
 
@@ -128,13 +126,16 @@ def build_method(size: Size, rung: Rung) -> Method:
 
 
 def build_teacher(size: Size) -> Teacher:
-    """An image encoder of CLIP's shape; its speed does not depend on its weights."""
-    from open_clip.transformer import VisionTransformer
+    """An image encoder of CLIP's shape, built by timm, which is where a benchmark runs more often than open_clip; its speed does
+    not depend on its weights."""
+    from timm.models.vision_transformer import VisionTransformer
 
     patch, width, layers = size.teacher
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        visual = VisionTransformer(size.side, patch, width, layers, heads=width // 64, mlp_ratio=4.0, output_dim=512)
+        visual = VisionTransformer(
+            size.side, patch, num_classes=512, embed_dim=width, depth=layers, num_heads=width // 64, pre_norm=True
+        )
         text = torch.randn(8, 512)
     return Teacher(visual, text, logit_scale=100.0, image_size=size.side, mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -238,11 +239,12 @@ def account(name: str, size: Size, seconds: float, peak_bytes: int) -> dict[str,
         "peak_mib": peak_bytes / 2**20,
         "useful_tflop_s": tflop_s,
     }
-    device = torch.cuda.get_device_name() if CUDA else ""
-    if device in CEILINGS:
-        row["mfu"] = tflop_s / CEILINGS[device]["tflop_s"]
-    if (device, method) in FLOOR_MS and size.arch == "resnet50" and size.side == 224:
-        row["of_floor"] = FLOOR_MS[device, method] * size.batch / 128 / row["ms"]
+    known = card(torch.cuda.get_device_name()) if CUDA else None
+    if known:
+        row["mfu"] = tflop_s / CARDS[known].tflop_s
+    full = json.loads((Path(__file__).parent / "gpu/budget.json").read_text()).get("full", {})
+    if known and method in full and size == size_of("full")._replace(batch=size.batch):
+        row["of_floor"] = full[method]["ms"][known]["floor"] * size.batch / 128 / row["ms"]  # by arithmetic, no measurement
     return row
 
 
@@ -267,7 +269,8 @@ def test_rung(benchmark, size: Size, first: dict, name: str):
 
     benchmark.pedantic(timed, rounds=rounds_of(size), warmup_rounds=0)
     row = account(name, size, benchmark.stats.stats.min, peak_bytes)
-    benchmark.extra_info.update(facts() | size._asdict() | row)
+    shape = "ViT-B-32's shape, timm" if size.teacher == (32, 768, 12) else f"patch, width, depth {size.teacher}, timm"
+    benchmark.extra_info.update(facts() | size._asdict() | row | {"teacher": shape})
 
 
 def rounds_of(size: Size) -> int:

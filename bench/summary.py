@@ -1,6 +1,7 @@
-"""Result files: pytest-benchmark's output into one small JSON file per GPU and commit, and those into a table and a plot.
+"""Result files: the lines that benchmarks leave into one small JSON file per GPU and commit, and those into a table and a plot.
 
-python -m bench.summary collect RAW.json                 -> bench/results/<gpu>/<date>_<commit>.json
+python -m bench.summary collect LINES.jsonl [--out DIR]  -> DIR/<date>_<commit>.json, DIR by default bench/results/<gpu>
+python -m bench.summary folder                           that folder of this machine
 python -m bench.summary table [RESULT.json ...]          Markdown for the README, newest file of each GPU
 python -m bench.summary plot OUT.png [RESULT.json ...]   speed over eager, one bar per provider
 """
@@ -8,6 +9,8 @@ python -m bench.summary plot OUT.png [RESULT.json ...]   speed over eager, one b
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
 import re
 import sys
@@ -17,28 +20,40 @@ from bench import timing
 
 RESULTS = Path(__file__).with_name("results")
 KEPT = ("cold_ms", "cold_ms_p20", "cold_ms_p80", "replayed_ms", "gb_s", "tflop_s", "percent_of_gb_s",
-        "percent_of_tflop_s", "peak_extra_mib", "ratios", "not_captured")  # fmt: skip
+        "percent_of_tflop_s", "peak_extra_mib", "ratios", "not_captured", "ms", "images_per_s", "peak_mib", "useful_tflop_s",
+        "mfu", "of_floor", "teacher")  # fmt: skip
 FACTS = ("device", "threads", "torch", "triton", "cuda", "python", "commit")
 
 
-def collect(raw: Path) -> Path:
-    """Write or extend the result file of this device and commit; returns its path.
+def folder_of(facts: dict[str, str]) -> Path:
+    """Where the results of a device are kept."""
+    return RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", facts.get("device", "unknown")).strip("-").lower()
+
+
+def collect(lines: Path, out: Path | None = None) -> Path:
+    """Write or extend the result file of this device and commit; returns its path. Of a name that stands there twice the later
+    line counts; a line that was cut off is passed over.
 
     Raises:
-        ValueError: the raw file holds no benchmark.
+        ValueError: the file holds no benchmark.
     """
-    source = json.loads(raw.read_text())
-    if not source["benchmarks"]:
-        raise ValueError(f"{raw}: no benchmark in it; every test failed or was deselected")
-    facts, rows = timing.facts() | {"measured": source["datetime"]}, {}
-    for bench in source["benchmarks"]:
+    found = []
+    for text in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    if not found:
+        raise ValueError(f"{lines}: no benchmark in it; every test failed or was deselected")
+    measured = datetime.datetime.fromtimestamp(lines.stat().st_mtime).isoformat(timespec="seconds")
+    facts, rows = timing.facts() | {"measured": measured}, {}
+    for bench in found:
         info = bench["extra_info"]
         facts |= {name: info[name] for name in FACTS if name in info}
         row = {name: info[name] for name in KEPT if name in info}
-        rows[bench["name"]] = {"wall_ms": 1e3 * bench["stats"]["min"]} | row
-    folder = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", facts.get("device", "unknown")).strip("-").lower()
+        row |= {"outcome": bench["outcome"]} if bench.get("outcome", "passed") != "passed" else {}
+        rows[bench["name"]] = {"wall_ms": 1e3 * bench["stats"]["min"]} | row if bench.get("stats") else row
+    folder = out or folder_of(facts)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{source['datetime'][:10]}_{facts.get('commit', 'unknown')}.json"
+    path = folder / f"{measured[:10]}_{facts.get('commit', 'unknown')}.json"
     before = json.loads(path.read_text()) if path.exists() else {"facts": {}, "rows": {}}
     merged = {"facts": before["facts"] | facts, "rows": before["rows"] | rows}
     path.write_text(json.dumps(merged, indent=1) + "\n")
@@ -61,9 +76,9 @@ def cases(result: dict) -> dict[str, dict[str, float]]:
         match = re.fullmatch(r"test_(\w+)\[(.+)\]", name)
         parts = match[2].split("-") if match else []
         provider = next((part for part in parts if part in ("eager", "tuned", "compile", "ours")), None)
-        if provider:
+        if provider and "wall_ms" in row:
             case = " ".join([match[1], *(part for part in parts if part != provider)])
-            found.setdefault(case, {})[provider] = row.get("cold_ms", row["wall_ms"])
+            found.setdefault(case, {})[provider] = row.get("cold_ms") or row["wall_ms"]
     return {case: times for case, times in found.items() if {"eager", "ours"} <= set(times)}
 
 
@@ -119,14 +134,20 @@ def plot(out: Path, paths: list[Path]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("collect").add_argument("raw", type=Path)
+    collecting = commands.add_parser("collect")
+    collecting.add_argument("lines", type=Path)
+    collecting.add_argument("--out", type=Path, help="the folder of the result file")
+    commands.add_parser("folder")
     commands.add_parser("table").add_argument("results", type=Path, nargs="*")
     drawing = commands.add_parser("plot")
     drawing.add_argument("out", type=Path)
     drawing.add_argument("results", type=Path, nargs="*")
     options = parser.parse_args(arguments)
     if options.command == "collect":
-        print(collect(options.raw))
+        print(collect(options.lines, options.out))
+        return 0
+    if options.command == "folder":
+        print(folder_of(timing.facts()))
         return 0
     paths = options.results or (newest() if RESULTS.exists() else [])
     if not paths:

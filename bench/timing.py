@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 import yaml
 
+from bench.gpu.cards import CARDS, card
+
 GUARDS = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text())
 ROUNDS = 9
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-CEILINGS = {"NVIDIA H200": {"gb_s": 4300, "tflop_s": 790}}
-"""Measured copy bandwidth and 16-bit matrix-product rate, by device name."""
+SHORT_TURN = 2e-3
+"""Seconds that a turn on a GPU lasts at least: the host's clock is too coarse for one kernel."""
 
 _CORES = torch.get_num_threads()  # what torch takes by itself: the machine's, or OMP_NUM_THREADS
 torch.set_num_threads(1)
@@ -40,17 +42,34 @@ def synchronize() -> None:
 
 
 def alternate(sides: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Seconds of each side: the minimum of ``rounds`` turns taken in alternation, after one that does not count."""
+    """Seconds of each side: the minimum of ``rounds`` turns taken in alternation, after two that do not count. On a GPU a turn is
+    as many calls as SHORT_TURN holds, timed by the device's own events."""
     best = dict.fromkeys(sides, float("inf"))
-    for turn in range(rounds + 1):
+    calls = dict.fromkeys(sides, 1)
+    for turn in range(-2, rounds):
         for name, side in sides.items():
-            synchronize()
-            start = time.perf_counter()
-            side()
-            synchronize()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
+            seconds = _turn(side, calls[name])
+            if turn == -1 and CUDA:
+                calls[name] = max(1, min(1000, round(SHORT_TURN / seconds)))
+            if turn >= 0:
+                best[name] = min(best[name], seconds)
     return best
+
+
+def _turn(side: Callable[[], object], calls: int) -> float:
+    """Seconds of one of ``calls`` calls."""
+    if not CUDA:
+        start = time.perf_counter()
+        side()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        side()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
 
 
 def guard(benchmark, key: str, measure: Callable[[], dict[str, float]], goals: dict[str, dict]) -> None:
@@ -96,12 +115,16 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     return most
 
 
-def measure(benchmark, function: Callable[[], object], *, moved: int, flop: float, memory: bool = True) -> None:
+def measure(
+    benchmark, function: Callable[[], object], *, moved: int, flop: float, memory: bool = True, replay: bool = True
+) -> None:
     """Time ``function`` under pytest-benchmark and note rates, memory and where it ran.
 
     Args:
         moved: bytes that must cross the memory bus once, for GB/s (1e9).
         flop: floating-point operations of the matrix products, for TFLOP/s.
+        replay: also time it on a GPU as a CUDA graph. Not for a backward pass whose graph was built before, on another stream: its
+            kernels run on that stream, which ends the capture.
     """
 
     def run():
@@ -114,7 +137,7 @@ def measure(benchmark, function: Callable[[], object], *, moved: int, flop: floa
         cold, low, high = triton.testing.do_bench(function, quantiles=[0.5, 0.2, 0.8])
         info = {"cold_ms": cold, "cold_ms_p20": low, "cold_ms_p80": high}
         try:
-            info["replayed_ms"] = triton.testing.do_bench_cudagraph(function)
+            info["replayed_ms"] = triton.testing.do_bench_cudagraph(function) if replay else None
         except RuntimeError as error:  # eager code that synchronizes cannot be captured
             info["replayed_ms"] = None
             info["not_captured"] = str(error).splitlines()[0]
@@ -125,9 +148,8 @@ def measure(benchmark, function: Callable[[], object], *, moved: int, flop: floa
         benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
         seconds = benchmark.stats.stats.min
     info |= {"gb_s": moved / seconds / 1e9, "tflop_s": flop / seconds / 1e12}
-    ceiling = CEILINGS.get(torch.cuda.get_device_name()) if CUDA else None
-    if ceiling:
-        info |= {f"percent_of_{name}": 100 * info[name] / value for name, value in ceiling.items()}
+    if CUDA and (known := card(torch.cuda.get_device_name())):
+        info |= {f"percent_of_{name}": 100 * info[name] / value for name, value in CARDS[known]._asdict().items()}
     if memory:
         info["peak_extra_mib"] = peak_extra_bytes(function) / 2**20
     benchmark.extra_info.update(facts() | info)
@@ -169,6 +191,13 @@ def modes(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> di
         return torch.autograd.grad(forward(), inputs)
 
     return {"forward": forward_only, "backward": backward_only, "both": both}
+
+
+def compiled(function: Callable) -> Callable:
+    """``function`` under torch.compile for one shape: functions that were compiled for another are forgotten, since a second shape
+    would be compiled with sizes that are not known."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def close(name: str, ours, theirs, tolerance: float) -> None:

@@ -310,6 +310,7 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
 
 
 EXCEPTIONS = {
+    ("gradcam map * grad nchw", "*", "loads"): "49 positions of a channel are no multiple of 16 bytes; LCR's gradient alone is so",
     ("gradcam image * nhwc *", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
 }
 """See ``registry.exceptions``."""
@@ -334,7 +335,7 @@ def variants(arch: str) -> list[Variant]:
         for pool_max in (True, False):
             add(f"image {pixel} {order} {'max' if pool_max else 'mean'}", _image_kernel,
                 dict(act_ptr=f"*{pixel}", grad_ptr=f"*{pixel}", out_ptr="*fp32"),
-                unit | dict(CHANNEL=False, POOL_MAX=pool_max, SIGN=1, CHANNELS=3, CELL_H=32, CELL_W=32,
+                unit | dict(CHANNEL=False, POOL_MAX=pool_max, SIGN=1 if pool_max else -1, CHANNELS=3, CELL_H=32, CELL_W=32,
                             ROWS=configs["image"].rows, BLOCK_W=256),
                 configs["image"], "stream", ["width", "n_cols", *outer])  # fmt: skip
     inner = ["n_positions", "n_channels"]
@@ -344,6 +345,10 @@ def variants(arch: str) -> list[Variant]:
                     BLOCK_C=configs["map"].cols, STAGES=configs["map"].stages)  # fmt: skip
         add(f"map {pixel}", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr=f"*{pixel}", cam_ptr="*fp32"),
             tile | dict(CHANNEL=False), configs["map"], "stream", inner + strides)  # fmt: skip
+        # the gradient of a mean over positions is not channels_last, though the feature is
+        add(f"map {pixel} grad nchw", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr=f"*{pixel}", cam_ptr="*fp32"),
+            {name: value for name, value in tile.items() if name != "stride_gc"} | dict(CHANNEL=False, stride_gs=1),
+            configs["map"], "stream", [*inner, "stride_ab", "stride_as", "stride_gb", "stride_gc"])  # fmt: skip
         add(f"map {pixel} channel", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr="*fp32", cam_ptr="*fp32"),
             tile | dict(CHANNEL=True, stride_gs=0), configs["map"], "stream", inner + strides)  # fmt: skip
         add(f"mean {pixel}", _mean_kernel, dict(x_ptr=f"*{pixel}", mean_ptr="*fp32"),

@@ -273,7 +273,8 @@ class Splits(NamedTuple):
 
 
 def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Splits:
-    """Launches the split kernel over the whole queue."""
+    """Launches the split kernel over the whole queue. q and k have the queue's dtype: to convert wider rows in the kernel takes
+    registers that D 256 does not have."""
     batch, dim = q.shape
     size = queue.shape[0]
     interpreted = interpreting()
@@ -336,6 +337,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
     batch, dim = q.shape
+    q, k = q.to(queue.dtype), k.to(queue.dtype)
     m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
     loss = torch.empty(batch, dtype=torch.float32, device=q.device)
     dq = torch.empty((batch if with_dq else 0, dim), dtype=torch.float32, device=q.device)
@@ -374,6 +376,7 @@ def forward(
 
 def partial(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Partial:
     """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
+    q, k = q.to(queue.dtype), k.to(queue.dtype)
     m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
     if len(m_i) == 2:  # the upper half of acc is relative to the m_i of its own launch
         acc[..., block_d(q.shape[1]) :] *= torch.exp2(m_i[1] - m_i[0])[..., None]
@@ -410,7 +413,7 @@ def variants(arch: str) -> list[Variant]:
                 ragged = operand == "bfloat16" and width == 128
                 for even, part in [(True, 0)] + [(True, 1)] * (width > columns) + [(False, 0)] * ragged:
                     found.append(_split_variant(operand, pointer, width, batch, Config(**config), even, part))
-    for width in (128, 512):
+    for width in (128, 256, 512):
         found.append(_merge_variant(width))
     return found
 

@@ -766,19 +766,23 @@ def variants(arch: str) -> list[Variant]:
                      BLOCK_R=MERGE_TILES),
                 config, "stream", ("stride_xb", "stride_xs"))  # fmt: skip
             config = lookup(arch, "maxout grad_mask", operand, int(width), 0)
-            add(f"maxout grad_mask {suffix}", _grad_mask_kernel,
-                dict(x_ptr=x, grad_mask_ptr=fp32, grad_pooled_ptr=fp32, mask_ptr=fp32, t_ptr=fp32, partial_ptr=fp32),
-                dict(stride_xc=1, stride_gc=1, HAS_MASK=True, HAS_POOLED=True, MINMAX=2, EVEN_C=True,
-                     BLOCK_S=rows[operand], BLOCK_C=config.cols, STAGES=config.stages),
-                config, "stream", ("stride_xb", "stride_xs", "stride_gb"))  # fmt: skip
+            # what a gradient reaches: mask and pooled feature, the mask alone, or the pooled feature alone
+            uses = {"": (True, True)} | ({" mask": (True, False), " pooled": (False, True)} if operand == "bfloat16" else {})
+            for use, (of_mask, of_pooled) in uses.items():
+                add(f"maxout grad_mask {suffix}{use}", _grad_mask_kernel,
+                    dict(x_ptr=x, grad_mask_ptr=fp32, grad_pooled_ptr=fp32, mask_ptr=fp32, t_ptr=fp32, partial_ptr=fp32),
+                    dict(stride_xc=1, stride_gc=1, HAS_MASK=of_mask, HAS_POOLED=of_pooled, MINMAX=2, EVEN_C=True,
+                         BLOCK_S=rows[operand], BLOCK_C=config.cols, STAGES=config.stages),
+                    config, "stream" if of_pooled else "small", ("stride_xb", "stride_xs", "stride_gb"))  # fmt: skip
             config = lookup(arch, "maxout grad_feature", operand, int(width), 0)
-            add(f"maxout grad_feature {suffix}", _grad_feature_kernel,
-                dict(x_ptr=x, w_ptr=fp32, u_ptr=fp32, mask_ptr=fp32, dv_ptr=fp32, sums_ptr=fp32, grad_pooled_ptr=fp32,
-                     dx_ptr=x, partial_ptr=fp32) | norm,
-                shared | dict(stride_xc=1, stride_wc=1, stride_gc=1, stride_dc=1, TRAINING=True, HAS_POOLED=True,
-                              WITH_DX=True, EVEN_C=True, UPCAST=False, BLOCK_C=config.cols),
-                config, "ieee" if operand == "ieee" else "dot",
-                ("stride_xb", "stride_xs", "stride_wm", "stride_gb", "stride_db", "stride_ds"))  # fmt: skip
+            for use in [use for use in uses if use != " pooled"]:
+                add(f"maxout grad_feature {suffix}{use}", _grad_feature_kernel,
+                    dict(x_ptr=x, w_ptr=fp32, u_ptr=fp32, mask_ptr=fp32, dv_ptr=fp32, sums_ptr=fp32, grad_pooled_ptr=fp32,
+                         dx_ptr=x, partial_ptr=fp32) | norm,
+                    shared | dict(stride_xc=1, stride_wc=1, stride_gc=1, stride_dc=1, TRAINING=True, HAS_POOLED=not use,
+                                  WITH_DX=True, EVEN_C=True, UPCAST=False, BLOCK_C=config.cols),
+                    config, "ieee" if operand == "ieee" else "dot",
+                    ("stride_xb", "stride_xs", "stride_wm", "stride_gb", "stride_db", "stride_ds"))  # fmt: skip
     small = Config(rows["bfloat16"], 0, 4, 3)
     add("maxout statistics", _statistics_kernel, dict(partial_ptr=fp32, mean_ptr=fp32, var_ptr=fp32),
         dict(TILE_ROWS=small.rows, BLOCK_T=MERGE_TILES, BLOCK_M=32), small, "small")  # fmt: skip

@@ -14,14 +14,16 @@ from ppssl.settings import IadmConfig
 
 
 def contrast_gradients(losses: Tensor, by: Sequence[Tensor], *, of: Literal["sum", "mean"], context: StepContext) -> list[Tensor]:
-    """d(losses)/d(x) for each x of ``by``, float32, without a graph of their own.
+    """d(losses)/d(x) for each x of ``by``, without a graph of their own, in the type of x; float32 where fp16 losses are scaled.
 
     losses: [B]. of: ``sum``, every sample's own gradient, or ``mean``, that of the mean over the global batch.
     """
     loss = losses.sum() if of == "sum" else losses.mean() * context.share
-    scale = 1.0 if context.loss_scale is None else context.loss_scale
+    scale = context.loss_scale
+    scaled = loss if scale is None else loss * scale
     # only data gradients: asking for these inputs alone leaves every weight gradient out of this pass
-    return [g.float() / scale for g in torch.autograd.grad(loss * scale, list(by), retain_graph=True)]
+    gradients = torch.autograd.grad(scaled, list(by), retain_graph=True)
+    return [g if scale is None else g.float() / scale for g in gradients]
 
 
 def scale_cam(cam: Tensor, how: str) -> Tensor:

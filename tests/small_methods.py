@@ -21,7 +21,7 @@ def build_ppssl(arch: str, name: str, values: dict | None = None, **options) -> 
     torch.manual_seed(0)
     trunk, settings = Trunk(arch), variant("ppssl", name, values)
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 32, minmax=settings.method.minmax))
-    options = {"embed": lambda x: F.normalize(x.detach().float().mean((2, 3)) @ torch.ones(3, 5), dim=1)} | options
+    options = {"embed": lambda x: F.normalize(x.detach().float().mean((2, 3)) @ torch.ones(3, 5, device=x.device), dim=1)} | options
     head = projection_head("mlp2", trunk.channels, DIM)
     return PPSSL(network, head, torch.randn(8, 5), settings=settings, dim=DIM, queue_size=QUEUE, **options)
 

@@ -1,69 +1,71 @@
 #!/usr/bin/env bash
-# Everything that a GPU can prove, in stages of under nine minutes each.
+# What a GPU can prove, in six stages of under nine minutes each. Every result is a line in DIR as soon as it is there.
 #
-#   bench/gpu/run_gpu.sh             all stages
-#   bench/gpu/run_gpu.sh --stage N   one of: 1 correctness, 2 sweep, 3 op benchmarks,
-#                                    4 the whole step with the teacher cached, 5 the teacher on the view, 6 moco,
-#                                    7 data path and retrieval,
-#                                    8 every loader in a separate process, and how long a run waits for each
+#   bench/gpu/run_gpu.sh [--out DIR]             all stages
+#   bench/gpu/run_gpu.sh [--out DIR] --stage N   one of: 1 ceilings and correctness, 2 the PP-SSL step, 3 the MoCo step and the
+#                                                published structure, 4 the ops, 5 data path and retrieval, 6 a run, end to end
+#   bench/gpu/run_gpu.sh [--out DIR] --quick     ceilings, PP-SSL and MoCo against the published structure, the ops (8 minutes)
 #
-# Stages 3 to 7 leave bench/results/<gpu>/<date>_<commit>.json; send that file, and what stage 8 prints.
-# Stage 2 may change kernels/configs.json: run `python -m kernels.aot --update` and stage 1 again before committing it.
-set -euo pipefail
+# A stage that fails does not end the others; the exit code tells of it. Stages that were cut off are started again: what was
+# measured before stays in DIR/lines.jsonl. The default of DIR is bench/results/<gpu>; at the end the lines become one file there,
+# <date>_<commit>.json, to be committed.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' bench/gpu/run_gpu.sh; }
-case "${1:-}" in
-  "") stages="1 2 3 4 5 6 7 8" ;;
-  --stage) [[ "${2:-}" =~ ^[1-8]$ ]] || { echo "--stage takes 1 to 8, got '${2:-}'" >&2; exit 2; }; stages=$2 ;;
-  -h | --help) usage; exit 0 ;;
-  *) usage >&2; exit 2 ;;
-esac
+usage() { sed -n '2,12s/^# \{0,1\}//p' bench/gpu/run_gpu.sh; }
+stages="1 2 3 4 5 6"
+out=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --stage) [[ "${2:-}" =~ ^[1-6]$ ]] || { echo "--stage takes 1 to 6, got '${2:-}'" >&2; exit 2; }; stages=$2; shift 2 ;;
+    --quick) stages=quick; shift ;;
+    --out) [ -n "${2:-}" ] || { echo "--out takes a folder" >&2; exit 2; }; out=$2; shift 2 ;;
+    -h | --help) usage; exit 0 ;;
+    *) usage >&2; exit 2 ;;
+  esac
+done
 python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "needs torch and a CUDA GPU" >&2; exit 2; }
+[ -n "$out" ] || out=$(python -m bench.summary folder) || exit 2
+mkdir -p "$out"
+export PPSSL_BENCH_LINES="$out/lines.jsonl"
 
-limit="timeout --signal=INT 530"
-raw=$(mktemp -d)
-trap 'rm -rf "$raw"' EXIT
+failed=""
+try() { # command...: what fails is remembered, and the next command runs
+  echo "+ $*"
+  timeout -k 20 -s INT "${limit:-530}" "$@" || failed="$failed; $* ($?)"
+}
+bench() { try python -m pytest -q --benchmark-only "$@"; }
+ceilings() { python -m bench.gpu.ceilings | tee -a "$PPSSL_BENCH_LINES" || failed="$failed; ceilings"; }
 
 stage_1() {
-  $limit python -m pytest -q tests/kernels/test_infonce.py tests/kernels/test_maxout.py \
-    tests/kernels/test_maxout_image.py tests/kernels/test_gradcam.py tests/engine/training/test_graph.py
+  ceilings
+  limit=250 try python -m pytest -q tests/kernels/test_infonce.py tests/kernels/test_maxout.py tests/kernels/test_maxout_image.py \
+    tests/kernels/test_gradcam.py
+  limit=250 try python -m pytest -q tests/engine/training/test_graph.py
 }
-stage_2() {
-  $limit python -m bench.gpu.sweep --minutes 8
-}
-# A guard that fails is a result too: it is collected, and the stage fails afterwards.
+stage_2() { bench bench/bench_step.py -k "test_rung and (teacher or compiled or graphed) and not moco and not lcr and not ldfs and not view"; }
 stage_3() {
-  local status=0
-  $limit python -m pytest -q bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py \
-    bench/bench_gradcam.py bench/bench_stem.py --benchmark-only --benchmark-json="$raw/ops.json" || status=$?
-  python -m bench.summary collect "$raw/ops.json"
-  return $status
+  limit=350 bench bench/bench_step.py -k "test_rung and moco"
+  limit=180 bench bench/bench_step.py -k "test_step_guard"
 }
-step() { # selection: each holds one cold compile, or two
-  local status=0
-  $limit python -m pytest -q bench/bench_step.py --benchmark-only -k "$1" --benchmark-json="$raw/step.json" || status=$?
-  python -m bench.summary collect "$raw/step.json"
-  return $status
+stage_4() { bench bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py bench/bench_gradcam.py; }
+stage_5() {
+  limit=200 try python -m pytest -q tests/kernels/test_augment.py tests/engine/data/loaders/test_resident_loader.py
+  limit=330 bench bench/bench_augment.py bench/bench_data.py bench/bench_retrieval.py
 }
-stage_4() { step "not moco and not view"; }
-stage_5() { step "view"; }
-stage_6() { step "moco"; }
-stage_7() {
-  local status=0
-  $limit python -m pytest -q tests/kernels/test_augment.py tests/engine/data/loaders/test_resident_loader.py \
-    tests/engine/data/loaders/test_dali_loader.py tests/engine/data/test_views.py || status=$?
-  $limit python -m pytest -q bench/bench_data.py bench/bench_augment.py bench/bench_retrieval.py --benchmark-only \
-    --benchmark-json="$raw/engine.json" || status=$?
-  python -m bench.summary collect "$raw/engine.json"
-  return $status
+stage_6() {
+  limit=520 try python -m engine.train --cfg demo --amp --profile 5 --out "$out/run"
 }
-stage_8() {
-  $limit python -m bench.bench_data 4096
-  $limit python -m bench.bench_data wait
+stage_quick() {
+  ceilings
+  limit=300 bench bench/bench_step.py -k "test_rung and compiled and not lcr and not ldfs and not view"
+  limit=100 bench bench/bench_step.py -k "test_rung and published"
+  limit=80 bench bench/bench_infonce.py bench/bench_gradcam.py -k "guard"
 }
 
 for stage in $stages; do
-  echo "stage $stage"
+  echo "== stage $stage"
   "stage_$stage"
 done
+python -m bench.summary collect "$PPSSL_BENCH_LINES" --out "$out" || failed="$failed; collect"
+[ -z "$failed" ] || { echo "failed:${failed#;}" >&2; exit 1; }

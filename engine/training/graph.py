@@ -21,6 +21,7 @@ class CapturedStep:
 
     def __init__(self, run: Callable[[Batch], Output], warm_up: int = 3):
         self.run, self.remaining = run, warm_up
+        self.side = torch.cuda.Stream()  # one for all: each stream that allocates keeps memory of its own
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: Batch | None = None
         self.output: Output | None = None
@@ -39,18 +40,17 @@ class CapturedStep:
             return self._warm_up()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
                 self.output = self.run(self.static)
             self.graph = graph
         self.graph.replay()
         return self.output
 
     def _warm_up(self) -> Output:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             output = self.run(self.static)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         return output
 
 

@@ -47,6 +47,33 @@ def skip_where(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         optimizer._dummy_overflow_buf.copy_(bad)  # apex's kernels return at once where this is not 0
 
 
+@torch.no_grad()
+def move_towards(target: list[Tensor], online: list[Tensor], weight: Tensor) -> None:
+    """``target + weight * (online - target)`` in place, for the momentum network; ``weight`` a 0-d tensor in [0, 1].
+
+    On a GPU three launches: a foreach lerp with weights on the device is one launch for each tensor.
+    """
+    if not weight.is_cuda:
+        torch._foreach_lerp_(target, online, [weight] * len(target))
+        return
+    difference = torch._foreach_sub(online, target)
+    torch._foreach_mul_(difference, weight)
+    torch._foreach_add_(target, difference)
+
+
+@torch.library.custom_op("ppssl::gradient_norm", mutates_args=())
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all ``gradients`` together, 0-d float32. An op of its own because a compiler that looks into it stacks
+    the norms of hundreds of tensors one by one."""
+    norms = torch._foreach_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+
+@gradient_norm.register_fake
+def _(gradients: list[Tensor]) -> Tensor:
+    return gradients[0].new_empty((), dtype=torch.float32)
+
+
 def apex_missing() -> str | None:
     """Why NVIDIA's apex cannot be used, or None when it can. PyPI's ``apex`` is an unrelated project."""
     if importlib.util.find_spec("apex") is None:

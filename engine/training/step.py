@@ -160,7 +160,7 @@ class Step:
             with span("optim_ema"), torch.no_grad():
                 # the key network first moves (MoCo); a step that was skipped has moved it for this one
                 weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
-                torch._foreach_lerp_(self.target, self.online, [weight] * len(self.target))
+                optim.move_towards(self.target, self.online, weight)
         with self.precision.autocast():
             output = self.method(batch, context=self.context) if self.takes_context else self.method(batch)
         scaled = output.total * self.context.loss_scale if self.precision.scales else output.total
@@ -169,8 +169,7 @@ class Step:
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         if self.method.group:
             output, gradients = self.averaged(output, gradients)
-        norms = torch._foreach_norm([g for g in gradients if g is not None])
-        norm = torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+        norm = optim.gradient_norm([g for g in gradients if g is not None])
         if self.precision.scales:
             norm = norm / self.context.loss_scale
         output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
@@ -224,8 +223,11 @@ class Step:
         the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
         compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, **_how(backend))
 
+        # hundreds of kernels of a step move less than a launch costs (weight casts, second stages of batch statistics)
+        together = torch._inductor.config.patch(combo_kernels=self.precision.device.type == "cuda")
+
         def run(batch: Batch) -> Output:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
+            with torch._dynamo.config.patch(trace_autograd_ops=True), together:
                 return Output(*compiled(*batch))
 
         return run
@@ -249,15 +251,19 @@ class Step:
                 module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Float32 leaves where the method differentiates by an image (a 16-bit gradient of size 1e-5 would lose its digits), and
-        float32 images everywhere when nothing casts them."""
+        """Leaves where the method differentiates by an image, and float32 images everywhere when nothing casts them.
+
+        A leaf is float32: fp16 would lose the digits of a gradient of size 1e-5. Under bf16 on a GPU it is bf16, whose range is
+        that of float32: the first convolution computes in bf16 either way, so that the gradient is the same number in half
+        the bytes."""
         changed = {}
+        bf16 = self.precision.dtype == torch.bfloat16 and self.precision.device.type == "cuda"
         for name in ("x_q", "x_k", "x_clean"):
             images = getattr(batch, name)
             if images is None:
                 continue
             if name in self.method.needs_image_grad:
-                changed[name] = images.detach().float().requires_grad_()
+                changed[name] = images.detach().to(torch.bfloat16 if bf16 else torch.float32).requires_grad_()
             elif self.precision.dtype is None:
                 changed[name] = images.float()
         return batch._replace(**changed)

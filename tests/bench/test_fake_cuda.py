@@ -1,0 +1,97 @@
+"""The CUDA path on fake tensors: every method in every precision, eager and compiled, up to the first kernel, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import budget, fake_cuda
+
+SCRIPT = Path(__file__).resolve().parents[1] / "fake_steps.py"
+pytestmark = pytest.mark.skipif(fake_cuda.missing() is not None, reason=str(fake_cuda.missing()))
+
+
+def steps(*arguments: str) -> dict[str, str | None]:
+    """{case: what went wrong, or None}."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], env=fake_cuda.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line["case"]: line["error"] for line in map(json.loads, done.stdout.splitlines())}
+
+
+def test_every_method_steps_eagerly_in_every_precision() -> None:
+    """No host sync, no tensor on another device, one layout for a parameter and its gradient, a loss scale on the device."""
+    found = steps("off")
+    assert len(found) == 24
+    assert not {case: error for case, error in found.items() if error}
+
+
+@pytest.mark.parametrize("name", ["moco", "ppssl guided", "lcr published"])
+def test_the_encoders_are_compiled_for_a_gpu(name: str) -> None:
+    found = steps("encoder", name)
+    assert len(found) == 3 and not any(found.values()), found
+
+
+@pytest.mark.parametrize("name", ["ppssl guided", "lcr guided", "ldfs", "simclr", "byol"])
+def test_the_whole_step_is_one_graph_for_a_gpu(name: str) -> None:
+    """Those that ``bench.gpu.budget --check`` does not compile."""
+    found = steps("step", name)
+    assert len(found) == 2 and not any(found.values()), found
+
+
+def test_the_tests_that_need_a_gpu_run_up_to_the_first_number_they_read() -> None:
+    found = steps("graph", "ppssl published", "ppssl guided", "moco", "fp16")
+    assert len(found) == 4 and not any(found.values()), found
+
+
+def test_the_kernels_of_the_step_are_those_compiled_ahead_of_time() -> None:
+    """Pointer types, constants, unit strides and warps of every launch at the size of the benchmark, for D 128 and 256."""
+    found = steps("forms")
+    assert len(found) == 10 and not any(found.values()), found
+
+
+def test_a_process_without_the_stub_driver_is_told() -> None:
+    with pytest.raises(RuntimeError, match="restart"), fake_cuda.gpu():
+        pass
+
+
+def test_the_budget_names_what_grew() -> None:
+    kept = {"launches": 100, "gigabytes": 1.0, "cpu_tensors": 0, "float32_images": 1, "copies": 2, "source": "a"}
+    record = {"small": {"moco": kept}, "full": {"moco": kept}}
+    assert budget.problems(record, "small", "moco", kept) == []
+    assert budget.problems(record, "small", "moco", kept | {"launches": 102}) == []
+    (line,) = budget.problems(record, "small", "moco", kept | {"launches": 103})
+    assert "103 launches" in line and "100" in line
+    (line,) = budget.problems(record, "small", "moco", kept | {"copies": 3})
+    assert "3 copies" in line
+    (line,) = budget.problems(record, "small", "moco", kept | {"source": "b"})
+    assert "--full --update" in line
+    assert "no small record" in budget.problems({}, "small", "moco", kept)[0]
+
+
+def test_the_seconds_of_a_kernel_are_its_bytes_or_its_products() -> None:
+    stream = budget.Cost("other", 1, 3_000_000_000, 0)
+    assert stream.seconds("H100") == pytest.approx(1e-3)
+    assert stream.seconds("H100", copy_share=0.5) == pytest.approx(2e-3)
+    small = budget.Cost("other", 2, 8, 8)
+    assert small.seconds("H100", launch=2e-6) == pytest.approx(4e-6)
+    product = budget.Cost("convolution", 1, 8, 8, 798e9)
+    assert product.seconds("H100", matrix_share=0.5) == pytest.approx(2e-3)
+
+
+def test_the_source_hash_ignores_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("ppssl", "kernels", "engine/training"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("step", "guard", "optim", "precision"):
+        (tmp_path / f"engine/training/{name}.py").write_text("x = 1\n")
+    monkeypatch.setattr(budget, "ROOT", tmp_path)
+    module = tmp_path / "ppssl/moco.py"
+    module.write_text('"""One."""\n\ndef f(x):\n    """Two."""\n    return x + 1  # three\n')
+    before = budget.source()
+    module.write_text('"""Other."""\ndef f(x):\n    return x + 1\n')
+    assert budget.source() == before
+    module.write_text('"""Other."""\ndef f(x):\n    return x + 2\n')
+    assert budget.source() != before
