@@ -21,6 +21,7 @@ from engine.errors import ConfigError
 from engine.evaluation import most_similar, of_run
 from engine.pretrained import load_run
 from engine.training import precision
+from ppssl.timm_trunk import image_input
 
 _SIDE = 160
 
@@ -54,7 +55,7 @@ def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Ma
     run = load_run(folder, device)
     cfg, network = run.config, run.network
     try:
-        picture = Transform(cfg.data.image_size)(image)
+        picture = Transform(cfg.data.image_size, image_input(cfg.encoder.arch, cfg.encoder.weights))(image)
     except (OSError, ValueError) as error:
         if not image.is_file():
             raise FileNotFoundError(f"there is no image {image}") from error

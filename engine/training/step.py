@@ -17,7 +17,7 @@ from engine.training.distributed import average_all
 from engine.training.graph import CapturedStep
 from engine.training.guard import Guard
 from engine.training.precision import Precision
-from ppssl.encoder import Trunk
+from ppssl.encoder import BaseTrunk
 from ppssl.method import Batch, Method, Output, StepContext
 from ppssl.ops import world_size
 from ppssl.span import span
@@ -247,7 +247,7 @@ class Step:
             return run
 
         for module in self.method.modules():
-            if isinstance(module, Trunk):
+            if isinstance(module, BaseTrunk):
                 module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:
