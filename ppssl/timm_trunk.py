@@ -142,6 +142,11 @@ def build_trunk(arch: str) -> BaseTrunk:
 
     name, stride = _split(arch)
     model = _create(arch, name, {} if stride is None else {"output_stride": stride})
+    for module in model.modules():  # a step draws no random numbers: a checkpoint holds no generator, and a twin is equal
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif hasattr(module, "drop_prob"):  # stochastic depth, which several models have by default
+            module.drop_prob = 0.0
     listed = [entry["module"] for entry in getattr(model, "feature_info", None) or [{"module": ""}]]
     modules = dict(model.named_modules())
     model.__class__ = type(f"{type(model).__name__}Trunk", (TimmTrunk, type(model)), {})
