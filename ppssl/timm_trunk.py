@@ -117,10 +117,10 @@ class TimmTrunk(BaseTrunk):
 
     def _prefix(self, tokens: Tensor) -> int:
         """Class and register tokens before the patches; early blocks of some models have none yet."""
-        for count in (int(getattr(self, "num_prefix_tokens", hasattr(self, "cls_token"))), 0):
-            patches = tokens.shape[1] - count
-            if patches > 0 and math.isqrt(patches) ** 2 == patches:
-                return count
+        count, length = int(getattr(self, "num_prefix_tokens", hasattr(self, "cls_token"))), tokens.shape[1]
+        for prefix in (count, 0) if length > count else ():
+            if math.isqrt(length - prefix) ** 2 == length - prefix:
+                return prefix
         raise ValueError(
             f"encoder.arch: the {tokens.shape[1]} tokens of {self.arch} are no square of patches; choose another model"
         )
@@ -141,7 +141,7 @@ def build_trunk(arch: str) -> BaseTrunk:
     import timm  # heavy
 
     name, stride = _split(arch)
-    model = _create(arch, name, {} if stride is None else {"output_stride": stride})
+    model = create(arch, name, {} if stride is None else {"output_stride": stride})
     for module in model.modules():  # a step draws no random numbers: a checkpoint holds no generator, and a twin is equal
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -199,22 +199,22 @@ def _split(arch: str) -> tuple[str, int | None]:
     raise ValueError(f"encoder.arch: timm {timm.__version__} has no model {name!r}; near it are {known}")
 
 
-def _create(arch: str, name: str, options: dict[str, Any]) -> Any:
+def create(arch: str, name: str, options: dict[str, Any]) -> Any:
     """The timm model without a classifier, for images of any size where it can. Raises ``ValueError`` for an output stride where it
     has none to choose."""
     import timm  # heavy
 
     for sizes in _SIZES:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, **options, **sizes)
+            return timm.create_model(name, **{"pretrained": False, "num_classes": 0} | options | sizes)
         except TypeError as error:
             if sizes and next(iter(sizes)) in str(error):
                 continue
-            if options and "output_stride" in str(error):
+            if "output_stride" in options and "output_stride" in str(error):
                 break
             raise
         except (AssertionError, NotImplementedError) as error:
-            if not options:
+            if "output_stride" not in options:
                 raise
             raise ValueError(f"encoder.arch: {arch} cannot have that output stride ({error}); use {PREFIX}{name}") from error
     raise ValueError(f"encoder.arch: {PREFIX}{name} has no output stride to choose; use {PREFIX}{name}, without _s8, _s16 or _s32")

@@ -300,8 +300,8 @@ class Step:
 
 
 def in_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """``gradient`` in the memory order of ``parameter``: ``backward`` sees to that, ``autograd.grad`` does not, and a fused optimizer
-    pairs numbers by their place in memory."""
+    """``gradient`` in the memory order of ``parameter``: ``backward`` sees to that, ``autograd.grad`` does not, and a fused
+    optimizer pairs numbers by their place in memory."""
     sides = zip(gradient.stride(), parameter.stride(), parameter.shape, strict=True)
     alike = all(ours == theirs for ours, theirs, length in sides if length > 1)
     return gradient if alike else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
