@@ -74,7 +74,7 @@ def _place(config) -> str:
 def translated(trunk: TimmTrunk, tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor], dict[str, str]]]:
     """``tensors`` of a file in the names of ``trunk``, in the ways that there are: (a sentence for the log, tensors by own name,
     the name in the file by own name where that is known)."""
-    own_class = type(trunk).__mro__[2]  # of TimmTrunk and this
+    own_class = type(trunk).__bases__[1]  # beside TimmTrunk
     convert = getattr(inspect.getmodule(own_class), "checkpoint_filter_fn", None)
     if convert is not None:
         try:

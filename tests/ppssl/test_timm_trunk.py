@@ -104,7 +104,7 @@ def test_a_step_of_moco_and_of_guided_ppssl_moves_what_the_feature_is_made_of(na
         method.attention(torch.randn(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "regnety_002", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
 def test_the_compiled_step_computes_the_same(name: str) -> None:
     torch._dynamo.reset()
     steps = []
@@ -141,10 +141,8 @@ def test_group_batch_norm_keeps_the_activation_that_timm_puts_into_it(name: str)
     torch.manual_seed(0)
     trunk = build_trunk(f"timm/{name}").train()
     groups = group_batch_norm(copy.deepcopy(trunk), 2)
-    counts = [
-        sum(isinstance(m, kind) for m in net.modules()) for net, kind in ((trunk, nn.BatchNorm2d), (groups, GroupedBatchNorm))
-    ]
-    assert counts[0] == counts[1] > 0 and not any(isinstance(m, nn.BatchNorm2d) for m in groups.modules())
+    assert any(isinstance(m, GroupedBatchNorm) for m in groups.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in groups.modules())
     assert groups.state_dict().keys() == trunk.state_dict().keys()
     images = torch.randn(4, 3, 64, 64)
     parts = torch.cat([copy.deepcopy(trunk)(part) for part in images.chunk(2)])
@@ -160,14 +158,14 @@ def test_a_step_draws_no_random_numbers() -> None:
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
-        ("timm/convnext_ato", ["encoder.arch", "convnext_ato", "timm/convnext_atto"]),
-        ("timm/vit_tiny_patch16_224_s8", ["encoder.arch", "no output stride", "timm/vit_tiny_patch16_224"]),
-        ("timm/crossvit_tiny_240", ["encoder.arch", "neither a map nor patch tokens", "another model"]),
-        ("timm/pit_ti_224", ["encoder.arch", "no square of patches"]),
+        ("timm/convnext_ato", ["convnext_ato", "timm/convnext_atto"]),
+        ("timm/vit_tiny_patch16_224_s8", ["no output stride", "timm/vit_tiny_patch16_224"]),
+        ("timm/crossvit_tiny_240", ["neither a map nor patch tokens", "another model"]),
+        ("timm/pit_ti_224", ["no square of patches"]),
     ],
 )
 def test_what_is_no_trunk_is_refused_by_name(arch: str, words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"encoder\.arch") as error:
         build_trunk(arch)
     assert all(word in str(error.value) for word in words), error.value
 
