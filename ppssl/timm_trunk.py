@@ -59,6 +59,8 @@ class TimmTrunk(BaseTrunk):
     """As timm knows the model, without a weights tag."""
     tag: str
     """Of the weights that ``encoder.weights=timm`` takes; "" where timm has none."""
+    options: dict[str, Any]
+    """What ``timm.create_model`` was told beside the name."""
     native_side: int
     """Side in pixels of the images that the weights were trained for."""
     _places: dict[str, str]
@@ -206,7 +208,9 @@ def create(arch: str, name: str, options: dict[str, Any]) -> Any:
 
     for sizes in _SIZES:
         try:
-            return timm.create_model(name, **{"pretrained": False, "num_classes": 0} | options | sizes)
+            model = timm.create_model(name, **{"pretrained": False, "num_classes": 0} | options | sizes)
+            model.options = {key: value for key, value in (options | sizes).items() if key != "pretrained"}
+            return model
         except TypeError as error:
             if sizes and next(iter(sizes)) in str(error):
                 continue
