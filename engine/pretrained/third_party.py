@@ -66,7 +66,7 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     prefixes of DistributedDataParallel and torch.compile, and this engine's weights and checkpoints.
     partial: take what fits of another network; the sentence says what stays random.
     Raises ``ValueError`` when a name is unknown, the file is of another network or cannot be read without running code from it, or
-    a number is not finite; ``RuntimeError`` when a download fails; ``FileNotFoundError``.
+    a number is not finite; ``OSError`` when a download fails; ``FileNotFoundError``.
     """
     if weights == "none":
         return "random initial weights"
@@ -231,10 +231,12 @@ def _torchvision(arch: str, tag: str) -> dict[str, Tensor]:
         raise ValueError(f"encoder.weights: torchvision's {arch} has no weights {tag!r}; use {', '.join(known)}, none or a file")
     entry = known[tag]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[-1]
+    if cached.is_file():  # torch reads it without a look at its checksum
+        return foreign_file.read(cached).tree
     try:
         return entry.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        raise RuntimeError(
+    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum of what came is wrong
+        raise OSError(
             f"encoder.weights: {tag} of {arch} is not at {cached} and could not be downloaded ({error}); put {cached.name} there, "
             f"or set encoder.weights=PATH, or encoder.weights=none to start from random weights"
         ) from error
