@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ _DECODER = {"JPEG": 6, "JPEG2000": 16, "WEBP": 8, "AVIF": 10, "HEIF": 10, "TIFF"
 
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises too, which Python would print
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of oddities; what matters becomes a reason
 
 
 class Picture(NamedTuple):
