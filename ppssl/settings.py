@@ -58,12 +58,12 @@ class EncoderConfig:
     """A torchvision ResNet, or a narrower and finer one: NAME[_w<base width>][_s<stride>], as resnet18_w32_s16."""
     weights: str = "IMAGENET1K_V1"
     """torchvision weight tag, none, or the path of a .safetensors/.pth file."""
-    partial: Annotated[bool, FREE] = False
-    """Take from weights of another network what fits, and leave the rest random; otherwise they are refused."""
     head: Literal["mlp2", "mlp3_bn"] = "mlp2"
     """Projection head: Linear-ReLU-Linear, or (Linear-BN-ReLU) x 2 - Linear-BN."""
     dim: Annotated[int, Ge(1)] = 256
     """Width D of the contrastive embedding."""
+    partial: Annotated[bool, FREE] = False
+    """Take from weights of another network what fits, and leave the rest random; otherwise they are refused."""
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def _said(error: OSError, kind: str) -> str:
     """PIL's words, which for some decoders are a number."""
     text = str(error)
     if code := re.fullmatch(r"decoder error (-?\d+)", text):
-        return f"damaged or cut off: {ImageFile.ERRORS.get(int(code[1]), 'unknown error')} in the compressed pixels ({kind})"
+        return f"damaged or cut off: {ImageFile.ERRORS.get(int(code[1]), 'unknown error')} in the compressed pixels"
     if text == "could not create decoder object":
         return "damaged: the header cannot be decoded"
     return text or f"damaged or cut off: the decoder for {kind} gives up ({type(error).__name__})"
