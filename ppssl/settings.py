@@ -104,6 +104,9 @@ class BatchNormConfig:
     """Split the batch into this many groups with statistics of their own (imitates as many GPUs)."""
     sync: bool = False
     """Statistics over the batch of all processes (SyncBN)."""
+    impl: Annotated[Literal["auto", "torch", "fused"], SAID] = "auto"
+    """Batch-norm of the trunk while training: torch's, or one fused op with the ReLU and the shortcut's sum, on CUDA, where sync
+    is false. auto takes torch's: the fused op has not been measured on a GPU."""
 
 
 @dataclass(frozen=True)
