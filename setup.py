@@ -34,6 +34,7 @@ setup(
     install_requires=[
         "torch>=2.11",  # brings triton on Linux
         "torchvision>=0.26",
+        "timm>=1.0.20",
         "open_clip_torch>=3.3",
         "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
         "numpy>=2.0",

@@ -18,11 +18,12 @@ from engine.files import cache_folder
 from engine.pretrained import load_run, third_party
 from engine.synthetic import dataset, teacher_files
 from engine.training import ALONE, Trainer, World
-from ppssl.encoder import FeatureNet, Trunk
+from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
 from ppssl.teacher import SHIPPED, Teacher, load_descriptions
+from ppssl.timm_trunk import TimmTrunk, build_trunk, image_input
 
 
 def check_environment(*, writes: bool) -> None:
@@ -165,13 +166,36 @@ def settings_of(cfg: Config) -> Settings:
 def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     """The inference network of ``cfg`` as training finds it, a function of ``seed`` and ``encoder.weights``."""
     torch.manual_seed(cfg.seed)
-    trunk = Trunk(cfg.encoder.arch)
+    trunk = build_trunk(cfg.encoder.arch)
+    if isinstance(trunk, TimmTrunk):
+        check_trunk(trunk, cfg)
     with world.main_process_first():
         found = third_party.initialize(trunk, cfg.encoder.weights, partial=cfg.encoder.partial)
         say(f"encoder: {cfg.encoder.arch}, {found}")
     if cfg.bn.impl == "fused":
         trunk.fuse_batch_norm()
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
+
+
+def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
+    """Raises ``ConfigError`` where a timm trunk does not take images of ``data.image_size``, or the method needs a map that divides
+    them; says of ``bn.*`` that it does nothing in a trunk without batch norm."""
+    side = cfg.data.image_size
+    try:
+        cells = trunk.map_side(side)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if settings_of(cfg).divides_image and side != cells * trunk.stride:
+        below = side // trunk.stride * trunk.stride or trunk.stride
+        raise ConfigError(
+            f"data.image_size: got {side}, must be a multiple of {trunk.stride}, the stride of the map of {trunk.arch}; use "
+            f"{below} or {below + trunk.stride}"
+        )
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
+        return
+    for key, value in (("bn.groups", cfg.bn.groups), ("bn.sync", cfg.bn.sync)):
+        if value > 1 or value is True:
+            say(f"{key}: does nothing in {trunk.arch}, which has no batch norm, but in a mask branch and in encoder.head=mlp3_bn")
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
@@ -184,7 +208,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", *, network: Fea
     Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
     run = load_run(folder, device, network)
-    run.network.transform = Transform(run.config.data.image_size)
+    encoder = run.config.encoder
+    run.network.transform = Transform(run.config.data.image_size, image_input(encoder.arch, encoder.weights))
     return run.network
 
 

@@ -21,8 +21,9 @@ from engine.evaluation import Candidate, check, evaluate_features, feature_name,
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
 from engine.pretrained import Run, load_run, run_config, third_party, weights_file
 from engine.run_folder import read_data
-from ppssl.encoder import FeatureNet, Trunk
+from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
+from ppssl.timm_trunk import build_trunk
 
 PROTOCOLS = ("retrieval", "knn", "linear")
 _FREE_SECTIONS = ("data.", "eval.", "amp=")
@@ -111,7 +112,7 @@ def _network_of_file(path: Path, config: Any) -> FeatureNet:
     """Our own files with their mask branch, everybody else's trunk with plain pooling."""
     tensors = weights_file.load_weights(path) if path.suffix == ".safetensors" else {}
     if any(name.startswith("mask.") for name in tensors):
-        network = METHODS[config.method.name].build_network(build.settings_of(config), Trunk(config.encoder.arch))
+        network = METHODS[config.method.name].build_network(build.settings_of(config), build_trunk(config.encoder.arch))
         if network.mask is not None:
             weights_file.refuse_not_finite(tensors, str(path))
             try:
@@ -119,7 +120,7 @@ def _network_of_file(path: Path, config: Any) -> FeatureNet:
             except RuntimeError as error:
                 raise ValueError(f"{path} does not fit encoder.arch={config.encoder.arch}: {error}") from error
             return network
-    trunk = Trunk(config.encoder.arch)
+    trunk = build_trunk(config.encoder.arch)
     found = third_party.initialize(trunk, str(path.resolve()), partial=config.encoder.partial)
     say(f"encoder: {config.encoder.arch}, {found}")
     return FeatureNet(trunk)

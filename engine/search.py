@@ -22,6 +22,7 @@ from engine.errors import ConfigError
 from engine.evaluation import most_similar, of_run
 from engine.pretrained import load_run
 from engine.training import precision
+from ppssl.timm_trunk import image_input
 
 _SIDE = 160
 
@@ -59,7 +60,7 @@ def search(folder: Path, image: Path, top: int, device: torch.device, root: str 
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
     try:
-        picture = Transform(cfg.data.image_size)(image)
+        picture = Transform(cfg.data.image_size, image_input(cfg.encoder.arch, cfg.encoder.weights))(image)
     except (OSError, ValueError) as error:
         if not image.is_file():
             raise FileNotFoundError(f"there is no image {image}") from error

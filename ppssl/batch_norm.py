@@ -25,6 +25,10 @@ class GroupedBatchNorm(_BatchNorm):
         """[B, C] and [B, C, H, W] alike."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return activated(self, self.normalized(x))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """The batch-norm alone."""
         if not self.training or self.groups == 1 or x.shape[0] < self.groups:
             return super().forward(x)
         if x.shape[0] % self.groups:
@@ -55,6 +59,10 @@ class SyncBatchNorm(_BatchNorm):
         """[B, C] and [B, C, H, W] alike."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return activated(self, self.normalized(x))
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """The batch-norm alone."""
         if not self.training or not self.group:
             return super().forward(x)
         if x.is_cuda and not torch.compiler.is_compiling():
@@ -86,14 +94,23 @@ def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = Non
     return out.y
 
 
+def activated(bn: nn.Module, x: Tensor) -> Tensor:
+    """What ``bn`` does after its batch-norm: timm's ``BatchNormAct2d`` is one with a dropout and an activation inside."""
+    return bn.act(bn.drop(x)) if "act" in bn._modules else x
+
+
 def convert(module: nn.Module, make: type[_BatchNorm], **attributes: int | str) -> nn.Module:
-    """Replaces every plain batch-norm in ``module`` by a ``make`` with these attributes and the same tensors."""
+    """Replaces every plain batch-norm in ``module``, and timm's with an activation, by a ``make`` with these attributes, the same
+    tensors and the same activation."""
     for name, child in module.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d) or type(child).__name__ == "BatchNormAct2d":
             new = make(child.num_features, eps=child.eps, momentum=child.momentum)
             new.weight, new.bias = child.weight, child.bias
             new.running_mean, new.running_var = child.running_mean, child.running_var
             new.num_batches_tracked = child.num_batches_tracked
+            for part, inner in child.named_children():
+                setattr(new, part, inner)
+            new._forward_hooks.update(child._forward_hooks)
             for attribute, value in attributes.items():
                 setattr(new, attribute, value)
             setattr(module, name, new.train(child.training))

@@ -1,9 +1,9 @@
-"""The encoder: ResNet trunk, projection head, the max-out mask branch, and the network that is kept for inference."""
+"""The encoder: trunks and the ResNet one, projection head, the max-out mask branch, and the network that is kept for inference."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,34 @@ RESNETS = {
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
-class Trunk(nn.Module):
+class BaseTrunk(nn.Module):
+    """What every trunk offers: images to a map, without pooling and classifier. Its state dict has the names of the project that
+    the architecture is from."""
+
+    arch: str
+    """``encoder.arch``."""
+    channels: int
+    """C of the output."""
+    stride: int
+    """Pixels of the image per cell of the map."""
+    sources: tuple[str, ...] = LAYERS
+    """Names of the maps on the way, from the image on; the last is the output."""
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """[B, 3, S, S] -> maps [B, c, h, w] by name, the output last; those of ``watch`` at least."""
+        raise NotImplementedError(f"{type(self).__name__}.maps")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, C, S / stride, S / stride]."""
+        return self.maps(images)[self.sources[-1]]
+
+    def watch(self, sources: Sequence[str]) -> None:
+        """Makes ``maps`` give these sources, ``image`` aside. Raises ``ValueError`` for one that the trunk does not have."""
+        if unknown := [s for s in sources if s not in ("image", *self.sources)]:
+            raise ValueError(f"iadm.sources: {unknown[0]!r} is no map of this trunk; use image, {', '.join(self.sources)}")
+
+
+class Trunk(BaseTrunk):
     """A ResNet without pooling and classifier, under torchvision's parameter names.
 
     ``arch`` is ``<resnet name>[_w<base width>][_s<output stride>]``: ``resnet50`` is torchvision's, ``resnet18_w32_s16`` has
@@ -94,10 +121,6 @@ class Trunk(nn.Module):
                 # blocks begin as the identity (Goyal et al. 2017): otherwise all images start with nearly the same feature and
                 # contrast from random weights takes several times as long to find its way
                 nn.init.zeros_(module.bn3.weight if isinstance(module, Bottleneck) else module.bn2.weight)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, C, S / stride, S / stride]."""
-        return self.maps(images)["layer4"]
 
     def fuse_batch_norm(self) -> None:
         """From now on, batch-norm, the sum with the shortcut and ReLU are one op while training; names and values stay. It needs
@@ -266,7 +289,7 @@ def _bn_mode(bn: nn.BatchNorm2d) -> dict:
 
 
 class FeatureNet(nn.Module):
-    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside torchvision's trunk names."""
+    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names."""
 
     transform: Callable[[Any], Tensor] | None = None
     """A PIL image or an image file -> [3, S, S], the input it was trained for; set by whoever knows that (``engine.load``)."""
@@ -298,7 +321,7 @@ class FeatureNet(nn.Module):
         return self(images.to(next(self.parameters()).device))
 
     def weights(self) -> dict[str, Tensor]:
-        """Tensors by exchange name: the trunk's under torchvision's names, the branch's under ``mask.``."""
+        """Tensors by exchange name: the trunk's under its own names (torchvision's or timm's), the branch's under ``mask.``."""
         tensors = dict(self.trunk.state_dict())
         if self.mask is not None:
             tensors |= {f"mask.{n}": t for n, t in self.mask.state_dict().items()}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppssl.encoder import FeatureNet, MaskBranch, Trunk, global_average_pool
+from ppssl.encoder import BaseTrunk, FeatureNet, MaskBranch, global_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
 from ppssl.moco import MoCo
@@ -45,7 +45,7 @@ class LCR(MoCo):
         return cls(network, settings=settings, **cls.contrast_arguments(settings, network))
 
     @classmethod
-    def build_network(cls, settings: LCRSettings, trunk: Trunk) -> FeatureNet:
+    def build_network(cls, settings: LCRSettings, trunk: BaseTrunk) -> FeatureNet:
         width, minmax = settings.method.maxout_width, settings.method.minmax
         return FeatureNet(trunk, MaskBranch(trunk.channels, width, minmax=minmax, groups=settings.bn.groups))
 

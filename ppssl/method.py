@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ppssl.encoder import FeatureNet, Trunk
+from ppssl.encoder import BaseTrunk, FeatureNet
 from ppssl.ops import gather
 from ppssl.settings import SETTINGS, Sections, Settings
 from ppssl.teacher import Teacher
@@ -99,7 +99,7 @@ class Method(nn.Module):
         raise NotImplementedError(f"{cls.__name__}.from_settings")
 
     @classmethod
-    def build_network(cls, settings: Settings, trunk: Trunk) -> FeatureNet:
+    def build_network(cls, settings: Settings, trunk: BaseTrunk) -> FeatureNet:
         """The inference network of this method around ``trunk``; the plain pooled feature unless overridden."""
         return FeatureNet(trunk)
 

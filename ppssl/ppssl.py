@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppssl.encoder import LAYERS, FeatureNet, ImageMaskBranch, MaskBranch, Masked, Trunk, global_average_pool, masked_average_pool
+from ppssl.encoder import BaseTrunk, FeatureNet, ImageMaskBranch, MaskBranch, Masked, global_average_pool, masked_average_pool
 from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
 from ppssl.moco import MoCo
@@ -56,8 +56,7 @@ class PPSSL(MoCo):
         method, ais, iadm = settings.method, settings.ais, settings.iadm
         if network.mask is None:
             raise ValueError("PP-SSL needs a network with a mask branch: PPSSL.build_network(settings, trunk)")
-        if unknown := [s for s in iadm.sources if s not in ("image", *LAYERS)]:
-            raise ValueError(f"iadm.sources: {unknown[0]!r} is not known; use image, {', '.join(LAYERS)}")
+        network.trunk.watch(iadm.sources)
         self.mask = network.mask
         channels, width = self.mask.conv.in_channels, self.mask.conv.out_channels
         self.to_text = nn.Linear(channels, text_features.shape[1]) if ais.weight else None
@@ -89,13 +88,18 @@ class PPSSL(MoCo):
         )
 
     @classmethod
-    def build_network(cls, settings: PPSSLSettings, trunk: Trunk) -> FeatureNet:
+    def build_network(cls, settings: PPSSLSettings, trunk: BaseTrunk) -> FeatureNet:
         width, minmax = settings.method.maxout_width, settings.method.minmax
         return FeatureNet(trunk, MaskBranch(trunk.channels, width, minmax=minmax, groups=settings.bn.groups))
 
     @property
     def network(self) -> FeatureNet:
         return FeatureNet(self.encoder_q.trunk, self.mask)
+
+    @property
+    def output(self) -> str:
+        """The name of F among the trunk's maps."""
+        return self.encoder_q.trunk.sources[-1]
 
     def ema_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         pairs = super().ema_pairs()
@@ -124,7 +128,7 @@ class PPSSL(MoCo):
         iadm, ais = self.settings.iadm, self.settings.ais
         with span("query_fwd"):
             maps = self.encoder_q.trunk.maps(batch.x_q)
-            feature = maps["layer4"]  # F [B, C, h, w]
+            feature = maps[self.output]  # F [B, C, h, w]
             mask, pooled = self.masked(feature)  # A [B, h, w], gap(F') [B, C]
 
         # L_con: the query against its key and the queue
@@ -140,8 +144,8 @@ class PPSSL(MoCo):
             if iadm.image == "clean":
                 seen = batch.x_clean
                 seen_maps = self.encoder_q.trunk.maps(seen)
-                seen_mask, _ = self.masked(seen_maps["layer4"])
-                q_clean = self.encoder_q.project(self.contrasted(seen_maps["layer4"], seen_mask))
+                seen_mask, _ = self.masked(seen_maps[self.output])
+                q_clean = self.encoder_q.project(self.contrasted(seen_maps[self.output], seen_mask))
                 seen_losses, _ = self.contrast(q_clean, k, batch.index)
             with span("cam"):
                 cam = self.cam(seen_losses, {"image": seen} | seen_maps, seen_mask.shape[1:], context)
@@ -179,8 +183,8 @@ class PPSSL(MoCo):
         """``mask``: A, by which the feature is pooled; ``cam``: what IADM fits it to, whatever ``iadm.weight``."""
         x = images.detach().requires_grad_()
         maps = self.encoder_q.trunk.maps(x)
-        mask, _ = self.mask(maps["layer4"])
-        q = self.encoder_q.project(self.contrasted(maps["layer4"], mask))
+        mask, _ = self.mask(maps[self.output])
+        q = self.encoder_q.project(self.contrasted(maps[self.output], mask))
         losses = self.mirror_losses(q, images)
         return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, mask.shape[1:])}
 

@@ -13,7 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-Source = Literal["image", "layer1", "layer2", "layer3", "layer4"]
+Source = Literal[
+    "image", "layer1", "layer2", "layer3", "layer4", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7",
+    "stage8", "stage9", "stage10", "stage11", "stage12", "stage13", "stage14", "stage15", "stage16", "stage17", "stage18",
+    "stage19", "stage20", "stage21", "stage22", "stage23", "stage24",
+]  # fmt: skip
+"""Where a CAM can be taken: layers are a ResNet's, stages those of a timm model. The trunk says which it has."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,10 @@ class EncoderConfig:
     """The network that is kept."""
 
     arch: str = "resnet50"
-    """A torchvision ResNet, or a narrower and finer one: NAME[_w<base width>][_s<stride>], as resnet18_w32_s16."""
+    """A torchvision ResNet, or a narrower and finer one: NAME[_w<base width>][_s<stride>], as resnet18_w32_s16; or a model of timm:
+    timm/NAME[_s<stride>]."""
     weights: str = "IMAGENET1K_V1"
-    """torchvision weight tag, none, or the path of a .safetensors/.pth file."""
+    """torchvision weight tag; timm or timm:TAG of a timm model; none; or the path of a .safetensors/.pth file."""
     head: Literal["mlp2", "mlp3_bn"] = "mlp2"
     """Projection head: Linear-ReLU-Linear, or (Linear-BN-ReLU) x 2 - Linear-BN."""
     dim: Annotated[int, Ge(1)] = 256

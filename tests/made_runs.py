@@ -13,9 +13,9 @@ from engine import run_folder
 from engine.config import Config, DataConfig, EncoderConfig, MethodConfig, to_yaml
 from engine.evaluation import attention_maps
 from engine.pretrained import weights_file
-from ppssl.encoder import Trunk
 from ppssl.method import METHODS
 from ppssl.settings import method_settings
+from ppssl.timm_trunk import build_trunk
 
 SIZE = 64
 CLASSES = ("001.Red_Kite", "002.Blue_Tit", "003.Green_Finch")
@@ -30,7 +30,7 @@ def exported_run(path: Path, *, arch: str, method: str = "ppssl", variant: str =
         data=DataConfig(name="cub", root="/somebody/CUB_200_2011", image_size=SIZE),
     )
     torch.manual_seed(1)
-    network = METHODS[method].build_network(method_settings(cfg), Trunk(arch))
+    network = METHODS[method].build_network(method_settings(cfg), build_trunk(arch))
     for name, tensor in network.state_dict().items():
         if name.endswith(("bn.weight", "bn1.weight", "bn2.weight", "bn3.weight", "running_var")):
             tensor.uniform_(0.5, 1.5)
@@ -67,7 +67,7 @@ def reported_run(path: Path, root: Path, *, maps: bool = True, **change: object)
     )
     cfg = replace(cfg, **change)
     torch.manual_seed(0)
-    network = METHODS[cfg.method.name].build_network(method_settings(cfg), Trunk(cfg.encoder.arch))
+    network = METHODS[cfg.method.name].build_network(method_settings(cfg), build_trunk(cfg.encoder.arch))
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(cfg))
     weights_file.save_weights(path / "weights.safetensors", network.weights(), {"step": "12", "epoch": "4"})

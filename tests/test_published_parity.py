@@ -19,7 +19,7 @@ import ppssl.moco
 import ppssl.ppssl
 from engine.training import optim, precision
 from engine.training.step import Step
-from ppssl.encoder import FeatureNet, MaskBranch
+from ppssl.encoder import BaseTrunk, FeatureNet, MaskBranch
 from ppssl.lcr import LCR
 from ppssl.method import Batch
 from ppssl.ppssl import PPSSL
@@ -39,7 +39,7 @@ def rebuild(path: Path) -> dict:
     return recipe.published_case(path)
 
 
-class PatchTrunk(nn.Module):
+class PatchTrunk(BaseTrunk):
     """The fixtures' stand-in trunk: one 32x32 convolution and ReLU."""
 
     channels, stride = 2048, 32
@@ -50,9 +50,6 @@ class PatchTrunk(nn.Module):
 
     def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"layer4": F.relu(self.conv(images))}
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.maps(images)["layer4"]
 
 
 # our parameter -> the fixtures' name

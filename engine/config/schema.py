@@ -296,6 +296,8 @@ def validate(config: Config) -> None:
         refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
     if config.batch_size % config.bn.groups:
         refuse("bn.groups", f"must divide batch_size ({config.batch_size})")
+    if config.encoder.arch.startswith("timm/"):
+        return  # only the model knows its stride: build.check_trunk
     stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)
     cell = int(stride[1]) if stride else 32
     kind = SETTINGS.get(config.method.name)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from engine.data.loaders.choose import build_loader, dali_problem
     from engine.data.loaders.clean_batches import clean_batches
     from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
-    from engine.data.loaders.torch_loader import Normalize, clean_view
+    from engine.data.loaders.torch_loader import Normalize, clean_view, input_view
     from engine.data.machine import HARDWARE_DECODER_SHARE, cores
     from engine.data.transform import Transform
     from engine.data.views import clean_resize
@@ -24,14 +24,15 @@ _HOME = {
     "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "build_loader": "loaders.choose",
     "dali_problem": "loaders.choose", "IMAGENET_MEAN": "loaders.interface", "IMAGENET_STD": "loaders.interface",
     "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.clean_batches",
-    "clean_view": "loaders.torch_loader", "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "Transform": "transform",
+    "clean_view": "loaders.torch_loader", "input_view": "loaders.torch_loader",
+    "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "Transform": "transform",
     "clean_resize": "views",
 }  # fmt: skip
 
 __all__ = [
     "HARDWARE_DECODER_SHARE", "IMAGENET_MEAN", "IMAGENET_STD", "Catalog", "ImageList", "Loader", "Normalize", "Transform",
     "build_loader", "catalog", "clean_batches", "clean_resize", "clean_view", "contact_sheet", "cores", "dali_problem",
-    "inspection", "read_image", "sampler", "teacher_cache", "views_sheet",
+    "input_view", "inspection", "read_image", "sampler", "teacher_cache", "views_sheet",
 ]  # fmt: skip
 
 

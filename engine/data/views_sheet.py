@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import catalog, contact_sheet, sampler, views
 from engine.data.loaders import choose
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
+from ppssl.timm_trunk import IMAGENET, ImageInput, image_input
 
 IMAGES = 5
 """Rows of the sheet: the first images of the run's order."""
@@ -51,6 +51,7 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
     cfg = replace(cfg, batch_size=count)
     order = sampler.epoch_order(cfg.seed, 0, count)
     values = [views.view_values(cfg.seed, 0, order, view, some.sizes[order], cfg.data.image_size) for view in (0, 1)]
+    how = image_input(cfg.encoder.arch, cfg.encoder.weights)
     made: dict[str, tuple[Tensor, ...]] = {}
     for backend in backends(device):
         own = replace(cfg, data=replace(cfg.data, **backend.settings))
@@ -59,7 +60,7 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
             batch = next(iter(loader.batches(0, 1)))
         finally:
             loader.close()
-        made[backend.title] = tuple(levels(x) for x in (batch.x_q, batch.x_k, batch.x_clean))
+        made[backend.title] = tuple(levels(x, how) for x in (batch.x_q, batch.x_k, batch.x_clean))
     theirs = made["torchvision"]
     tiles = []
     for b in range(count):
@@ -76,9 +77,9 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
     return contact_sheet.draw(tiles, columns=1 + 2 * len(made), side=160, title=title)
 
 
-def levels(x: Tensor) -> Tensor:
+def levels(x: Tensor, how: ImageInput = IMAGENET) -> Tensor:
     """Normalized [B, 3, S, S] -> [B, S, S, 3] in 0..255 on the CPU."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (how.mean, how.std))
     return ((x.cpu().float() * std + mean) * 255).clamp(0, 255).permute(0, 2, 3, 1)
 
 

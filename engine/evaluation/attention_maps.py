@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from engine.config import Config
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, Catalog, Normalize, clean_resize, clean_view
+from engine.data import Catalog, Normalize, input_view
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder
 from engine.training import Trainer, uncompiled
 from ppssl.method import Method
+from ppssl.timm_trunk import ImageInput, image_input
 
 COUNT = 8
 """Images that are watched, spread evenly over the list so that they are of different classes."""
@@ -88,13 +89,14 @@ class Watch:
 
     def _load(self) -> Tensor:
         """The watched images as the network gets them; their pictures are kept beside the maps."""
+        how = image_input(self.cfg.encoder.arch, self.cfg.encoder.weights)
         read = [self.images.read(i) for i in self.chosen]
         if self.out is not None:
-            pictures = torch.stack([_view(image, SIDE) for image in read])
+            pictures = torch.stack([_view(image, SIDE, how) for image in read])
             about = {"names": json.dumps([self.images.names[i] for i in self.chosen]), "split": self.split}
             weights_file.save_weights(RunFolder(self.out).maps / "images.safetensors", {"pictures": pictures}, about)
-        pixels = torch.stack([_view(image, self.cfg.data.image_size) for image in read])
-        return Normalize(IMAGENET_MEAN, IMAGENET_STD, self.device, torch.float32)(pixels)
+        pixels = torch.stack([_view(image, self.cfg.data.image_size, how) for image in read])
+        return Normalize(how.mean, how.std, self.device, torch.float32)(pixels)
 
 
 def has_maps(method: Method) -> bool:
@@ -139,6 +141,6 @@ def _files(out: Path) -> list[Path]:
     return sorted(RunFolder(out).maps.glob("step_*.safetensors"))
 
 
-def _view(image: Image.Image, side: int) -> Tensor:
+def _view(image: Image.Image, side: int, how: ImageInput) -> Tensor:
     """What a network of that input sees of an image: uint8 [side, side, 3]."""
-    return torch.from_numpy(np.array(clean_view(image, clean_resize(side), side, Image.Resampling.BILINEAR)))
+    return torch.from_numpy(np.array(input_view(image, how, side)))

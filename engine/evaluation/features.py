@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from engine.console import bar, say
-from engine.data import ImageList, clean_batches, clean_resize
+from engine.data import ImageList, clean_batches
 from engine.files import inside, read_metadata
 from engine.pretrained import Run, weights_file
 from engine.training import gather_rows, precision
 from ppssl.ops import rank, world_size
+from ppssl.timm_trunk import IMAGENET, image_input
 
 _VERSION = 1
 """Of what a kept file holds and of how an image becomes a feature; another one makes all features anew."""
@@ -25,7 +26,7 @@ _VERSION = 1
 
 @torch.no_grad()
 def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.device, group: str = "") -> Tensor:
-    """[N, C] float32 features on ``device``: short side 256/224 of ``data.image_size``, center crop, under the run's
+    """[N, C] float32 features on ``device``: of the clean images as the trunk takes them (``image_input``), under the run's
     ``amp``, modules in eval mode meanwhile. In file order at ``eval.batch_size``: in variant ``published`` the mask is
     scaled over the batch, so that both are part of the result. The processes of ``group`` do some batches each, and all
     get all features.
@@ -37,13 +38,17 @@ def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.de
     mine = replace(images, names=images.names[first : first + each]) if group else images
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
+    how = image_input(cfg.encoder.arch, cfg.encoder.weights)
     rows: list[Tensor] = []
     try:
         with precision.resolve(cfg.amp, device).autocast():
             for x, _ in clean_batches(
                 mine,
-                resize=clean_resize(cfg.data.image_size),
+                resize=how.resize(cfg.data.image_size),
                 crop=cfg.data.image_size,
+                mean=how.mean,
+                std=how.std,
+                interpolation=how.interpolation,
                 batch_size=cfg.eval.batch_size,
                 workers=cfg.data.workers,
                 device=device,
@@ -95,6 +100,9 @@ def key(network: nn.Module, images: ImageList, cfg: Config, device: torch.device
         "batch_size": cfg.eval.batch_size,
         "precision": [device.type, str(precision.resolve(cfg.amp, device).dtype)],
     }
+    how = image_input(cfg.encoder.arch, cfg.encoder.weights)
+    if how != IMAGENET:  # in no key of a ResNet's features: those that are kept stay good
+        plain["input"] = how._asdict()
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from engine.files import inside, write_atomically
 from engine.pretrained import model_card
 from engine.pretrained.run import Run, load_run
 from ppssl.encoder import FeatureNet, global_average_pool, scale_to_unit
+from ppssl.timm_trunk import PREFIX, TimmTrunk
 
 TOLERANCE = 1e-4
 """Largest difference of a unit feature's entry between a graph file and the run's network, both float32."""
@@ -126,7 +127,7 @@ class Format:
     graph: bool
     """The whole inference feature as a graph; otherwise the trunk's tensors alone."""
     use: str
-    """How the file is read, in Python; {file} and {arch} are filled in."""
+    """How the file is read, in Python; {file}, {arch} and {timm} (what ``timm.create_model`` takes) are filled in."""
 
 
 FORMATS = {
@@ -141,10 +142,10 @@ FORMATS = {
     ),
     "timm": Format(
         ".safetensors",
-        _write_torchvision,  # timm keeps torchvision's names in its ResNets
+        _write_torchvision,  # timm keeps torchvision's names in its ResNets, and a timm trunk timm's own
         False,
         "from safetensors.torch import load_file\n"
-        'model = timm.create_model("{arch}", num_classes=0)\n'
+        "model = timm.create_model({timm}, num_classes=0)\n"
         'model.load_state_dict(load_file("{file}"))',
     ),
     "moco": Format(
@@ -180,8 +181,9 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
     run = load_run(folder)
     arch, mask = run.config.encoder.arch, run.network.mask
     run.network.to(memory_format=torch.contiguous_format)
-    if not target.graph and not re.fullmatch(r"resnet\d+", arch):
-        raise ValueError(f"--to {to}: {arch} is not one of {to}'s networks; use --to onnx or --to torch-export")
+    timm = run.network.trunk if isinstance(run.network.trunk, TimmTrunk) else None
+    if not target.graph and not (to == "timm" if timm else re.fullmatch(r"resnet\d+", arch)):
+        raise ValueError(f"--to {to}: {arch} is not one of {to}'s networks; use --to {'timm, ' * bool(timm)}onnx or torch-export")
     if minmax is not None:
         if mask is None or not target.graph:
             raise ValueError(f"--minmax {minmax}: there is no mask in what --to {to} writes of this run; leave it out")
@@ -201,12 +203,14 @@ def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None
         )
     elif minmax == "image":
         notes.append("The mask is scaled per image (--minmax image). The metrics below may be of the run's own scaling.")
+    create = ", ".join([f'"{timm.name if timm else arch}"', *(f"{k}={v}" for k, v in (timm.options if timm else {}).items())])
+    use = target.use.format(file=path.name, arch=arch, timm=create)
     for note in notes:
         say(f"note: {note}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of their own insides
         write_atomically(path, lambda temporary: target.write(run, temporary))
-    model_card.write(path, run, folder, to=to, graph=target.graph, use=target.use.format(file=path.name, arch=arch), notes=notes)
+    model_card.write(path, run, folder, to=to, graph=target.graph, use=use, notes=notes)
     return path
 
 
@@ -216,5 +220,5 @@ def _place(folder: Path, to: str, out: Path | None, arch: str) -> Path:
         return out
     if out is not None and not out.is_dir() and out.suffix:
         raise ValueError(f"--out {out}: --to {to} writes {suffix} files; give a folder or a name that ends so")
-    name = f"{arch}_{to.replace('-', '_')}{suffix}"
+    name = f"{arch.removeprefix(PREFIX)}_{to.replace('-', '_')}{suffix}"
     return inside(folder, folder / "export" / name) if out is None else out / name

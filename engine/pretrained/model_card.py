@@ -12,10 +12,10 @@ import torch
 
 from engine import run_folder
 from engine.config import flatten
-from engine.data import IMAGENET_MEAN, IMAGENET_STD, clean_resize
 from engine.files import write_text
 from engine.pretrained.run import Run
 from ppssl.settings import method_settings, title
+from ppssl.timm_trunk import image_input
 
 # What a person would have to know about the machine that trained it, not about the network.
 _LOCAL = ("out", "resume")
@@ -70,14 +70,15 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
 
 def preprocessing(run: Run) -> dict[str, Any]:
     """How an image enters the network."""
-    size = run.config.data.image_size
+    size, encoder = run.config.data.image_size, run.config.encoder
+    how = image_input(encoder.arch, encoder.weights)
     return {
         "color": "RGB in [0, 1], upright by EXIF",
-        "resize_short_side": clean_resize(size),
-        "interpolation": "bilinear, antialiased",
+        "resize_short_side": how.resize(size),
+        "interpolation": f"{how.interpolation}, antialiased",
         "center_crop": size,
-        "mean": list(IMAGENET_MEAN),
-        "std": list(IMAGENET_STD),
+        "mean": list(how.mean),
+        "std": list(how.std),
     }
 
 

@@ -13,9 +13,10 @@ from engine.config import Config, from_run
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder, find_root
-from ppssl.encoder import FeatureNet, Trunk
+from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
 from ppssl.settings import method_settings
+from ppssl.timm_trunk import build_trunk
 
 
 class Run(NamedTuple):
@@ -56,7 +57,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
                 f"{files.config}: method.name: {cfg.method.name!r} is not registered here; import the module that registers it, or "
                 f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
             )
-        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), Trunk(cfg.encoder.arch))
+        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), build_trunk(cfg.encoder.arch))
     tensors = weights_file.load_weights(path)
     weights_file.refuse_not_finite(tensors, str(path))
     try:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.console import printable
-from engine.pretrained import foreign_file, weights_file
+from engine.pretrained import foreign_file, timm_weights, weights_file
 from ppssl.encoder import RESNETS
+from ppssl.timm_trunk import TimmTrunk
 
 # Put between the names of modules by torch.compile and by (Distributed)DataParallel.
 _WRAPPERS = ("_orig_mod", "module")
@@ -24,6 +25,8 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 _FOLLOWER = re.compile(r"(^|[._])(encoder_k|key|momentum|target|teacher|ema)([._]|$)")
 # First parts of names that belong to the trunk itself: what is left over of these is a block of another network.
 _FAMILY = re.compile(r"(conv|bn|layer|maxpool)\d?")
+# First parts of names whose rest belongs to a classifier, though some trunks keep a norm there.
+_HEAD = re.compile(r"head|head_dist|classifier|fc|norm_head")
 # Networks of timm with the tensors of a ResNet that compute something else.
 _SAME_TENSORS = re.compile(r"resnet(?:blur|aa)\d+")
 # What is left over, by what it is for: the first that is found in a name counts.
@@ -33,7 +36,7 @@ _MEANINGS = {
     "queue": r"queue",
     "predictor": r"predict",
     "prototypes": r"prototype",
-    "head": r"(^|\.)(fc|head|heads|classifier|linear|last_layer|mlp)\d*\.",
+    "head": r"(^|[._])(fc|head|heads|classifier|linear|last_layer|mlp)\d*\.",
     "mask branch": r"mask|(conv|bn)16\.",
     "text model": r"(^|[._])(clip|text)",
     "projection head": r"proj",
@@ -60,10 +63,12 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     """Loads ``encoder.weights`` into ``trunk`` in place and returns a sentence for the log: what was found, under which names, and
     what else is in the file.
 
-    weights: ``none``, a torchvision tag of the trunk's architecture such as ``IMAGENET1K_V1`` (downloaded by torchvision when it
-    is not in its cache), or the path of a .safetensors/.pth/.pth.tar/.ckpt file. Read are torchvision, timm, MoCo (also v3), LCR
-    and LearnMat, solo-learn, lightly, DINO and whatever else keeps torchvision's names below a prefix, with or without the
-    prefixes of DistributedDataParallel and torch.compile, and this engine's weights and checkpoints.
+    weights: ``none``; a torchvision tag of the trunk's architecture such as ``IMAGENET1K_V1``, or of a timm trunk ``timm`` or
+    ``timm:TAG`` (downloaded by torchvision or timm when it is not in its cache); or the path of a
+    .safetensors/.pth/.pth.tar/.ckpt file. Read are torchvision, timm, MoCo (also v3), LCR and LearnMat, solo-learn, lightly, DINO
+    and whatever else keeps torchvision's names below a prefix, with or without the prefixes of DistributedDataParallel and
+    torch.compile, and this engine's weights and checkpoints. A timm trunk also takes the original files that timm can convert, and
+    those that agree with it in order, kind and shape of all tensors.
     partial: take what fits of another network; the sentence says what stays random.
     Raises ``ValueError`` when a name is unknown, the file is of another network or cannot be read without running code from it, or
     a number is not finite; ``OSError`` when a download fails; ``FileNotFoundError``.
@@ -71,10 +76,12 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     if weights == "none":
         return "random initial weights"
     file = Path(weights)
-    if file.suffix or "/" in weights or file.is_file():
+    if isinstance(trunk, TimmTrunk) and timm_weights.wanted(weights):
+        contents = foreign_file.Contents(timm_weights.download(trunk, weights), [])
+    elif file.suffix or "/" in weights or file.is_file():
         contents = foreign_file.read(file)
     else:
-        contents = foreign_file.Contents(_torchvision(trunk.arch, weights), [])
+        contents = foreign_file.Contents(_torchvision(trunk, weights), [])
     own = trunk.state_dict()
     held = list(foreign_file.containers(contents.tree))
     if not held and contents.unbuilt:
@@ -84,6 +91,15 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     # the most tensors win; of equals the trained network, then the first
     matches = [(match_names(own, tensors, path), path) for path, tensors in held]
     found, place = max(matches, key=lambda m: (len(m[0].tensors), not _FOLLOWER.search(m[0].prefix), len(m[0].misshapen)))
+    # files of PyTorch before 0.4.1, and our checkpoints, do not count batches
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    how = ""
+    if isinstance(trunk, TimmTrunk) and (found.blocks or not set(needed) <= set(found.tensors)):
+        for path, tensors in held:
+            for sentence, renamed, names in timm_weights.translated(trunk, tensors):
+                match = match_names(own, renamed)
+                if not how and not match.prefix and not match.blocks and set(needed) <= set(match.tensors):
+                    found, place, how = match._replace(named=names), path, sentence
     parameters = [name for name, _ in trunk.named_parameters()]
     buffers = [name for name, _ in trunk.named_buffers()]
     some = bool(set(parameters) & set(found.tensors))
@@ -92,10 +108,9 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
             raise ValueError(f"encoder.weights: {weights} holds {foreign_file.whole_model(contents.unbuilt)}")
         first = ", ".join([printable(name) for _, tensors in held for name in tensors][:3])
         raise ValueError(f"encoder.weights: nothing in {weights} matches {trunk.arch}; its first names are {first}")
-    # files of PyTorch before 0.4.1, and our checkpoints, do not count batches
-    needed = [name for name in own if not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in found.named]
-    differences = _differences(trunk.arch, own, found, missing, _label(file, contents.tree))
+    label = _label(file, contents.tree)
+    differences = _differences(trunk.arch, own, found, missing, label if label not in trunk.arch.split("/")[-1:] else None)
     if differences and not (partial and some):
         partly = ", or encoder.partial=true to take what fits and leave the rest random" if some else ""
         raise ValueError(
@@ -109,6 +124,7 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
         f"{sum(name in tensors for name in buffers)} of {len(buffers)} buffers matched"
     )
     note += f" (below {printable(found.prefix)})" if found.prefix else ""
+    note += f"; {how}" if how else ""
     if differences:
         note += f"; encoder.partial: {'; '.join(differences)}; what was not found is still random"
     used = {f"{place}.{name}" for own_name, name in found.named.items() if own_name in tensors}
@@ -140,12 +156,13 @@ def match_names(own: dict[str, Tensor], foreign: dict[str, Tensor], path: str = 
     named, tensors = groups[prefix], fitting(prefix)
     misshapen = {n: foreign[f] for n, f in named.items() if n not in tensors}
     before = prefix.split(".") if prefix else []
-    blocks = {}
+    blocks, stems = {}, {name.split(".")[0] for name in own}
     for name in foreign.keys() - {*named.values()} if named else ():
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
         first, *rest = parts[len(before) :] or [""]
         first = _CHILDREN.get(first, first)
-        if parts[: len(before)] == before and _FAMILY.fullmatch(first):
+        ours = first in stems and not _HEAD.fullmatch(first) and name.endswith((".weight", ".bias", ".gamma"))
+        if parts[: len(before)] == before and (ours or _FAMILY.fullmatch(first)):
             blocks[name] = ".".join([first, *rest])
     blocks = {name: blocks[name] for name in foreign if name in blocks}  # in the order of the file
     return Match(tensors, ".".join(filter(None, (path, prefix))), named, misshapen, blocks)
@@ -221,9 +238,14 @@ def _meanings(names: list[str]) -> str:
     return ", ".join([*found][:8]) + (", ..." if len(found) > 8 else "")
 
 
-def _torchvision(arch: str, tag: str) -> dict[str, Tensor]:
+def _torchvision(trunk: nn.Module, tag: str) -> dict[str, Tensor]:
     from torchvision.models import get_model_weights, list_models
 
+    arch = trunk.arch
+    if isinstance(trunk, TimmTrunk):
+        raise ValueError(
+            f"encoder.weights: {tag} is not of timm, as encoder.arch={arch} is; use {timm_weights.choices(trunk)}, none or a file"
+        )
     if arch not in list_models():
         raise ValueError(f"encoder.weights: torchvision has no weights for {arch}; use none or a file")
     known = get_model_weights(arch).__members__

@@ -17,7 +17,7 @@ from engine.training.distributed import average_all
 from engine.training.graph import CapturedStep
 from engine.training.guard import Guard
 from engine.training.precision import Precision
-from ppssl.encoder import Trunk
+from ppssl.encoder import BaseTrunk
 from ppssl.method import Batch, Method, Output, StepContext
 from ppssl.ops import world_size
 from ppssl.span import span
@@ -167,6 +167,7 @@ class Step:
         # not backward(): it would compute the gradient of the images a second time
         with span("backward"):
             gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
+        gradients = [g if g is None else in_layout(g, p) for g, p in zip(gradients, self.parameters, strict=True)]
         if self.method.group:
             output, gradients = self.averaged(output, gradients)
         norm = optim.gradient_norm([g for g in gradients if g is not None])
@@ -247,7 +248,7 @@ class Step:
             return run
 
         for module in self.method.modules():
-            if isinstance(module, Trunk):
+            if isinstance(module, BaseTrunk):
                 module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -296,6 +297,14 @@ class Step:
         self._keep_buffers()  # a compiled graph holds these very tensors
         self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
+
+
+def in_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """``gradient`` in the memory order of ``parameter``: ``backward`` sees to that, ``autograd.grad`` does not, and a fused
+    optimizer pairs numbers by their place in memory."""
+    sides = zip(gradient.stride(), parameter.stride(), parameter.shape, strict=True)
+    alike = all(ours == theirs for ours, theirs, length in sides if length > 1)
+    return gradient if alike else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 def _how(backend: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ppssl.encoder import FeatureNet, MaskBranch
+from ppssl.encoder import BaseTrunk, FeatureNet, MaskBranch
 from ppssl.method import Batch, StepContext
 from ppssl.ppssl import PPSSL, spatial_kl
 from ppssl.settings import PPSSLSettings, method_settings, replace_keys, variant
@@ -33,7 +33,7 @@ UNMASKED = having(GUIDED, contrast_mask=False)
 """The contrast of MoCo itself, which a test can write down in a line."""
 
 
-class SmallTrunk(nn.Module):
+class SmallTrunk(BaseTrunk):
     """Two convolutions, [B, 3, 32, 32] -> layer1 [B, 8, 8, 8], layer4 [B, 24, 4, 4]."""
 
     channels, stride = CHANNELS, CELL
@@ -46,9 +46,6 @@ class SmallTrunk(nn.Module):
     def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         low = F.relu(self.first(images))
         return {"layer1": low, "layer4": F.relu(self.second(low))}
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.maps(images)["layer4"]
 
 
 def build(settings: PPSSLSettings = GUIDED, **options) -> PPSSL:

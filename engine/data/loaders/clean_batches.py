@@ -13,12 +13,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from engine.data.catalog import ImageList
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
-from engine.data.loaders.torch_loader import Normalize, clean_view
+from engine.data.loaders.torch_loader import FILTERS, Normalize, clean_view
 from engine.data.machine import cores
 
 _AHEAD = 2
@@ -45,13 +44,12 @@ def clean_batches(
     """
     if crop > resize:
         raise ValueError(f"crop={crop} exceeds resize={resize}; a center crop cannot be larger than the resized image")
-    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-    if interpolation not in filters:
-        raise ValueError(f"interpolation={interpolation!r}; known are {', '.join(filters)}")
+    if interpolation not in FILTERS:
+        raise ValueError(f"interpolation={interpolation!r}; known are {', '.join(FILTERS)}")
     normalize = Normalize(mean, std, torch.device(device), torch.float32)
 
     def decode(i: int) -> np.ndarray:
-        return np.asarray(clean_view(images.read(i), resize, crop, filters[interpolation]))
+        return np.asarray(clean_view(images.read(i), resize, crop, FILTERS[interpolation]))
 
     for index, pixels in _decoded(decode, len(images), batch_size, cores() if workers is None else workers):
         yield normalize(torch.from_numpy(np.stack(pixels))), torch.arange(index.start, index.stop, device=device)

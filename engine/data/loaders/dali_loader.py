@@ -18,13 +18,13 @@ from engine.config import Config
 from engine.console import printable, say
 from engine.data.catalog import ImageList
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import HARDWARE_DECODER_SHARE, cores
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
+from engine.data.views import ViewValues, center_crop, resized, view_values
 from engine.errors import BrokenFile
 from ppssl.method import Batch
 from ppssl.ops import recolour
+from ppssl.timm_trunk import ImageInput, image_input
 
 MEMORY_SHARE = 0.2
 """Of the free memory of a GPU: what decoded batches in flight may take."""
@@ -43,6 +43,7 @@ class DaliLoader:
     def __init__(self, images: ImageList, cfg: Config, device: torch.device, *, with_clean: bool = False, shard: Shard = ALL):
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         self._images, self._cfg, self._with_clean, self._shard = images, cfg, with_clean, shard
+        self._input = image_input(cfg.encoder.arch, cfg.encoder.weights)
         self._device = torch.device(device)
         self._gpu = self._device.type == "cuda"
         if self._gpu and self._device.index is None:
@@ -95,7 +96,7 @@ class DaliLoader:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
             elif self._gpu:
                 x_q, x_k = (
-                    recolour(o, to_tensors([v], self._device), mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16)
+                    recolour(o, to_tensors([v], self._device), mean=self._input.mean, std=self._input.std, dtype=torch.float16)
                     for o, v in zip(outputs, values, strict=True)
                 )
             else:
@@ -135,7 +136,7 @@ class DaliLoader:
         out = torch.empty(pixels.shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
         def work(part: slice) -> None:
-            recolour(pixels[part], rows(values, part), mean=IMAGENET_MEAN, std=IMAGENET_STD, out=out[part])
+            recolour(pixels[part], rows(values, part), mean=self._input.mean, std=self._input.std, out=out[part])
 
         self._threads.share(work, len(pixels))
         return out
@@ -155,7 +156,7 @@ class DaliLoader:
                 fed += [plain, pixels]
             for view in values:
                 fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
-            return fed + (_centers(images.sizes[index], side) if self._with_clean else [])
+            return fed + (_centers(images.sizes[index], side, self._input) if self._with_clean else [])
 
         pipeline = _pipeline(
             feed,
@@ -163,6 +164,7 @@ class DaliLoader:
             all_plain,
             self._dali_colour,
             self._with_clean,
+            self._input,
             self._decode,
             batch_size=self._cfg.batch_size // self._shard.processes,
             num_threads=self._workers,
@@ -174,7 +176,7 @@ class DaliLoader:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: bool, decode: dict):
+def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: bool, how: ImageInput, decode: dict):
     """Positions [B] on the host, as they were fed; query view, key view and, if asked for, the original, each [B, side, side, 3]:
     uint8 views where colour is still to come, else normalized, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
@@ -193,10 +195,10 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
         pixels = _resize(pixels, side, fed[first + 2], fed[first + 3], roi_relative=True)
         if dali_colour:
             pixels = _recolour(pixels, *fed[first + 4 : first + view_inputs])
-            pixels = _normalize(pixels, gpu)
+            pixels = _normalize(pixels, gpu, how)
         outputs.append(pixels)
     if with_clean:
-        outputs.append(_normalize(_resize(image, side, fed[-2], fed[-1]), gpu))
+        outputs.append(_normalize(_resize(image, side, fed[-2], fed[-1], filter=_FILTERS[how.interpolation]), gpu, how))
     return tuple(outputs)
 
 
@@ -226,14 +228,17 @@ def decoded(paths: Sequence[Path], decode: dict) -> Iterator[np.ndarray | None]:
             yield None
 
 
-def _resize(image, side: int, start, end, **options):
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+def _resize(image, side: int, start, end, filter=types.INTERP_LINEAR, **options):
     """What lies between two corners of an image, antialiased, to ``side`` x ``side``."""
     return fn.resize(
         image,
         size=[side, side],
         roi_start=start,
         roi_end=end,
-        interp_type=types.INTERP_LINEAR,
+        interp_type=filter,
         antialias=True,
         **options,
     )
@@ -247,13 +252,13 @@ def _recolour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma)
     return pixels
 
 
-def _normalize(pixels, gpu: bool):
+def _normalize(pixels, gpu: bool, how: ImageInput):
     return fn.crop_mirror_normalize(
         pixels,
         dtype=types.FLOAT16 if gpu else types.FLOAT,
         output_layout="HWC",
-        mean=[255 * m for m in IMAGENET_MEAN],
-        std=[255 * s for s in IMAGENET_STD],
+        mean=[255 * m for m in how.mean],
+        std=[255 * s for s in how.std],
     )
 
 
@@ -279,11 +284,11 @@ def _twists(values: ViewValues) -> list[np.ndarray]:
     return [values.jitter | values.grey, brightness, contrast, saturation, hue * 360, blur, values.blur_sigma]
 
 
-def _centers(sizes: np.ndarray, side: int) -> list[np.ndarray]:
+def _centers(sizes: np.ndarray, side: int, how: ImageInput) -> list[np.ndarray]:
     """Start and end (y, x) [B, 2], in pixels of the source, of the center crop of the resized image."""
     boxes = []
     for height, width in sizes.tolist():
-        new_height, new_width = resized((height, width), clean_resize(side))
+        new_height, new_width = resized((height, width), how.resize(side))
         top, left = center_crop((new_height, new_width), side)
         y, x = height / new_height, width / new_width
         boxes.append((top * y, left * x, (top + side) * y, (left + side) * x))

@@ -1,4 +1,4 @@
-"""What a loader is, and the statistics by which images are normalized."""
+"""What a loader is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from ppssl.method import Batch
+from ppssl.timm_trunk import IMAGENET
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET.mean, IMAGENET.std
 """Of RGB in [0, 1]."""
 
 
@@ -21,7 +21,7 @@ class Loader(Protocol):
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches of the steps ``start_step <= s < stop_step``, counted from the start of the run. Images are
-        normalized by IMAGENET_MEAN and IMAGENET_STD, channels_last on the device: float32 on a CPU, float16 on CUDA."""
+        normalized as the trunk takes them (``image_input``), channels_last on the device: float32 on a CPU, float16 on CUDA."""
         ...
 
     def close(self) -> None:

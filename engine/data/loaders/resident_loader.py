@@ -19,13 +19,12 @@ from engine.console import say
 from engine.data.catalog import ImageList
 from engine.data.loaders.decoded import Decoded, decode, kept_sizes, total_bytes
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores, free_host_bytes
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
-from ppssl.encoder import Trunk
+from engine.data.views import ViewValues, center_crop, resized, view_values
 from ppssl.method import Batch
 from ppssl.ops import augment, recolour
+from ppssl.timm_trunk import IMAGENET, ImageInput, build_trunk, image_input
 
 DEVICE_SHARE, HOST_SHARE, CPU_SHARE = 0.4, 0.5, 0.25
 """Of the memory that is free, what the set may take: on a GPU, in host memory, and there when nobody asked and training is on the
@@ -98,7 +97,7 @@ def training_bytes(cfg: Config) -> int:
     trunk keeps for its backward pass, by a pass over shapes alone. A tensor that several operators keep counts several times, which
     leaves room for what a method adds."""
     with torch.device("meta"):
-        trunk, pair = Trunk(cfg.encoder.arch), torch.empty(2, 3, cfg.data.image_size, cfg.data.image_size)
+        trunk, pair = build_trunk(cfg.encoder.arch), torch.empty(2, 3, cfg.data.image_size, cfg.data.image_size)
     kept = 0
 
     def count(tensor: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class ResidentLoader:
     ):  # fmt: skip
         self.steps_per_epoch = steps_per_epoch(len(images), cfg.batch_size)
         self._images, self._decoded, self._cfg, self._with_clean = images, decoded, cfg, with_clean
-        self._shard = shard
+        self._shard, self._input = shard, image_input(cfg.encoder.arch, cfg.encoder.weights)
         self._gpu = device.type == "cuda"
         if self._gpu and device.index is None:  # the thread that works ahead has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
@@ -191,7 +190,7 @@ class ResidentLoader:
         def make(part: slice) -> None:
             augment(
                 self._pixels, offsets[part], sizes[part], rows(values, part), out=views[part],
-                side=side, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                side=side, mean=self._input.mean, std=self._input.std,
             )  # fmt: skip
 
         self._threads.share(make, 2 * count)
@@ -201,10 +200,10 @@ class ResidentLoader:
 
             def shrink(part: slice) -> None:
                 for b in range(count)[part]:
-                    pixels[b] = original_pixels(torch.from_numpy(self._decoded.image(index[b])), side)
+                    pixels[b] = original_pixels(torch.from_numpy(self._decoded.image(index[b])), side, self._input)
 
             self._threads.share(shrink, count)
-            original = _normalised(pixels, torch.float32)
+            original = _normalised(pixels, torch.float32, self._input)
         return Batch(x_q=views[:count], x_k=views[count:], index=torch.from_numpy(index.copy()), x_clean=original)
 
     def _on_gpu(self, steps: range) -> Iterator[Batch]:
@@ -214,11 +213,14 @@ class ResidentLoader:
             stream.wait_event(ready)
             for tensor in (position, offsets, sizes, pixels, *values):
                 tensor.record_stream(stream)  # made on the other stream: not reused before this one is done with it
-            views = augment(pixels, offsets, sizes, values, side=side, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float16)
+            views = augment(
+                pixels, offsets, sizes, values, side=side, mean=self._input.mean, std=self._input.std, dtype=torch.float16
+            )
             original = None
             if self._with_clean:
                 images = (pixels[o : o + 3 * h * w].view(h, w, 3) for o, (h, w) in host)
-                original = _normalised(torch.stack([original_pixels(image, side) for image in images]), torch.float16)
+                clean = torch.stack([original_pixels(image, side, self._input) for image in images])
+                original = _normalised(clean, torch.float16, self._input)
             count = len(position)
             yield Batch(x_q=views[:count], x_k=views[count:], index=position, x_clean=original)
 
@@ -262,13 +264,13 @@ class ResidentLoader:
         return index, to_tensors(values, torch.device("cpu")), torch.from_numpy(offsets), torch.from_numpy(sizes)
 
 
-def original_pixels(image: Tensor, side: int) -> Tensor:
+def original_pixels(image: Tensor, side: int, how: ImageInput = IMAGENET) -> Tensor:
     """The clean view of one image: short side resized (antialiased), center crop. uint8 [H, W, 3] to [side, side, 3]."""
-    size = resized((image.shape[0], image.shape[1]), clean_resize(side))
+    size = resized((image.shape[0], image.shape[1]), how.resize(side))
     x = image.permute(2, 0, 1)[None]
-    x = F.interpolate(x.float() if x.is_cuda else x, size, mode="bilinear", antialias=True)  # 8-bit on a CPU only
+    x = F.interpolate(x.float() if x.is_cuda else x, size, mode=how.interpolation, antialias=True)  # 8-bit on a CPU only
     top, left = center_crop(size, side)
-    return x[0, :, top : top + side, left : left + side].round().to(torch.uint8).permute(1, 2, 0)
+    return x[0, :, top : top + side, left : left + side].clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def _fitted(values: ViewValues, listed: np.ndarray, kept: np.ndarray) -> ViewValues:
@@ -281,11 +283,11 @@ def _fitted(values: ViewValues, listed: np.ndarray, kept: np.ndarray) -> ViewVal
     return values._replace(crop=np.concatenate((start, end - start), 1).astype(np.int32))
 
 
-def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalised(pixels: Tensor, dtype: torch.dtype, how: ImageInput) -> Tensor:
     """uint8 [B, S, S, 3] -> normalized [B, 3, S, S] channels_last, by the fused op with nothing to do in between."""
     kinds = (np.int32, bool, bool, np.float32, np.uint8, bool, np.float32)
     columns = (np.repeat(np.array(row, kind)[None], len(pixels), 0) for row, kind in zip(_NEUTRAL, kinds, strict=True))
-    return recolour(pixels, to_tensors([ViewValues(*columns)], pixels.device), mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)
+    return recolour(pixels, to_tensors([ViewValues(*columns)], pixels.device), mean=how.mean, std=how.std, dtype=dtype)
 
 
 def _gb(count: int) -> str:

@@ -17,12 +17,20 @@ from torchvision.transforms import functional as F
 from engine.config import Config
 from engine.console import say
 from engine.data.catalog import ImageList
-from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.machine import cores
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, center_crop, clean_resize, resized, view_values
+from engine.data.views import ViewValues, center_crop, resized, view_values
 from engine.errors import BrokenFile, WorkerDied
 from ppssl.method import Batch
+from ppssl.timm_trunk import ImageInput, image_input
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+"""PIL's by the names of ``ImageInput``."""
+
+
+def input_view(image: Image.Image, how: ImageInput, side: int) -> Image.Image:
+    """The clean view of an image as a network of that input sees it, ``side`` x ``side``."""
+    return clean_view(image, how.resize(side), side, FILTERS[how.interpolation])
 
 
 def clean_view(image: Image.Image, resize: int, crop: int, filter: Image.Resampling) -> Image.Image:
@@ -85,10 +93,11 @@ class TorchLoader:
         self.name = f"torch ({workers} workers)"
         self._device = torch.device(device)
         dtype = torch.float16 if self._device.type == "cuda" else torch.float32
-        self._normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD, self._device, dtype)
+        how = image_input(cfg.encoder.arch, cfg.encoder.weights)
+        self._normalize = Normalize(how.mean, how.std, self._device, dtype)
         self._steps, self._piped = _Steps(), False
         self._loader = DataLoader(
-            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, with_clean, shard),
+            _StepDataset(images, cfg.seed, cfg.batch_size, cfg.data.image_size, how if with_clean else None, shard),
             batch_size=None,
             collate_fn=_as_it_is,
             sampler=self._steps,
@@ -194,9 +203,9 @@ class _StepDataset(Dataset):
     """Step -> (views, index): uint8 [2 or 3, B, S, S, 3] for query, key and, if asked for, clean, and int64 [B]; or what is wrong
     with a file. A pure function of the step."""
 
-    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, with_clean: bool, shard: Shard):
+    def __init__(self, images: ImageList, seed: int, batch_size: int, side: int, clean: ImageInput | None, shard: Shard):
         self.images, self.seed, self.batch_size, self.side = images, seed, batch_size, side
-        self.with_clean, self.shard = with_clean, shard
+        self.clean, self.shard = clean, shard
 
     def __getitem__(self, step: int) -> tuple[Tensor | np.ndarray, np.ndarray] | str:
         try:
@@ -215,13 +224,12 @@ class _StepDataset(Dataset):
         epoch, index = batch_at(self.seed, step, len(self.images), self.batch_size, self.shard)
         sizes = self.images.sizes[index]
         values = [view_values(self.seed, epoch, index, view, sizes, self.side) for view in (0, 1)]
-        shape = (3 if self.with_clean else 2, len(index), self.side, self.side, 3)
+        shape = (3 if self.clean else 2, len(index), self.side, self.side, 3)
         pixels = np.empty(shape, np.uint8)
         for b, i in enumerate(index.tolist()):
             image = self.images.read(i)
             for view in (0, 1):
                 pixels[view, b] = np.asarray(execute_view(image, values[view], b, self.side))
-            if self.with_clean:
-                resize = clean_resize(self.side)
-                pixels[2, b] = np.asarray(clean_view(image, resize, self.side, Image.Resampling.BILINEAR))
+            if self.clean:
+                pixels[2, b] = np.asarray(input_view(image, self.clean, self.side))
         return pixels, index.copy()

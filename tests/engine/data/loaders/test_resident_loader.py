@@ -325,7 +325,7 @@ def test_auto_keeps_images_as_they_are_or_not_at_all(images, monkeypatch, capfd)
 def test_auto_leaves_the_memory_that_training_takes(images, monkeypatch):
     cfg = config(resident="auto", batch_size=64)
     whole, taken = engine.data.loaders.decoded.total_bytes(images.sizes), resident_loader.training_bytes(cfg)
-    trunk = resident_loader.Trunk(cfg.encoder.arch)
+    trunk = resident_loader.build_trunk(cfg.encoder.arch)
     weights = sum(p.nbytes for p in trunk.parameters())
     activations = sum(y.nbytes for y in trunk.maps(torch.zeros(64, 3, SIDE, SIDE)).values())
     assert 4 * weights + activations < taken < 4 * weights + 100 * activations
