@@ -57,6 +57,7 @@ setup(
         "test": [
             "pytest>=8.3",
             "pytest-benchmark>=5.1",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "torchmetrics>=1.6",
             "onnx>=1.18",

@@ -20,6 +20,7 @@ from engine.synthetic import dataset, teacher_files
 from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS, Method
+from ppssl.ops import can_run
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
 from ppssl.teacher import SHIPPED, Teacher, load_descriptions
 from ppssl.timm_trunk import TimmTrunk, build_trunk, image_input
@@ -63,6 +64,10 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
+    if cfg.bn.impl == "auto":
+        cfg = replace(cfg, bn=replace(cfg.bn, impl="torch"))
+    elif cfg.bn.impl == "fused" and not can_run(device):
+        raise ConfigError(f"bn.impl: fused needs a GPU and triton, the device is {device}; use bn.impl=torch")
     return cfg
 
 
@@ -167,6 +172,8 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     with world.main_process_first():
         found = third_party.initialize(trunk, cfg.encoder.weights, partial=cfg.encoder.partial)
         say(f"encoder: {cfg.encoder.arch}, {found}")
+    if cfg.bn.impl == "fused":
+        trunk.fuse_batch_norm()
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 

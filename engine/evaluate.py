@@ -15,7 +15,7 @@ from rich.table import Table
 from engine import build, files
 from engine.command import command
 from engine.config import Config, from_run, parse
-from engine.console import console, say
+from engine.console import console, counted, say
 from engine.errors import ConfigError
 from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher, supported
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
@@ -129,7 +129,8 @@ def _network_of_file(path: Path, config: Any) -> FeatureNet:
 def show(records: Sequence[dict[str, Any]]) -> None:
     """Prints one row for every record, and below them what every feature and protocol is, exactly."""
     first = records[0]
-    title = f"{first['data']}, {first['split']} split: {first['images']:,} images of {first['classes']:,} classes, "
+    size = f"{counted(first['images'], 'image')} of {counted(first['classes'], 'class', 'classes')}"
+    title = f"{first['data']}, {first['split']} split: {size}, "
     title += f"{first['image_size']} px, batches of {first['batch_size']} in file order"
     table = Table("model", "epoch", "protocol", "result", title=title, title_justify="left")
     notes: dict[str, None] = {}  # a set that keeps its order

@@ -15,12 +15,12 @@ import torchvision
 
 from engine import build
 from engine.build import assemble, load_teacher
-from engine.config import Config, flatten, to_yaml
+from engine.config import Config, flatten, from_run, to_yaml
 from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
-from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
 from engine.synthetic import dataset
 from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
@@ -67,19 +67,20 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         world=world,
     )
     trainer.begin(found)
+    ended = trainer.step.steps_done >= trainer.total_steps
+    done = world.broadcast_object(world.first and ended and is_finished(out, trainer.step.steps_done))
     if world.first:
         for written in (folder.path, folder.checkpoints, folder.replay):
             remove_temporary_files(written)
-        write_text(folder.config, to_yaml(cfg))
+        if found is None:
+            append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
+        text = found[1].get("info", {}).get("config") if found and done else None
+        note_settings(folder, cfg, images, trainer.step.steps_done, text and from_run(text))
         catalog.write_bad_files(images, folder.bad_files)
         if text := catalog.left_out(images):
             say(f"warning: {text}; see {folder.bad_files}")
     evaluator = Evaluator(out, cfg, images, device, world)
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
-    if world.first:
-        if found is None:
-            append_metrics(out, {"kind": "start", "step": 0} | environment(trainer, device))
-        note_data(out, cfg, images, trainer.step.steps_done)
     opened = time.perf_counter()
     if found is not None:
         evaluator.resume(trainer.step.steps_done)
@@ -97,8 +98,8 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         summary = trainer.fit()
     finally:
         trainer.loader.close()
-    if world.broadcast_object(world.first and is_finished(out, trainer.step.steps_done)):
-        say(f"{out} was finished before: nothing is trained or evaluated again, the report is regenerated")
+    if done:
+        say(f"{out} was finished before: nothing is trained or evaluated again, its records stay, the report is regenerated")
     else:
         opened = time.perf_counter()
         with trainer.writing("the evaluation after training"):
@@ -119,11 +120,21 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     return summary
 
 
-def note_data(out: Path, cfg: Config, images: catalog.Catalog, step: int) -> None:
-    """Records which images the run has, and says where it had others."""
+def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step: int, ended: Config | None) -> None:
+    """Writes ``cfg`` and which images the run has, and says where it had others.
+
+    ended: the config of a finished run, which stays with its images: a new one would say of the weights what they were not trained
+    by. Only where the same images lie now is written down.
+    """
     lists = {"train": images.train.identity} | ({"test": images.test.identity} if images.test is not None else {})
-    if not append_data(out, step, cfg.data.root, lists):
+    before = read_data(folder.path)
+    same = before is None or before["lists"] == lists
+    if not same:
         say(f"the images are not those of before step {step}: what was evaluated until then is of others")
+    if ended is not None and not same:
+        return
+    write_text(folder.config, to_yaml(cfg if ended is None else replace(ended, data=replace(ended.data, root=cfg.data.root))))
+    append_data(folder.path, step, cfg.data.root, lists)
 
 
 def is_finished(out: Path, step: int) -> bool:
@@ -184,11 +195,13 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
     """The closing lines: before and after, and where the time went."""
     evaluated = [r for r in read_metrics(out) if r["kind"] == "eval"]
     if evaluated:
-        first, last = evaluated[0], evaluated[-1]
-        say(f"{last['protocol']}, epoch {first['epoch']} -> epoch {last['epoch']}:")
-        for name in _SHOWN:
-            if name in first and name in last:
-                say(f"  {name:>11} {100 * first[name]:5.1f} % -> {100 * last[name]:5.1f} %")
+        ends = [evaluated[0], evaluated[-1]][-len(evaluated) :]  # one of a run that began from another's last checkpoint
+        epochs = " -> ".join(f"epoch {r['epoch']}" for r in ends)
+        measured = [name for name in _SHOWN if all(name in r for r in ends)]
+        say(f"{ends[-1]['protocol']}{f', {epochs}:' if measured else ''}")
+        for name in measured:
+            values = " -> ".join(f"{100 * r[name]:5.1f} %" for r in ends)
+            say(f"  {name:>11} {values}")
     if record["steps"]:
         steps = record["seconds"] - record["hook_seconds"] - record["checkpoint_seconds"] - record["compile_seconds"]
         say(

@@ -226,14 +226,12 @@ def rewind_metrics(out: Path, step: int) -> None:
     write_text(RunFolder(out).metrics, text)
 
 
-def append_data(out: Path, step: int, root: str, lists: dict[str, str]) -> bool:
+def append_data(out: Path, step: int, root: str, lists: dict[str, str]) -> None:
     """Records at ``step`` which images the run has, where it has not yet: the folder as seen from the run folder, and the identity
-    of each list by its split. Returns False where it had others."""
-    before = read_data(out)
+    of each list by its split."""
     found = {"root": os.path.relpath(root, out.resolve()), "lists": lists}
-    if before != found:
+    if read_data(out) != found:
         append_metrics(out, {"kind": "data", "step": step} | found)
-    return before is None or before["lists"] == lists
 
 
 def read_data(out: Path) -> dict[str, Any] | None:

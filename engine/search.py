@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,15 +46,19 @@ class Match(NamedTuple):
         return "" if self.images.labels is None else self.images.classes[self.images.labels[self.index]]
 
 
-def search(folder: Path, image: Path, top: int, device: torch.device) -> list[Match]:
+def search(folder: Path, image: Path, top: int, device: torch.device, root: str | None = None) -> list[Match]:
     """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
     The lists' features are kept in ``folder``, so that only the first search takes long; nothing else is written.
+
+    root: where the data set lies now, if it has moved.
 
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
     """
     run = load_run(folder, device)
     cfg, network = run.config, run.network
+    if root is not None:
+        cfg = replace(cfg, data=replace(cfg.data, root=root))
     try:
         picture = Transform(cfg.data.image_size, image_input(cfg.encoder.arch, cfg.encoder.weights))(image)
     except (OSError, ValueError) as error:
@@ -95,12 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="photograph to search with")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="answers (default: 10)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: RUN/search.png)")
+    parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: got {args.top}, must be at least 1")
     out = args.out or args.run / "search.png"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matches = search(args.run, args.image, args.top, device)
+    matches = search(args.run, args.image, args.top, device, args.root)
     write_sheet(args.image, matches, out)
     say(f"most like {printable(str(args.image))}, below {printable(str(matches[0].images.root))}:")
     table = Table()

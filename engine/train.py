@@ -11,7 +11,7 @@ from engine import build, run
 from engine.command import FAILURES, exit_code
 from engine.config import parse, to_yaml
 from engine.console import console, say
-from engine.training import ALONE, Stopped, World, distributed, signals_stop_at_once
+from engine.training import ALONE, Stopped, World, distributed, signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         build.check_environment(writes=not args.dry_run)
         world = distributed.join()
-        with signals_stop_at_once():
+        with signals.stop_at_once():
             if args.dry_run:
                 run.dry_run(args.config, world)
             else:

@@ -5,9 +5,10 @@ This imports torch only: triton is imported when a kernel first runs, so the pac
 
 from kernels import reference
 from kernels.augment import augment, recolour
+from kernels.batch_norm import batch_norm
 from kernels.gradcam import gradcam
 from kernels.infonce import enqueue, queue_infonce
 from kernels.maxout import maxout
 from kernels.maxout_image import maxout_image
 
-__all__ = ["augment", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour", "reference"]
+__all__ = ["augment", "batch_norm", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour", "reference"]

@@ -310,7 +310,6 @@ def backward(grad_map: Tensor, act: Tensor, grad: Tensor, weighting: str, pool: 
 
 
 EXCEPTIONS = {
-    ("gradcam map * grad nchw", "*", "loads"): "49 positions of a channel are no multiple of 16 bytes; LCR's gradient alone is so",
     ("gradcam image * nhwc *", "*", "loads"): "three interleaved channels of 16 bits have no wide load",
 }
 """See ``registry.exceptions``."""
@@ -345,10 +344,6 @@ def variants(arch: str) -> list[Variant]:
                     BLOCK_C=configs["map"].cols, STAGES=configs["map"].stages)  # fmt: skip
         add(f"map {pixel}", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr=f"*{pixel}", cam_ptr="*fp32"),
             tile | dict(CHANNEL=False), configs["map"], "stream", inner + strides)  # fmt: skip
-        # the gradient of a mean over positions is not channels_last, though the feature is
-        add(f"map {pixel} grad nchw", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr=f"*{pixel}", cam_ptr="*fp32"),
-            {name: value for name, value in tile.items() if name != "stride_gc"} | dict(CHANNEL=False, stride_gs=1),
-            configs["map"], "stream", [*inner, "stride_ab", "stride_as", "stride_gb", "stride_gc"])  # fmt: skip
         add(f"map {pixel} channel", _map_kernel, dict(act_ptr=f"*{pixel}", grad_ptr="*fp32", cam_ptr="*fp32"),
             tile | dict(CHANNEL=True, stride_gs=0), configs["map"], "stream", inner + strides)  # fmt: skip
         add(f"mean {pixel}", _mean_kernel, dict(x_ptr=f"*{pixel}", mean_ptr="*fp32"),
@@ -359,6 +354,11 @@ def variants(arch: str) -> list[Variant]:
             dict(stride_gc=1, stride_oc=1, CHANNEL=False, BLOCK_S=configs["scale"].rows,
                  BLOCK_C=configs["scale"].cols), configs["scale"], "stream",
             [*inner, "stride_gb", "stride_gs", "stride_ob", "stride_os"])  # fmt: skip
+    # the gradient of a mean over positions is not channels_last, though the feature is
+    tile = dict(stride_ac=1, stride_gs=1, SIGN=1, EVEN_C=True, CHANNEL=False, BLOCK_S=configs["map"].rows,
+                BLOCK_C=configs["map"].cols, STAGES=configs["map"].stages)  # fmt: skip
+    add("map bf16 grad nchw", _map_kernel, dict(act_ptr="*bf16", grad_ptr="*bf16", cam_ptr="*fp32"), tile, configs["map"], "stream",
+        [*inner, "stride_ab", "stride_as", "stride_gb", "stride_gc"])  # fmt: skip
     return found
 
 

@@ -22,6 +22,17 @@ Reduction = Literal["mean", "sum", "none"]
 MinMax = Literal["image", "batch"] | None
 
 
+class BatchNorm(NamedTuple):
+    """What :func:`batch_norm` returns."""
+
+    y: Tensor
+    """[B, C, H, W] in the dtype of x."""
+    mean: Tensor
+    """[groups, C] means of the parts of the batch."""
+    var: Tensor
+    """[groups, C] biased variances of the parts."""
+
+
 class MaxOut(NamedTuple):
     """What :func:`maxout` returns."""
 
@@ -107,6 +118,39 @@ def _maxout_map(
     scale = gamma.to(projected.dtype) * torch.rsqrt(var + eps)
     normalized = (projected - mean[:, None, None]) * scale[:, None, None] + beta.to(projected.dtype)[:, None, None]
     return torch.relu(normalized).max(dim=1).values, mean.detach(), var.detach()
+
+
+def batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    eps: float = 1e-5,
+    groups: int = 1,
+) -> BatchNorm:
+    """``y = relu(gamma (x - mean) / sqrt(var + eps) + beta [+ residual])`` with the statistics of each of ``groups`` parts of the
+    batch, in float32 at least and rounded once.
+
+    Args:
+        x, residual: [B, C, H, W].
+        gamma, beta: [C].
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    ys, means, variances = [], [], []
+    for part in x.to(dtype).chunk(groups):
+        mean = part.mean((0, 2, 3))
+        centered = part - mean[:, None, None]
+        var = centered.square().mean((0, 2, 3))
+        scale = gamma.to(dtype) * torch.rsqrt(var + eps)
+        ys.append(centered * scale[:, None, None] + beta.to(dtype)[:, None, None])
+        means.append(mean.detach())
+        variances.append(var.detach())
+    v = torch.cat(ys)
+    if residual is not None:
+        v = v + residual.to(dtype)
+    return BatchNorm((torch.relu(v) if relu else v).to(x.dtype), torch.stack(means), torch.stack(variances))
 
 
 def maxout(

@@ -22,6 +22,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def can_run(device: torch.device) -> bool:
+    """Whether ``impl="triton"`` runs on ``device``."""
+    return HAS_TRITON and (device.type == "cuda" or interpreting())
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)

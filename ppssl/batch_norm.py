@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.modules._functions import SyncBatchNorm as FusedSync
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ppssl.ops import all_reduce_mean, all_to_all, rank, world_size
+from ppssl.ops import all_reduce_mean, all_to_all, batch_norm, rank, world_size
 
 
 class GroupedBatchNorm(_BatchNorm):
@@ -77,6 +77,21 @@ class SyncBatchNorm(_BatchNorm):
         var = all_reduce_mean(centered.square().mean(dims), self.group)
         update_running_statistics(self, mean, var, x.numel() // x.shape[1] * world_size(self.group))
         return (centered * (torch.rsqrt(var + self.eps) * self.weight) + self.bias).movedim(-1, 1).to(x.dtype)
+
+
+def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    """``relu(bn(x) + residual)`` in training mode by one op, [B, C, H, W] in channels_last on CUDA (``bn.impl: fused``). What the
+    op has no kernel for, statistics over processes, is computed by ``bn`` and torch."""
+    if type(bn) not in (nn.BatchNorm2d, GroupedBatchNorm):
+        y = bn(x) if residual is None else bn(x) + residual
+        return F.relu(y) if relu else y
+    groups = getattr(bn, "groups", 1)
+    groups = groups if x.shape[0] >= groups else 1
+    out = batch_norm(x, bn.weight, bn.bias, residual=residual, relu=relu, eps=bn.eps, groups=groups, impl="triton")
+    update_running_statistics(bn, out.mean.mean(0), out.var.mean(0), x.numel() // x.shape[1] // groups)
+    if groups == 1 and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    return out.y
 
 
 def activated(bn: nn.Module, x: Tensor) -> Tensor:

@@ -11,15 +11,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ppssl.batch_norm import parts_here, update_running_statistics
+from ppssl.batch_norm import fused_batch_norm, parts_here, update_running_statistics
 from ppssl.ops import gather, local_shard, maxout, maxout_image, world_size
 
+
+class _Fusing(nn.Module):
+    """Mixed into a block of torchvision's: where ``fused``, batch-norm takes along what follows it while training."""
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fused and self.training):
+            return super().forward(x)
+        out, shortcut = x, x
+        for i in range(1, self.depth):
+            out = fused_batch_norm(self.get_submodule(f"bn{i}"), self.get_submodule(f"conv{i}")(out))
+        if self.downsample is not None:
+            conv, bn = self.downsample
+            shortcut = fused_batch_norm(bn, conv(x), relu=False)
+        out = self.get_submodule(f"conv{self.depth}")(out)
+        return fused_batch_norm(self.get_submodule(f"bn{self.depth}"), out, residual=shortcut)
+
+
+class _BasicBlock(_Fusing, BasicBlock):
+    depth = 2
+
+
+class _Bottleneck(_Fusing, Bottleneck):
+    depth = 3
+
+
 RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+    "resnet18": (_BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (_BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (_Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (_Bottleneck, (3, 8, 36, 3)),
 }
 """Block and blocks a stage of every network by name."""
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
@@ -62,6 +89,8 @@ class Trunk(BaseTrunk):
     Raises ``ValueError`` for an unknown name.
     """
 
+    fused = False
+
     def __init__(self, arch: str):
         super().__init__()
         match = re.fullmatch(r"(resnet\d+)(?:_w(\d+))?(?:_s(8|16|32))?", arch)
@@ -93,9 +122,18 @@ class Trunk(BaseTrunk):
                 # contrast from random weights takes several times as long to find its way
                 nn.init.zeros_(module.bn3.weight if isinstance(module, Bottleneck) else module.bn2.weight)
 
+    def fuse_batch_norm(self) -> None:
+        """From now on, batch-norm, the sum with the shortcut and ReLU are one op while training; names and values stay. It needs
+        CUDA tensors of at most 32 bits, or Triton's interpreter."""
+        for module in self.modules():
+            if isinstance(module, (Trunk, _Fusing)):
+                module.fused = True
+
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """The output of every stage by name, ``layer1`` ... ``layer4``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.conv1(images)
+        x = fused_batch_norm(self.bn1, x) if self.fused and self.training else self.relu(self.bn1(x))
+        x = self.maxpool(x)
         maps = {}
         for name in LAYERS:
             x = maps[name] = self.get_submodule(name)(x)

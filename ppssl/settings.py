@@ -64,12 +64,12 @@ class EncoderConfig:
     timm/NAME[_s<stride>]."""
     weights: str = "IMAGENET1K_V1"
     """torchvision weight tag; timm or timm:TAG of a timm model; none; or the path of a .safetensors/.pth file."""
-    partial: Annotated[bool, FREE] = False
-    """Take from weights of another network what fits, and leave the rest random; otherwise they are refused."""
     head: Literal["mlp2", "mlp3_bn"] = "mlp2"
     """Projection head: Linear-ReLU-Linear, or (Linear-BN-ReLU) x 2 - Linear-BN."""
     dim: Annotated[int, Ge(1)] = 256
     """Width D of the contrastive embedding."""
+    partial: Annotated[bool, FREE] = False
+    """Take from weights of another network what fits, and leave the rest random; otherwise they are refused."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ class BatchNormConfig:
     """Split the batch into this many groups with statistics of their own (imitates as many GPUs)."""
     sync: bool = False
     """Statistics over the batch of all processes (SyncBN)."""
+    impl: Annotated[Literal["auto", "torch", "fused"], SAID] = "auto"
+    """Batch-norm of the trunk while training: torch's, or one fused op with the ReLU and the shortcut's sum, on CUDA, where sync
+    is false. auto takes torch's: the fused op has not been measured on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ ceilings() { python -m bench.gpu.ceilings | tee -a "$PPSSL_BENCH_LINES" || faile
 stage_1() {
   ceilings
   limit=250 try python -m pytest -q tests/kernels/test_infonce.py tests/kernels/test_maxout.py tests/kernels/test_maxout_image.py \
-    tests/kernels/test_gradcam.py
+    tests/kernels/test_gradcam.py tests/kernels/test_batch_norm.py
   limit=250 try python -m pytest -q tests/engine/training/test_graph.py
 }
 stage_2() { bench bench/bench_step.py -k "test_rung and (teacher or compiled or graphed) and not moco and not lcr and not ldfs and not view"; }
@@ -48,7 +48,7 @@ stage_3() {
   limit=350 bench bench/bench_step.py -k "test_rung and moco"
   limit=180 bench bench/bench_step.py -k "test_step_guard"
 }
-stage_4() { bench bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py bench/bench_gradcam.py; }
+stage_4() { bench bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py bench/bench_gradcam.py bench/bench_batch_norm.py; }
 stage_5() {
   limit=200 try python -m pytest -q tests/kernels/test_augment.py tests/engine/data/loaders/test_resident_loader.py
   limit=330 bench bench/bench_augment.py bench/bench_data.py bench/bench_retrieval.py

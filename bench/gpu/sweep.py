@@ -1,11 +1,12 @@
 """Tries launch configurations on this GPU and writes the fastest into kernels/configs.json.
 
-    python -m bench.gpu.sweep [--kernel infonce] [--minutes 8]
+    python -m bench.gpu.sweep [--kernel infonce] [--entry "bfloat16 256 128"] [--minutes 8]
 
 One entry of the table is one regime: kernel, operand type, width bucket and batch bucket. Each candidate is put into
 the table in memory, its result compared with what the committed configuration computes, the public op timed with a cold
-L2. Candidates that do not compile or ask for too much shared memory are skipped. Entries not reached in time stay as
-they were; ``build/sweep_done.json`` records the progress: delete it to start over.
+L2. Candidates that do not compile or ask for too much shared memory are skipped. Those of a step with
+ResNet-50 in bf16 come first, those not reached in time stay as they were. ``build/sweep_done.json`` records the progress:
+delete it to start over.
 """
 
 from __future__ import annotations
@@ -83,9 +84,15 @@ def best(kernel: str, operand: str, width: str, batch: str, buckets: dict) -> tu
     return chosen, fastest, first
 
 
+def is_used(kernel: str, operand: str, width: str, batch: str) -> bool:
+    """Whether a step with ResNet-50 in bf16 runs this entry."""
+    return operand in ("bfloat16", "any") and (kernel != "infonce" or (width in ("128", "256") and batch == "128"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernels whose name begins with this")
+    parser.add_argument("--entry", help="operand, width and batch of one entry, e.g. 'bfloat16 256 128'")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -101,7 +108,11 @@ def main() -> int:
         for width, buckets in widths.items()
         for batch in buckets
     ]  # fmt: skip
-    left = [entry for entry in entries if [arch, *entry] not in done]
+    if options.entry:
+        entries = [entry for entry in entries if " ".join(entry[1:]) == options.entry]
+        if not entries:
+            parser.error(f"--entry {options.entry!r}: no such entry; an entry is operand, width and batch, e.g. 'bfloat16 256 128'")
+    left = sorted((entry for entry in entries if [arch, *entry] not in done), key=lambda entry: not is_used(*entry))
     for kernel, operand, width, batch in left:
         if time.monotonic() > deadline:
             print("out of time: run again for the rest")

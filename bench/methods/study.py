@@ -99,6 +99,7 @@ def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder
         teacher = build.teacher(cfg, device)
         trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=cache_folder(), embed=embed)
         if folder is not None:
+            trainer.begin(None)
             write_text(folder / "config.yaml", to_yaml(cfg))
             watch = attention_maps.Watch(folder, cfg, images, device)
             trainer.hooks.append(watch.after_epoch)

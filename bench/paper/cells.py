@@ -21,7 +21,7 @@ from engine.evaluation.features import of_run
 from engine.files import read_metadata, write_text
 from engine.pretrained import third_party, weights_file
 from engine.pretrained.run import load_run
-from engine.training.trainer import Stopped
+from engine.training import Stopped
 from ppssl.encoder import FeatureNet, Trunk
 
 

@@ -13,6 +13,9 @@ from engine.errors import ConfigError
 KEYS = {"method.form": "method.variant", "queue.mask_own": "queue.exclude_same_image"}
 VALUES = {("iadm.image", "orig"): "clean", ("iadm.image_bn", "own"): "separate"}
 
+ABSENT = {"bn.impl": "torch"}
+"""Keys that older runs do not name, with what they computed."""
+
 _PUBLISHED = {
     "method.minmax": "batch", "iadm.weight": 0.01, "iadm.sign": "plus", "iadm.temperature": 1.0, "iadm.softmax": "rows",
     "iadm.cam_scale": "none", "iadm.cam_loss": "mean", "iadm.reduction": "sum",
@@ -55,6 +58,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     for former, key in KEYS.items():
         if former in values and key in values:
             raise ConfigError(f"key {key} is given twice, once by its former name {former}; keep one")
+    values = ABSENT | values
     old = "method.form" in values
     values = {
         KEYS.get(key, key): VALUES.get((key, value), value) if isinstance(value, str) else value for key, value in values.items()

@@ -137,7 +137,8 @@ def load(
         raise ValueError(f"data.crop_banner: only images of data.name=aircraft have a banner, not those of {name}")
     layout = layouts.read(name, root, train=train, test=test)
     checks = _check_files(name, layout, workers, cache_dir, progress)
-    _say_what_is_unusual(checks)
+    if progress:
+        _say_what_is_unusual(checks)
     bad = list(layout.bad)
     cut = AIRCRAFT_BANNER if crop_banner else 0
     of_train = _finish(layout, layout.train, checks, bad, cut)

@@ -71,7 +71,7 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     those that agree with it in order, kind and shape of all tensors.
     partial: take what fits of another network; the sentence says what stays random.
     Raises ``ValueError`` when a name is unknown, the file is of another network or cannot be read without running code from it, or
-    a number is not finite; ``RuntimeError`` when a download fails; ``FileNotFoundError``.
+    a number is not finite; ``OSError`` when a download fails; ``FileNotFoundError``.
     """
     if weights == "none":
         return "random initial weights"
@@ -253,10 +253,12 @@ def _torchvision(trunk: nn.Module, tag: str) -> dict[str, Tensor]:
         raise ValueError(f"encoder.weights: torchvision's {arch} has no weights {tag!r}; use {', '.join(known)}, none or a file")
     entry = known[tag]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[-1]
+    if cached.is_file():  # torch reads it without a look at its checksum
+        return foreign_file.read(cached).tree
     try:
         return entry.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        raise RuntimeError(
+    except (OSError, RuntimeError) as error:  # RuntimeError: the checksum of what came is wrong
+        raise OSError(
             f"encoder.weights: {tag} of {arch} is not at {cached} and could not be downloaded ({error}); put {cached.name} there, "
             f"or set encoder.weights=PATH, or encoder.weights=none to start from random weights"
         ) from error

@@ -71,7 +71,8 @@ def _attention(folder: Path) -> Attention | str:
 def _images(cfg: Config) -> tuple[ImageList | str, str]:
     root = Path(cfg.data.root or "")
     if cfg.data.root is None or not root.is_dir():
-        return f"The images are not available: data.root={cfg.data.root} is not there. Start from the folder that holds it.", ""
+        missing = f"The images are not available: data.root={cfg.data.root} is not there"
+        return f"{missing}; the same training command with data.root=DIR makes this page again.", ""
     try:
         found = build.data(cfg, cache_dir=files.cache_folder(), training=False, progress=False)
     except (ValueError, OSError, NotImplementedError) as error:

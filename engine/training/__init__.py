@@ -1,12 +1,13 @@
 """The training loop and one training step: gradients, optimizer, compile, checkpoints, processes."""
 
-from engine.training import checkpoint, distributed, precision, speed
+from engine.training import checkpoint, distributed, precision, signals, speed
 from engine.training.distributed import ALONE, World, gather_rows
 from engine.training.log import COLLAPSE, COLLAPSED
 from engine.training.optim import apex_missing
 from engine.training.resume import find_checkpoint
+from engine.training.signals import Stopped
 from engine.training.step import choose, uncompiled
-from engine.training.trainer import Stopped, Summary, Trainer, signals_stop_at_once
+from engine.training.trainer import Summary, Trainer
 
 __all__ = [
     "ALONE",
@@ -23,7 +24,7 @@ __all__ = [
     "find_checkpoint",
     "gather_rows",
     "precision",
-    "signals_stop_at_once",
+    "signals",
     "speed",
     "uncompiled",
 ]

@@ -133,7 +133,7 @@ _KINDS = tuple(
         "gradcam": r"ppssl::gradcam|^_(image|mean|map)_kernel",
         "enqueue": r"ppssl::enqueue",
         "optimizer": r"optimizer\.step|multi_tensor_apply|fused_?sgd|_foreach_",
-        "bn": r"batch_?norm|bn_[fb]w|bnfw|bnbw",
+        "bn": r"batch_?norm|^_?bn_|bn_[fb]w|bnfw|bnbw",
         "conv": r"conv(?!ert)|fprop|dgrad|wgrad|winograd|implicit_gemm",
         "layout": r"nchwtonhwc|nhwctonchw|reorder",
         "matmul": r"gemm|mm\b|matmul|::linear|nvjet|cublas|einsum",

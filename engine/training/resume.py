@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import zlib
 from dataclasses import fields
 from pathlib import Path
@@ -103,9 +102,9 @@ def refuse_other_run(
     places = None
     if images is not None:
         places = refuse_other_images(state.get("images"), images, source, allow=allow_change)
-    then, now = (re.sub(r" \(\d+ workers\)$", "", name) for name in (state.get("loader", loader), loader))
-    if then != now:  # they agree in what they show, not in every level of every pixel
-        say(f"loader: {now} from here on, {then} until {source}: the pixels of views may differ slightly")
+    then = state.get("loader", loader)
+    if then != loader:  # they agree in what they show, not in every level of every pixel
+        say(f"loader: {loader} from here on, {then} until {source}: the pixels of views may differ slightly")
     return places
 
 

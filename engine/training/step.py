@@ -264,7 +264,7 @@ class Step:
             if images is None:
                 continue
             if name in self.method.needs_image_grad:
-                changed[name] = images.detach().to(torch.bfloat16 if bf16 else torch.float32).requires_grad_()
+                changed[name] = (images.detach().bfloat16() if bf16 else images.detach().float()).requires_grad_()
             elif self.precision.dtype is None:
                 changed[name] = images.float()
         return batch._replace(**changed)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import re
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
-from engine.console import console, say
+from engine.console import say
 from engine.data import ImageList, Loader
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
 from engine.run_folder import RunFolder
-from engine.training import checkpoint, precision
+from engine.training import checkpoint, precision, signals
 from engine.training.distributed import ALONE, World
 from engine.training.guard import Health
 from engine.training.log import Records, RunLog
@@ -31,8 +29,6 @@ from engine.training.resume import Found, continue_in, find_checkpoint, known_se
 from engine.training.step import Step, choose
 from ppssl.method import Batch, Method, Output
 from ppssl.ops import gather
-
-_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
 
 
 class Summary(NamedTuple):
@@ -47,16 +43,6 @@ class Summary(NamedTuple):
     hook_seconds: float
     collapsed: bool = False
     """All images gave nearly the same feature at the end."""
-
-
-class Stopped(Exception):
-    """A signal asked to stop and everything is saved; ``code`` is the exit code: 130 for Ctrl-C, 75 ("saved, run me again") for
-    SIGTERM and SIGUSR1."""
-
-    def __init__(self, number: int, saved: Path | None):
-        self.code = _exit_code(number)
-        where = f"saved {saved}" if saved else "there was nothing to save"
-        super().__init__(f"stopped by {signal.Signals(number).name}, {where}")
 
 
 class Trainer:
@@ -100,7 +86,7 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.method = method.to(self.device, memory_format=torch.channels_last).train()
         self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
-        self.loader_name = getattr(loader, "name", type(loader).__name__)
+        self.loader_name = re.sub(r" \(\d+ workers\)$", "", getattr(loader, "name", type(loader).__name__))
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
@@ -163,17 +149,14 @@ class Trainer:
     def write_settings(self, batch: Batch) -> None:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
-        text = to_yaml(self.settings)
-        write_text(RunFolder(self.out).config, text)
+        write_text(RunFolder(self.out).config, to_yaml(self.settings))
 
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done
         batch_size, compiling, saving, hooking, started = 0, 0.0, 0.0, 0.0, time.perf_counter()
         self.log = RunLog(self.records, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
-        asked = _Signals()
-        signals = _handlers(asked, signal.SIGINT, *_STOP)
-        with signals, self.log as log, profile, self.saver, self.saved_when_broken():
+        with signals.noted() as asked, self.log as log, profile, self.saver, self.saved_when_broken():
             hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
             for batch in log.watch(self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.steps_done)
@@ -202,7 +185,7 @@ class Trainer:
                     saving += self.timed(self.save)
                 if stop and not last:
                     saving += self.timed(self.saver.wait)
-                    raise Stopped(stop, self.saver.saved)
+                    raise signals.Stopped(stop, self.saver.saved)
             saving += self.timed(self.saver.wait)
         seconds = time.perf_counter() - started
         images = (step.steps_done - began) * batch_size
@@ -359,43 +342,3 @@ class Trainer:
         if self.out is not None:
             continue_in(self.out, path, self.step.steps_done)
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
-
-
-@contextmanager
-def _handlers(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """``handler`` in place of what the process does on these signals; nothing outside of the main thread, which cannot set any:
-    whoever runs us there handles signals."""
-    main = threading.current_thread() is threading.main_thread()
-    previous = [(number, signal.signal(number, handler)) for number in numbers] if main else []
-    try:
-        yield
-    finally:
-        for number, before in previous:
-            signal.signal(number, before)
-
-
-def signals_stop_at_once() -> AbstractContextManager[None]:
-    """SIGTERM and SIGUSR1 raise ``Stopped``: for all that is not training, where nothing is to be finished or saved."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(number, None)
-
-    return _handlers(stop, *_STOP)
-
-
-class _Signals:
-    """Notes the first SIGINT, SIGTERM or SIGUSR1 in ``number``; a second one of SIGINT or SIGTERM ends the process at once, which
-    spoils nothing: files are replaced whole."""
-
-    number = 0
-
-    def __call__(self, number: int, _frame: object) -> None:
-        if self.number and number in (signal.SIGINT, signal.SIGTERM):
-            console.show_cursor()
-            os._exit(_exit_code(number))  # an exception would wait for the thread that saves, and for the loader
-        self.number = number
-        say(f"{signal.Signals(number).name}: finishing this step, then saving; once more stops at once")
-
-
-def _exit_code(number: int) -> int:
-    return 130 if number == signal.SIGINT else 75

@@ -20,7 +20,7 @@ from bench.paper.tables import compare, spread
 from engine import run
 from engine.config import flatten
 from engine.synthetic import dataset
-from engine.training.trainer import Stopped
+from engine.training import Stopped
 from ppssl import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*official split")

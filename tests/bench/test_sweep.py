@@ -31,3 +31,16 @@ def test_a_workload_gives_results_and_gradients_and_forward_only_ones_where_noth
     assert loss.shape == () and dq.shape == (16, 32) and torch.isfinite(dq).all()
     (cam,) = sweep.workload("gradcam image", "any", 1, 0, device="cpu", impl="auto")()
     assert cam.shape == (128, 7, 7)
+
+
+def test_the_entries_of_the_step_come_first() -> None:
+    entries = [
+        (kernel, o, w, b)
+        for kernel, ops in TABLE.items()
+        for o, widths in ops.items()
+        for w, batches in widths.items()
+        for b in batches
+    ]
+    used = [entry for entry in entries if sweep.is_used(*entry)]
+    assert ("infonce", "bfloat16", "256", "128") in used and ("maxout project", "bfloat16", "2048", "0") in used
+    assert 10 <= len(used) < len(entries) / 2 and {kernel for kernel, *_ in used} == set(TABLE)

@@ -9,6 +9,7 @@ import torch
 
 from engine import build
 from engine.config import from_yaml
+from engine.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -26,3 +27,13 @@ def test_the_number_of_descriptions_follows_the_file_unless_it_is_set(tmp_path: 
         )
     }
     assert list(count.values()) == [2, 8, 3, 8]
+
+
+def test_what_computes_batch_norm_is_decided_and_reaches_the_trunk(monkeypatch: pytest.MonkeyPatch):
+    text = "encoder: {arch: resnet18_w8, weights: none}\nmethod: {name: moco}\nbn: {impl: %s}"
+    plain, fused = (build.resolve(from_yaml(text % impl), CPU) for impl in ("auto", "fused"))  # in Triton's interpreter
+    assert (plain.bn.impl, fused.bn.impl) == ("torch", "fused")
+    assert [build.initial_network(cfg).trunk.layer1[0].fused for cfg in (plain, fused)] == [False, True]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match=r"bn\.impl: fused needs a GPU.*cpu; use bn\.impl=torch"):
+        build.resolve(from_yaml(text % "fused"), CPU)

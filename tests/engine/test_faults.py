@@ -336,7 +336,7 @@ def test_hooks_that_a_signal_kept_from_running_run_when_the_run_goes_on(recipe: 
         return run(batch)
 
     trainer.step.run = signalled
-    with pytest.raises(engine.training.trainer.Stopped) as stopped:
+    with pytest.raises(engine.training.Stopped) as stopped:
         trainer.fit()
     assert stopped.value.code == 75 and seen == []
     trainer = make(cfg, tmp_path / "hooked")

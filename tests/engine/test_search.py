@@ -39,6 +39,13 @@ def test_the_answer_is_a_table_and_a_sheet(run: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "there.png").is_file()
 
 
+def test_a_data_set_that_has_moved_is_named(photos: Path, tmp_path: Path) -> None:
+    run = reported_run(tmp_path / "run", tmp_path / "where it was")
+    draw(tmp_path / "seen.png", 0, 99)
+    assert main([str(run), str(tmp_path / "seen.png")]) == 1
+    assert main([str(run), str(tmp_path / "seen.png"), "--root", str(photos)]) == 0
+
+
 def test_what_cannot_be_searched_is_said(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "note.jpg").write_text("not a picture")
     assert main([str(run), str(tmp_path / "note.jpg")]) == 1

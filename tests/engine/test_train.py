@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import report, run, run_folder
-from engine.config import from_yaml
+from engine.config import flatten, from_yaml
 from engine.evaluation import attention_maps, evaluator
 from engine.synthetic import dataset
 from engine.train import main
@@ -145,6 +145,21 @@ def test_a_finished_run_is_shown_again_not_trained_again(recipe: Path, capfd: py
     assert run_folder.read_metrics(Path("runs/tiny")) == before and Path("runs/tiny/report.html").is_file()
 
 
+def test_the_closing_lines_tell_what_was_measured(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    def said(*evaluations: dict) -> str:
+        for record in evaluations:
+            run_folder.append_metrics(tmp_path, {"kind": "eval", "step": 5} | record)
+        run.closing_lines(tmp_path, {"steps": 0})
+        (tmp_path / "metrics.jsonl").unlink()
+        return " ".join(capfd.readouterr().err.split())
+
+    first, last = ({"epoch": e, "protocol": "leave-one-out", "rank1": e / 2} for e in (0, 1))
+    assert said(first, last).startswith("leave-one-out, epoch 0 -> epoch 1: rank1 0.0 % -> 50.0 %")
+    assert said(last).startswith("leave-one-out, epoch 1: rank1 50.0 % run folder")
+    unmeasured = {"epoch": 1, "protocol": "not applicable"}
+    assert said(unmeasured | {"epoch": 0}, unmeasured).startswith("not applicable run folder")
+
+
 def test_a_run_that_ended_before_it_was_evaluated_is_evaluated(recipe: Path) -> None:
     assert main(["--cfg", str(recipe)]) == 0
     path = Path("runs/tiny/metrics.jsonl")
@@ -178,7 +193,16 @@ def test_a_run_records_its_images_and_where_they_lie(
     Path("run/metrics.jsonl").write_text(lines)  # as if it had been tested on other images
     assert main(["--cfg", str(recipe), "data.root=birds", "--out", "run", "epochs=1"]) == 0
     assert "the images are not those of before step 5" in " ".join(capfd.readouterr().err.split())
-    assert run_folder.read_data(Path("run"))["lists"] == noted["lists"]
+    assert run_folder.read_data(Path("run"))["lists"]["test"] == "0" * 64  # what a finished run says of itself stays
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_trained_by(recipe: Path, world: Path, tmp_path: Path) -> None:
+    assert main(["--cfg", str(recipe), "--out", "run", "epochs=1"]) == 0
+    config = Path("run/config.yaml").read_text()
+    (tmp_path / "moved").symlink_to(world)
+    assert main(["--cfg", str(recipe), "--out", "run", "epochs=1", "optim.lr=0.5", "data.root=moved"]) == 0
+    then, now = (flatten(from_yaml(text)) for text in (config, Path("run/config.yaml").read_text()))
+    assert now == then | {"data.root": str(tmp_path / "moved")}
 
 
 @pytest.mark.parametrize("when", [0, 1, 2], ids=["before training", "between epochs", "after training"])

@@ -61,6 +61,6 @@ def test_imports_point_downwards(path):
 
 
 def test_public_names():
-    names = {"augment", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour", "reference"}
+    names = {"augment", "batch_norm", "enqueue", "gradcam", "maxout", "maxout_image", "queue_infonce", "recolour", "reference"}
     assert set(kernels.__all__) == names
     assert all(getattr(kernels, name).__doc__ for name in kernels.__all__)

@@ -1,11 +1,15 @@
 """Trunk, heads, mask branch, and the network that is kept."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from ppssl.batch_norm import group_batch_norm
 from ppssl.encoder import (
+    LAYERS,
     FeatureNet,
     MaskBranch,
     Trunk,
@@ -31,6 +35,61 @@ def test_trunk_is_torchvisions_resnet_by_name_and_value(arch: str) -> None:
         found = ours.maps(images)
     assert torch.equal(found["layer4"], maps["layer4"]) and torch.equal(found["layer2"], maps["layer2"])
     assert ours.channels == maps["layer4"].shape[1]
+
+
+def passes(trunk: Trunk, images: torch.Tensor, times: int = 2) -> dict[str, torch.Tensor]:
+    """The maps of every stage, the gradients of two derivatives of one forward pass, and the buffers after ``times`` of them."""
+    for _ in range(times):
+        x = images.clone().requires_grad_()
+        maps = trunk.maps(x)
+        (by_image,) = torch.autograd.grad(maps["layer4"].square().mean(), x, retain_graph=True)
+        trunk.zero_grad()
+        sum(m.mul(by_image.mean() + 1).sin().mean() for m in maps.values()).backward()
+    grads = {f"d{name}": p.grad for name, p in trunk.named_parameters()}
+    return maps | {"dx": by_image} | grads | {name: b.clone() for name, b in trunk.named_buffers()}
+
+
+def shallow(arch: str) -> Trunk:
+    """One block a stage: Triton's interpreter is slow."""
+    torch.manual_seed(0)
+    trunk = Trunk(arch)
+    for name in LAYERS:
+        setattr(trunk, name, trunk.get_submodule(name)[:1])
+    return trunk
+
+
+@pytest.mark.parametrize(("arch", "groups"), [("resnet18_w8_s16", 2), ("resnet50_w8_s16", 1)])
+def test_a_fused_trunk_is_the_trunk(arch: str, groups: int, kernel_device: torch.device) -> None:
+    trunk = group_batch_norm(shallow(arch), groups).to(kernel_device, memory_format=torch.channels_last).train()
+    for name, p in trunk.named_parameters():
+        if "bn" in name or "downsample.1" in name:  # blocks that begin as the identity would hide most of it
+            nn.init.uniform_(p, 0.5, 1.5)
+    fused = copy.deepcopy(trunk)
+    fused.fuse_batch_norm()
+    images = torch.randn(4, 3, 32, 32, device=kernel_device).to(memory_format=torch.channels_last)
+    truth = passes(copy.deepcopy(trunk).double(), images.double())
+    assert fused.state_dict().keys() == trunk.state_dict().keys()
+    eager, ours = passes(trunk, images), passes(fused, images)
+    for name, true in truth.items():
+        if name.endswith("num_batches_tracked"):
+            assert torch.equal(ours[name], true), name
+            continue
+        scale = true.abs().max().item() + 1e-12
+        error, budget = ((t[name].double() - true).abs().max().item() / scale for t in (ours, eager))
+        assert error <= 4 * budget + 1e-5, f"{name}: {error:.1e}, torch {budget:.1e}"
+    trunk.load_state_dict(fused.state_dict())
+    assert torch.equal(fused.eval()(images), trunk.eval()(images))
+
+
+def test_a_fused_trunk_trains_under_autocast_and_repeats_itself_to_the_bit(kernel_device: torch.device) -> None:
+    trunk = shallow("resnet18_w8_s16").to(kernel_device, memory_format=torch.channels_last).train()
+    trunk.fuse_batch_norm()
+    images, results = torch.randn(2, 3, 32, 32, device=kernel_device), []
+    for copied in (trunk, copy.deepcopy(trunk)):
+        with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+            results.append(passes(copied, images))
+    assert results[0]["layer4"].dtype == torch.bfloat16
+    assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
 
 
 @pytest.mark.parametrize(

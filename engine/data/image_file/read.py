@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import stat
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ _DECODER = {"JPEG": 6, "JPEG2000": 16, "WEBP": 8, "AVIF": 10, "HEIF": 10, "TIFF"
 
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs what it raises too, which Python would print
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of oddities; what matters becomes a reason
 
 
 class Picture(NamedTuple):
@@ -249,7 +251,7 @@ def _said(error: OSError, kind: str) -> str:
     """PIL's words, which for some decoders are a number."""
     text = str(error)
     if code := re.fullmatch(r"decoder error (-?\d+)", text):
-        return f"damaged or cut off: {ImageFile.ERRORS.get(int(code[1]), 'unknown error')} in the compressed pixels ({kind})"
+        return f"damaged or cut off: {ImageFile.ERRORS.get(int(code[1]), 'unknown error')} in the compressed pixels"
     if text == "could not create decoder object":
         return "damaged: the header cannot be decoded"
     return text or f"damaged or cut off: the decoder for {kind} gives up ({type(error).__name__})"

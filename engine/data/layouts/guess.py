@@ -113,13 +113,16 @@ def _with_splits(root: Path, base: Path) -> Guess:
         return (base / name).relative_to(root).as_posix()
 
     others = _others(root, base)
+    held_out = [path(n) for split in ("test", "val") for n in names[split]]
     for split in ("train", "test"):
         if len(names[split]) > 1:
+            other = "test" if split == "train" else "train"
+            usable = [n for n in held_out if class_folders(root / n)] if split == "train" else [path(n) for n in names["train"]]
+            rest = "".join(f" {setting(f'data.{other}', n)}" for n in usable[:1])  # one alone leaves the other out, or to luck
             _refuse(root, f"{_list(names[split])} could all be the {split} split", [
-                (f"{printable(path(n))}/", setting(f"data.{split}", path(n))) for n in names[split]
+                (f"{printable(path(n))}/", setting(f"data.{split}", path(n)) + rest) for n in names[split]
             ])  # fmt: skip
     train = path(names["train"][0]) if names["train"] else None
-    held_out = [path(n) for split in ("test", "val") for n in names[split]]
     if others and not (train and held_out):
         found = train or held_out[0]
         here = _relative(root, base if any(Path(o).parent == base.relative_to(root) for o in others) else root)

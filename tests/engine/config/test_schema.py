@@ -31,9 +31,9 @@ FROZEN = {
     "method.mask_reach": None,
     "encoder.arch": "resnet50",
     "encoder.weights": "IMAGENET1K_V1",
-    "encoder.partial": False,
     "encoder.head": "mlp2",
     "encoder.dim": 256,
+    "encoder.partial": False,
     "queue.size": 65536,
     "queue.dtype": "auto",
     "queue.sharded": False,
@@ -42,6 +42,7 @@ FROZEN = {
     "contrast.temperature": 0.2,
     "bn.groups": 1,
     "bn.sync": False,
+    "bn.impl": "auto",
     "ais.weight": 1.2,
     "ais.temperature": 1.0,
     "ais.scale": 100.0,
@@ -267,8 +268,8 @@ def test_null_stands_for_a_later_choice():
 FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident",
         "data.workers", "data.allow_change"}  # fmt: skip
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
-SAID = {"optim.lr", "optim.weight_decay"}
-"""What it may change with a line in the log: the remedies of a run that diverges."""
+SAID = {"optim.lr", "optim.weight_decay", "bn.impl"}
+"""What it may change with a line in the log: the remedies of a run that diverges, and what only rounds differently."""
 
 
 def test_what_a_resumed_run_may_change_is_frozen():

@@ -163,6 +163,8 @@ def test_masks_beside_photos_are_not_trained_on(tmp_path):
     ("names", "match"),
     [
         (each("train", "a") + each("Training", "a"), "Training/ and train/ could all .*data.train=Training; or .*train=train$"),
+        (each("in/train", "a") + each("in/Train", "a") + each("in/val", "a"), "data.train=in/Train data.test=in/val; or "),
+        (each("in/train", "a") + each("in/Test", "a") + each("in/test", "a"), "data.test=in/test data.train=in/train$"),
         (each("cats/train", "a") + each("dogs/train", "b"), r"2 folders hold splits.*data.root=\S*/cats; or .*data.root=\S*/dogs$"),
         (each("cars_train", "a") + each("cars_test", "a"), "look like splits.*=cars_train data.test=cars_test; or .*=.$"),
         (["train2017/1.jpg", "val2017/2.jpg", "annotations/x.jpg"], "splits. Say which: they are: data.train=train2017; or"),

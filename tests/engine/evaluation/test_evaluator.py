@@ -164,7 +164,7 @@ def test_good_features_get_good_marks_from_every_protocol(images: Catalog):
 def test_a_single_class_is_not_applicable(images: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one = images._replace(test=replace(images.test, labels=np.zeros_like(images.test.labels)))
     evaluates = Evaluator(tmp_path, config(), one, CPU)
-    evaluates(trainer(1))
+    evaluates(trainer(1, tmp_path))
     records = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(r["protocol"], r["top1"], r["classes"]) for r in records] == [("retrieval", None, 1), ("knn", None, 1)]
     (logged,) = run_folder.read_metrics(tmp_path)

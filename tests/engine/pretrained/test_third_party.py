@@ -392,7 +392,11 @@ def test_nothing_matching_missing_or_unreadable_files_are_errors(tmp_path: Path,
         initialize(Trunk("resnet18"), "IMAGENET")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_a, **_k: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"resnet18-.*\.pth.*encoder\.weights=none"):
+    with pytest.raises(OSError, match=r"resnet18-.*\.pth.*encoder\.weights=none"):
+        initialize(Trunk("resnet18"), "IMAGENET1K_V1")
+    (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "hub/checkpoints/resnet18-f37072fd.pth").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth is cut short or damaged.*; download it again"):
         initialize(Trunk("resnet18"), "IMAGENET1K_V1")
 
 

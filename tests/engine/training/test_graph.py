@@ -14,7 +14,7 @@ from ppssl.method import Batch, Method, Output
 STEPS, ARCH = 200, "resnet18_w16_s16"
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BUILD = {
-    "ppssl published": lambda: build_ppssl(ARCH, "published", ais_warmup=0.5),
+    "ppssl published": lambda: build_ppssl(ARCH, "published", {"ais.warmup": 0.5}),
     "ppssl guided": lambda: build_ppssl(ARCH, "guided"),
     "moco": lambda: build_moco(ARCH),
 }

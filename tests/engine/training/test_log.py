@@ -11,7 +11,7 @@ import torch
 from engine import run_folder
 from engine.config import OptimConfig, RunConfig
 from engine.training import COLLAPSED, Trainer
-from engine.training.log import RunLog
+from engine.training.log import Records, RunLog
 from ppssl.encoder import Trunk
 from ppssl.method import Method, Output
 
@@ -71,7 +71,7 @@ def test_the_end_of_a_collapse_is_told_and_skipped_steps_say_nothing(tmp_path: P
     def output(spread: float, skipped: float) -> Output:
         return Output(torch.ones(()), {}, None, {"spread": torch.tensor(spread), "skipped": torch.tensor(skipped)})
 
-    with RunLog(tmp_path, total_steps=4, start_step=0, description="x") as log:
+    with RunLog(Records(tmp_path), total_steps=4, start_step=0, description="x") as log:
         for step, (spread, skipped) in enumerate([(0.001, 0), (0.001, 1), (0.5, 1), (0.5, 0)]):
             log.add(output(spread, skipped), images=1)
             log.line(step=step, epoch=0, lr=0.1)

@@ -119,6 +119,7 @@ def test_spans_leave_no_trace_in_a_graph(caplog: pytest.LogCaptureFixture) -> No
     [
         ("aten::convolution_backward", "conv"),
         ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64", "conv"),
+        ("_bn_grad_sums_kernel", "bn"),
         ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float>", "bn"),
         ("triton_red_fused__native_batch_norm_legit_functional_add_relu_12", "bn"),
         ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", "layout"),

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import small_methods
 import torch
 from torch import nn
 
@@ -196,6 +197,29 @@ def test_state_round_trip_continues_to_the_bit() -> None:
     step(batch())
     other(batch())
     assert other.steps_done == 2 and torch.equal(method.online.weight, other_method.online.weight)
+
+
+def test_a_run_with_the_fused_batch_norm_continues_to_the_bit() -> None:
+    """Batch statistics of parts, both derivatives of a forward pass, and the key network's copy."""
+
+    def fused() -> Method:
+        torch.manual_seed(0)
+        trunk = Trunk("resnet18_w8_s16")
+        trunk.fuse_batch_norm()
+        return small_methods.build_by_name("lcr", trunk, 32)
+
+    method = fused()
+    assert all(block.fused for encoder in (method.encoder_q, method.encoder_k) for block in encoder.trunk.layer1)
+    step = small_methods.step_of(method)
+    step(small_methods.batch(side=32))
+    other_method = fused()
+    other = small_methods.step_of(other_method)
+    other_method.load_state_dict(copy.deepcopy(method.state_dict()))
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for s in (step, other):
+        s(small_methods.batch(side=32, seed=1))
+    for (name, a), b in zip(method.state_dict().items(), other_method.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_half_precision_images_become_float32_without_autocast() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -140,3 +142,13 @@ def test_whatever_a_parser_raises_is_a_reason(error, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match=f"damaged: ({error}|AssertionError)"):
         read_image(Path(tmp_path / "x.png"))
+
+
+def test_a_warning_of_pil_does_not_reach_the_terminal(tmp_path):
+    data = encoded(picture(), "PNG")
+    (tmp_path / "x.png").write_bytes(data[:33] + chunk(b"acTL", bytes(8)) + data[33:])  # an animation without frames
+    program = f"from engine.data.image_file import read_image; read_image({str(tmp_path / 'x.png')!r})"
+    done = subprocess.run(
+        [sys.executable, "-W", "default::UserWarning", "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "APNG" not in done.stderr
