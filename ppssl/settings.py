@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-Source = Literal[
-    "image", "layer1", "layer2", "layer3", "layer4", "stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage7",
-    "stage8", "stage9", "stage10", "stage11", "stage12", "stage13", "stage14", "stage15", "stage16", "stage17", "stage18",
-    "stage19", "stage20", "stage21", "stage22", "stage23", "stage24",
-]  # fmt: skip
+_SOURCES = ("image", *(f"layer{i}" for i in range(1, 5)), *(f"stage{i}" for i in range(1, 41)))
+Source: TypeAlias = Literal[_SOURCES]  # type: ignore[valid-type]
 """Where a CAM can be taken: layers are a ResNet's, stages those of a timm model. The trunk says which it has."""
 
 
@@ -60,8 +57,7 @@ class EncoderConfig:
     """The network that is kept."""
 
     arch: str = "resnet50"
-    """A torchvision ResNet, or a narrower and finer one: NAME[_w<base width>][_s<stride>], as resnet18_w32_s16; or a model of timm:
-    timm/NAME[_s<stride>]."""
+    """A ResNet, NAME[_w<base width>][_s<stride>], as resnet50 or resnet18_w32_s16; or a model of timm, timm/NAME[_s<stride>]."""
     weights: str = "IMAGENET1K_V1"
     """torchvision weight tag; timm or timm:TAG of a timm model; none; or the path of a .safetensors/.pth file."""
     head: Literal["mlp2", "mlp3_bn"] = "mlp2"
@@ -399,8 +395,5 @@ def replace_keys(holder: Any, values: Mapping[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        if section:
-            changes[section] = replace(changes.get(section, getattr(holder, section)), **{name: value})
-        else:
-            changes[name] = value
+        changes[section or name] = replace(changes.get(section, getattr(holder, section)), **{name: value}) if section else value
     return replace(holder, **changes)

@@ -10,6 +10,7 @@ log". The list of keys is frozen by a test: add to it on purpose only.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -190,7 +191,11 @@ def expected_type(options: tuple[Any, ...]) -> str:
     parts = []
     for option in options:
         if typing.get_origin(option) is Literal:
-            parts += [str(choice) for choice in typing.get_args(option)]
+            # numbered choices, as stage1 to stage40, by the first and the last of them
+            choices = map(str, typing.get_args(option))
+            for _, run in itertools.groupby(choices, key=lambda text: text.rstrip("0123456789") or text):
+                first, *rest = run
+                parts.append(f"{first} to {rest[-1]}" if len(rest) > 2 else ", ".join([first, *rest]))
         elif typing.get_origin(option) is tuple:
             parts.append(f"a list of {expected_type((typing.get_args(option)[0],))}")
         else:
