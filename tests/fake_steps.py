@@ -1,6 +1,7 @@
-"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD ...]`` prints one JSON line for
-each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on a GPU,
-up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled ahead of time."""
+"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH] ...]`` prints one JSON
+line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on
+a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled ahead of
+time."""
 
 from __future__ import annotations
 
@@ -23,14 +24,15 @@ def build(name: str, amp: str | None):
 
     from engine.config import Config, EncoderConfig, MethodConfig, QueueConfig
     from ppssl import METHODS, Teacher
-    from ppssl.encoder import Trunk
     from ppssl.settings import method_settings
+    from ppssl.timm_trunk import build_trunk
 
+    name, _, arch = name.partition("@")
     method, _, variant = name.partition(" ")
     queue = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}[amp]
     cfg = Config(
         method=MethodConfig(name=method, variant=variant or "published"),
-        encoder=EncoderConfig(arch=ARCH, dim=128), queue=QueueConfig(size=512, dtype=queue),
+        encoder=EncoderConfig(arch=arch or ARCH, dim=128), queue=QueueConfig(size=512, dtype=queue),
     )  # fmt: skip
     settings = method_settings(cfg, SIDE)
     teacher = None
@@ -39,7 +41,7 @@ def build(name: str, amp: str | None):
         teacher = Teacher(visual, torch.randn(8, 32), logit_scale=100.0, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         fake_cuda.fake(teacher)
     kind = METHODS[method]
-    return kind.from_settings(settings, kind.build_network(settings, Trunk(ARCH)), teacher)
+    return kind.from_settings(settings, kind.build_network(settings, build_trunk(arch or ARCH)), teacher)
 
 
 def run(name: str, amp: str | None, mode: str, device) -> None:

@@ -42,6 +42,12 @@ def test_the_whole_step_is_one_graph_for_a_gpu(name: str) -> None:
     assert len(found) == 2 and not any(found.values()), found
 
 
+def test_trunks_of_timm_step_eagerly_in_every_precision() -> None:
+    found = steps("off", "ppssl guided@timm/convnext_atto_s16", "ppssl guided@timm/vit_tiny_patch16_224")
+    assert len(found) == 6
+    assert not {case: error for case, error in found.items() if error}
+
+
 def test_the_tests_that_need_a_gpu_run_up_to_the_first_number_they_read() -> None:
     found = steps("graph", "ppssl published", "ppssl guided", "moco", "fp16")
     assert len(found) == 4 and not any(found.values()), found
