@@ -91,9 +91,11 @@ def measure(method: str, size: Any) -> tuple[list[Cost], Seen]:
     ):
         seen = _eager(bench_step.build_step(size, rung._replace(compile="off")), size)
         kernels = _compiled(bench_step.build_step(size, rung))
-    own = {cost.kind: cost for cost in seen.own}
-    # Inductor knows the tensors of an op that it cannot see into, not its launches
-    return [own.get(cost.kind, cost) for cost in kernels], seen
+    own: dict[str, list[Cost]] = defaultdict(list)
+    for cost in seen.own:
+        own[cost.kind].append(cost)
+    # Inductor knows the tensors of an op that it cannot see into, not its launches; an op may be called at several sizes
+    return [own[cost.kind].pop(0) if own[cost.kind] else cost for cost in kernels], seen
 
 
 def _eager(step: Callable[[], Any], size: Any) -> Seen:
