@@ -141,7 +141,8 @@ def _own_op(func: Any, args: tuple, kwargs: dict) -> Cost:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            if not func.is_view and not func._schema.name.startswith(("aten::empty", "aten::new_empty", "aten::detach")):
+            idle = ("aten::empty", "aten::new_empty", "aten::detach", "prim::device")
+            if not func.is_view and not func._schema.name.startswith(idle):
                 moved.append(_bytes((args, kwargs, result)))
             return result
 
