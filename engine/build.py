@@ -18,7 +18,7 @@ from engine.files import cache_folder
 from engine.pretrained import load_run, third_party
 from engine.synthetic import dataset, teacher_files
 from engine.training import ALONE, Trainer, World
-from ppssl.encoder import FeatureNet
+from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
@@ -172,14 +172,14 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
     with world.main_process_first():
         found = third_party.initialize(trunk, cfg.encoder.weights, partial=cfg.encoder.partial)
         say(f"encoder: {cfg.encoder.arch}, {found}")
-    if cfg.bn.impl == "fused":
+    if cfg.bn.impl == "fused" and isinstance(trunk, Trunk):
         trunk.fuse_batch_norm()
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 
 def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
     """Raises ``ConfigError`` where a timm trunk does not take images of ``data.image_size``, or the method needs a map that divides
-    them; says of ``bn.*`` that it does nothing in a trunk without batch norm."""
+    them; says of ``bn.*`` where it does nothing in the trunk."""
     side = cfg.data.image_size
     try:
         cells = trunk.map_side(side)
@@ -191,6 +191,8 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
             f"data.image_size: got {side}, must be a multiple of {trunk.stride}, the stride of the map of {trunk.arch}; use "
             f"{below} or {below + trunk.stride}"
         )
+    if cfg.bn.impl == "fused":
+        say(f"bn.impl: fused does nothing in {trunk.arch}; only the ResNets without timm/ have fused batch norm")
     if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
         return
     for key, value in (("bn.groups", cfg.bn.groups), ("bn.sync", cfg.bn.sync)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine import build, evaluate, export, report, search
-from engine.config import Config, DataConfig, EncoderConfig, from_run
+from engine.config import BatchNormConfig, Config, DataConfig, EncoderConfig, MethodConfig, from_run
 from engine.data import build_loader, catalog
 from engine.evaluation.features import key
 from engine.train import main
@@ -158,6 +159,12 @@ def test_batch_norm_keys_say_that_they_do_nothing_in_a_layer_norm_trunk(photos: 
         assert main([*words(photos, arch, "bn.groups=2"), "--dry-run"]) == 0
         told = " ".join(capfd.readouterr().err.split())
         assert ("bn.groups: does nothing in timm/convnext_atto, which has no batch norm" in told) != silent
+
+
+def test_the_fused_batch_norm_of_our_resnets_says_that_it_does_nothing_in_timm_s(capfd: pytest.CaptureFixture) -> None:
+    fused = Config(bn=BatchNormConfig(impl="fused"), encoder=EncoderConfig(arch="timm/resnet18", weights="none"))
+    build.initial_network(replace(fused, method=MethodConfig(name="moco")))
+    assert "bn.impl: fused does nothing in timm/resnet18" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
