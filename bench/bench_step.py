@@ -79,6 +79,7 @@ class Rung(NamedTuple):
     channels_last: bool = True
     fused: bool = True
     teacher: str = "query"
+    fused_bn: bool = False
     compile: str = "off"
     graph: bool = False
 
@@ -91,11 +92,13 @@ RUNGS = {
     "fused ops": Rung(),
     "teacher cached": Rung(teacher="clean"),
     "compiled": Rung(teacher="clean", compile="step"),
+    "compiled, fused batch-norm": Rung(teacher="clean", compile="step", fused_bn=True),
     "graphed": Rung(teacher="clean", compile="step", graph=True),
     "compiled, teacher on the view": Rung(compile="step"),
     "graphed, teacher on the view": Rung(compile="step", graph=True),
     "moco": Rung("moco"),
     "moco compiled": Rung("moco", compile="step"),
+    "moco compiled, fused batch-norm": Rung("moco", compile="step", fused_bn=True),
     "moco graphed": Rung("moco", compile="step", graph=True),
     "lcr": Rung("lcr"),
     "lcr compiled": Rung("lcr", compile="step"),
@@ -110,6 +113,8 @@ def build_method(size: Size, rung: Rung) -> Method:
     """The same weights for every rung."""
     torch.manual_seed(0)
     trunk = Trunk(size.arch)
+    if rung.fused_bn:
+        trunk.fuse_batch_norm()
     head = projection_head("mlp2", trunk.channels, size.dim)
     narrow = CUDA and rung.structure == "ours"
     contrast = dict(dim=size.dim, queue_size=size.queue, queue_dtype=torch.bfloat16 if narrow else torch.float32)

@@ -83,10 +83,12 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
             f"data.root: {root} has no labelled test split; for folders put one in {root}/test/<class>/*.jpg (or val/). "
             f"Without it: --protocol retrieval --split train, which ranks the training images among themselves"
         )
-    if _LEARNED & set(protocols) and not _labelled(images.train):
+    learned = [p for p in protocols if p in _LEARNED]
+    if learned and not _labelled(images.train):
+        learn = "learns" if len(learned) == 1 else "learn"
         raise ValueError(
-            f"{' and '.join(p for p in protocols if p in _LEARNED)} learn from labelled training images, of which data.root={root} "
-            f"has none; --protocol retrieval (eval.protocols=[retrieval]) needs the test split alone"
+            f"{' and '.join(learned)} {learn} from labelled training images, of which data.root={root} has none; --protocol "
+            f"retrieval (eval.protocols=[retrieval]) needs the test split alone"
         )
 
 

@@ -88,6 +88,14 @@ def test_the_seconds_of_a_kernel_are_its_bytes_or_its_products() -> None:
     assert product.seconds("H100", matrix_share=0.5) == pytest.approx(2e-3)
 
 
+def test_an_own_op_costs_what_its_eager_calls_do() -> None:
+    own = [budget.Cost("own op norm", 2, 100, 0), budget.Cost("own op norm", 2, 300, 0)]
+    seen = [budget.Cost("own op norm", 1, 7, 7)] * 2
+    other = budget.Cost("other", 1, 5, 5)
+    assert budget.with_own_ops([other, *seen], own) == [other, budget.Cost("own op norm", 4, 400, 0)]
+    assert budget.with_own_ops([other, seen[0]], own) == [other, budget.Cost("own op norm", 2, 200, 0)]
+
+
 def test_the_source_hash_ignores_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("ppssl", "kernels", "engine/training"):
         (tmp_path / folder).mkdir(parents=True)

@@ -263,6 +263,7 @@ def test_a_test_split_is_enough_for_retrieval(train: str, run: Path, photos: Pat
     assert main([str(run), "--protocol", "knn,linear"]) == 1
     text = said(capsys)
     assert "knn and linear learn from labelled training images" in text and "--protocol retrieval" in text
+    assert main([str(run), "--protocol", "knn"]) == 1 and "knn learns from" in said(capsys)
     assert main([str(run), "--protocol", "retrieval", "--split", "train"]) == 1
     assert "have no labels" in said(capsys)
 
