@@ -207,9 +207,13 @@ def _compiled(step: Callable[[], Any]) -> list[Cost]:
 
 def _cost(node: Any, triton_launches: int) -> Iterator[Cost]:
     from torch._inductor import ir
+    from torch._inductor.dependencies import WeakDep
 
     def moved(part: Any) -> tuple[int, int]:
         accesses = part.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+        reads = part.read_writes.reads
+        order = {d.name for d in reads if isinstance(d, WeakDep)} - {d.name for d in reads if not isinstance(d, WeakDep)}
+        accesses = {name: size for name, size in accesses.items() if name not in order}  # only waited for, before a write in place
         made = {dependency.name for dependency in part.read_writes.writes}
         written = int(sum(size for name, size in accesses.items() if name in made))
         return int(sum(accesses.values())) - written, written
