@@ -366,6 +366,7 @@ def main() -> int:
             record = record_of(*measure(method, size, fused_bn=args.fused_bn))
             show(method, form, size, record)
             if args.update:
+                kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}  # another method may have been written meanwhile
                 kept.setdefault(form, {})[method] = record
                 write_text(RECORD, json.dumps(kept, indent=1) + "\n")
             elif args.check:
