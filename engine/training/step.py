@@ -309,4 +309,21 @@ def in_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def _how(backend: Any) -> dict[str, Any]:
     """Arguments of ``torch.compile``."""
-    return {"dynamic": False, "backend": backend} | ({"options": compiler_cache.OPTIONS} if backend == "inductor" else {})
+    if backend != "inductor":
+        return {"dynamic": False, "backend": backend}
+    _introduce_own_ops()
+    return {"dynamic": False, "backend": backend, "options": compiler_cache.OPTIONS}
+
+
+def _introduce_own_ops() -> None:
+    """Registers the project's ops with Inductor as it would itself when it first meets one. It would then also write out, for a
+    line of its log, all that the arguments were made from, twice over at every sum in a trunk: hours with the fused batch-norm."""
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint  # only where something is compiled
+    from torch._library.custom_ops import OPDEFS
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name, definition in OPDEFS.items():
+        op = definition._opoverload
+        if name.startswith("ppssl::") and op not in lowerings:
+            constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
+            make_fallback(op, layout_constraint=constraint, warn=False)

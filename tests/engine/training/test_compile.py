@@ -224,3 +224,14 @@ def test_one_graph_serves_every_learning_rate() -> None:
         step(batch(2))
         rates.add(float(step.rate))
     assert len(rates) == 4 and len(graphs) == 1
+
+
+def test_inductor_meets_no_op_of_ours_unprepared() -> None:
+    """An op that it does not know is logged with everything that its arguments were made from, for hours behind a deep trunk."""
+    from torch._inductor.lowering import lowerings, needs_realized_inputs
+    from torch._library.custom_ops import OPDEFS
+
+    step_of(build_moco("resnet18_w8"), compile="step", backend="inductor")  # nothing is compiled before the first step
+    ours = [definition._opoverload for name, definition in OPDEFS.items() if name.startswith("ppssl::")]
+    assert torch.ops.ppssl.batch_norm.default in ours and torch.ops.ppssl.batch_norm_backward.default in ours
+    assert all(op in lowerings and op in needs_realized_inputs for op in ours)
