@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from engine.data import build_loader, catalog
 from engine.evaluation.features import key
 from engine.train import main
 from engine.training import checkpoint
-from engine.training.trainer import Trainer
 from ppssl.timm_trunk import IMAGENET, image_input
 
 LITE = "timm/tf_efficientnet_lite0"
@@ -47,18 +46,10 @@ def newest(out: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(checkpoint.list_checkpoints(out / "checkpoints")[-1])["method"]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(photos: Path, ctrl_c_at_first_save: Callable) -> None:
     given = words(photos, "timm/convnext_atto")
     assert main([*given, "--out", "whole"]) == 0
-    save, seen = Trainer.save, []
-
-    def save_then_ctrl_c(self: Trainer) -> None:
-        save(self)
-        if not seen:
-            seen.append(self.step.steps_done)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "save", save_then_ctrl_c)
+    ctrl_c_at_first_save()
     assert main([*given, "--out", "parts"]) == 130
     assert main([*given, "--out", "parts"]) == 0
     whole, parts = newest(Path("whole")), newest(Path("parts"))

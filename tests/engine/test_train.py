@@ -22,7 +22,6 @@ from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint
 from engine.training.step import Step
-from engine.training.trainer import Trainer
 from ppssl.moco import MoCo
 
 TINY = """\
@@ -99,17 +98,9 @@ def test_a_run_from_jpeg_files_to_retrieval_numbers(recipe: Path) -> None:
     assert [look.epoch for look in attention_maps.read(out).looks] == [0, 1, 2] and "</html>" in (out / "report.html").read_text()
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, ctrl_c_at_first_save: Callable) -> None:
     assert main(["--cfg", str(recipe), "--out", "whole"]) == 0
-    save, seen = Trainer.save, []
-
-    def save_then_ctrl_c(self: Trainer) -> None:
-        save(self)
-        if not seen:
-            seen.append(self.step.steps_done)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "save", save_then_ctrl_c)
+    seen = ctrl_c_at_first_save()
     assert main(["--cfg", str(recipe), "--out", "parts"]) == 130
     assert seen == [3] and len(checkpoint.list_checkpoints(Path("parts/checkpoints"))) >= 1
     assert main(["--cfg", str(recipe), "--out", "parts"]) == 0
