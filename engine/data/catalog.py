@@ -23,7 +23,7 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
-from engine.console import printable, say, with_progress
+from engine.console import counted, printable, say, with_progress
 from engine.data import layouts
 from engine.data.image_file import MAX_PIXELS, Verdict, Watch, read_image
 from engine.data.layouts.lists import BadFile, Split
@@ -156,12 +156,8 @@ def _described(split: str, images: ImageList | None, of: Split | None) -> str:
     """``train: 1,096 photos in 10 classes from training/``."""
     if images is None or of is None:
         return f"{split}: none"
-    classes = "without labels" if images.labels is None else f"in {_count(len(set(images.labels.tolist())), 'class', 'classes')}"
-    return f"{split}: {_count(len(images), 'photo', 'photos')} {classes}" + (f" from {printable(of.source)}" if of.source else "")
-
-
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number:,} {one if number == 1 else several}"
+    classes = "without labels" if images.labels is None else f"in {counted(len(set(images.labels.tolist())), 'class', 'classes')}"
+    return f"{split}: {counted(len(images), 'photo')} {classes}" + (f" from {printable(of.source)}" if of.source else "")
 
 
 def left_out(catalog: Catalog, most: int = 3) -> str:
@@ -173,11 +169,11 @@ def left_out(catalog: Catalog, most: int = 3) -> str:
         files = reasons.total()
         listed = len(catalog.train) + (0 if catalog.test is None else len(catalog.test)) + files
         shown = [f"{count:,} x {reason}" for reason, count in reasons.most_common(most)]
-        shown += [_count(len(reasons) - most, "other reason", "other reasons")] * (len(reasons) > most)
-        parts.append(f"{files:,} of {_count(listed, 'file', 'files')} left out: {', '.join(shown)}")
+        shown += [counted(len(reasons) - most, "other reason")] * (len(reasons) > most)
+        parts.append(f"{files:,} of {counted(listed, 'file')} left out: {', '.join(shown)}")
     if classes:
         shown = [printable(name) for name in classes[:most]] + [f"{len(classes) - most:,} more"] * (len(classes) > most)
-        parts.append(f"{_count(len(classes), 'class', 'classes')} without a readable image: {', '.join(shown)}")
+        parts.append(f"{counted(len(classes), 'class', 'classes')} without a readable image: {', '.join(shown)}")
     return "; ".join(parts)
 
 

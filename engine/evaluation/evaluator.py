@@ -160,21 +160,21 @@ def evaluate_features(
         records.append({"protocol": protocol, "setting": setting} | about | which | values | {"seconds": now - started})
         started = now
 
-    if about["classes"] == 1:
-        say(f"{', '.join(protocols)}: not applicable, the {split} split has a single class")
-        for protocol in protocols:
-            add(protocol, f"not applicable: the {split} split has a single class, of which every answer is", {"top1": None})
+    def not_applicable(names: Sequence[str], why: str, more: str = "", **values: Any) -> list[dict[str, Any]]:
+        say(f"{', '.join(names)}: not applicable, {why}")
+        for name in names:
+            add(name, f"not applicable: {why}{more}", {"top1": None} | values)
         return records
+
+    if about["classes"] == 1:
+        return not_applicable(protocols, f"the {split} split has a single class", ", of which every answer is")
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if learned := [name for name in protocols if name in _LEARNED]:
         bank, known = candidate.features(images.train, "train"), torch.from_numpy(images.train.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
         if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
-            say(f"{', '.join(learned)}: not applicable, no {split} class has a training image")
-            for protocol in learned:
-                add(protocol, f"not applicable: no {split} class has a training image", {"top1": None, "unseen": unseen})
-            return records
+            return not_applicable(learned, f"no {split} class has a training image", unseen=unseen)
         if unseen:
             say(f"{unseen} of {len(labels)} {split} images are of classes without training images; they count as wrong")
     if "knn" in protocols:
