@@ -87,11 +87,7 @@ def launched(name: str, variant: str, dim: int) -> list[tuple[str, dict, int]]:
     """(kernel, arguments by name, warps) of every launch of our Triton kernels in one step at the size of the benchmark."""
     from unittest.mock import patch
 
-    from torch._library.custom_ops import OPDEFS
     from torch.utils._python_dispatch import TorchDispatchMode
-    from triton.runtime.jit import JITFunction
-
-    from bench import bench_step
 
     found = []
 
@@ -102,17 +98,13 @@ def launched(name: str, variant: str, dim: int) -> list[tuple[str, dict, int]]:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "ppssl":
-                with patch.object(JITFunction, "run", launch):
-                    OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+                fake_cuda.run_op(func, args, kwargs, launch)
             return func(*args, **(kwargs or {}))
 
-    settings = bench_step.variant
-    with (
-        patch.object(bench_step, "variant", lambda method, _, values: settings(method, variant, values)),
-        patch.object(bench_step, "build_method", fake_cuda.built(bench_step.build_method)),
-        patch.object(bench_step, "build_teacher", fake_cuda.built(bench_step.build_teacher)),
-    ):
-        step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), bench_step.RUNGS[name])
+    with fake_cuda.benchmark() as bench_step:
+        settings = bench_step.variant
+        with patch.object(bench_step, "variant", lambda method, _, values: settings(method, variant, values)):
+            step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), bench_step.RUNGS[name])
     with Watch():
         step()
     return found

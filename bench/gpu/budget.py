@@ -1,7 +1,7 @@
 """What one training step costs on a GPU, by arithmetic: launches, bytes and operations of the compiled step, without a GPU.
 
     python -m bench.gpu.budget                            the small form of every method (two minutes)
-    python -m bench.gpu.budget --full --method ppssl      ResNet-50, 224 px, B 128, K 65536, D 256 (some ten minutes each)
+    python -m bench.gpu.budget --full --method ppssl      ResNet-50, 224 px, B 128, K 65536, D 256 (a minute or two each)
     python -m bench.gpu.budget --check                    the small form against budget.json, for CI
     python -m bench.gpu.budget [--full] --update          writes budget.json
 
@@ -83,13 +83,8 @@ def measure(method: str, size: Any, *, fused_bn: bool = False) -> tuple[list[Cos
 
     Raises ``DataDependentOutputException`` for a step that reads a value on the host. Call within ``fake_cuda.gpu()``.
     """
-    from bench import bench_step
-
-    rung = bench_step.RUNGS[RUNGS[method]]._replace(fused_bn=fused_bn)
-    with (
-        patch.object(bench_step, "build_method", fake_cuda.built(bench_step.build_method)),
-        patch.object(bench_step, "build_teacher", fake_cuda.built(bench_step.build_teacher)),
-    ):
+    with fake_cuda.benchmark() as bench_step:
+        rung = bench_step.RUNGS[RUNGS[method]]._replace(fused_bn=fused_bn)
         seen = _eager(bench_step.build_step(size, rung._replace(compile="off")), size)
         kernels = _compiled(bench_step.build_step(size, rung))
     return with_own_ops(kernels, seen.own), seen
@@ -125,7 +120,7 @@ def _eager(step: Callable[[], Any], size: Any) -> Seen:
             found["cpu"] += sum(t.device.type == "cpu" and t.numel() > 1 for t in given)
             large = [t for t in made if t.numel() >= image]
             if func.namespace == "ppssl":
-                own.append(_own_op(func, args, kwargs or {}))
+                own.append(_own_op(func, args, kwargs))
             elif large and func._schema.name in ("aten::_to_copy", "aten::clone", "aten::copy_"):
                 found["copies"] += 1
             found["float32"] += sum(t.dtype == float32 for t in large if func._schema.name != "aten::detach")
@@ -136,13 +131,10 @@ def _eager(step: Callable[[], Any], size: Any) -> Seen:
     return Seen(own, found["cpu"], found["float32"], found["copies"])
 
 
-def _own_op(func: Any, args: tuple, kwargs: dict) -> Cost:
+def _own_op(func: Any, args: tuple, kwargs: dict | None) -> Cost:
     """The launches of a custom op of this project, by running its implementation with Triton's launcher replaced."""
-    from torch._library.custom_ops import OPDEFS
     from torch.utils._python_dispatch import TorchDispatchMode
-    from triton.runtime.jit import JITFunction
 
-    name = func._schema.name
     moved: list[int] = []  # bytes of every launch: each tensor once, whatever a kernel reads twice
 
     def launch(self: Any, *given: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -157,9 +149,9 @@ def _own_op(func: Any, args: tuple, kwargs: dict) -> Cost:
                 moved.append(_bytes((args, kwargs, result)))
             return result
 
-    with patch.object(JITFunction, "run", launch), Watch():
-        OPDEFS[name]._init_fn(*args, **kwargs)
-    return Cost(f"own op {name.removeprefix('ppssl::')}", len(moved), sum(moved), 0)
+    with Watch():
+        fake_cuda.run_op(func, args, kwargs, launch)
+    return Cost(f"own op {func._schema.name.removeprefix('ppssl::')}", len(moved), sum(moved), 0)
 
 
 def _bytes(tree: Any) -> int:

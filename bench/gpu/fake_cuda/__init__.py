@@ -141,6 +141,28 @@ def fake(module: Any) -> Any:
         return _apply(module, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
 
 
+@contextlib.contextmanager
+def benchmark() -> Iterator[Any]:
+    """``bench.bench_step`` with networks that are made fake. Within ``gpu``: it looks for a GPU when it is imported."""
+    from bench import bench_step
+
+    with (
+        patch.object(bench_step, "build_method", built(bench_step.build_method)),
+        patch.object(bench_step, "build_teacher", built(bench_step.build_teacher)),
+    ):
+        yield bench_step
+
+
+def run_op(func: Any, args: tuple, kwargs: dict[str, Any] | None, launch: Callable[..., None]) -> None:
+    """Runs the implementation of ``func``, a custom op of this project, on fake tensors. Instead of a launch of one of its Triton
+    kernels, ``launch(kernel, *arguments, grid=..., warmup=..., **options)`` is called."""
+    from torch._library.custom_ops import OPDEFS
+    from triton.runtime.jit import JITFunction
+
+    with patch.object(JITFunction, "run", launch):
+        OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+
+
 _MODE: dict[str, Any] = {}
 """The fake mode within ``gpu``."""
 
