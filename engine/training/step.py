@@ -222,13 +222,12 @@ class Step:
     def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
         """``_whole`` as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes and
         the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
-        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, **_how(backend))
-
         # hundreds of kernels of a step move less than a launch costs (weight casts, second stages of batch statistics)
-        together = torch._inductor.config.patch(combo_kernels=self.precision.device.type == "cuda")
+        how = _how(backend, combo_kernels=self.precision.device.type == "cuda")
+        compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, **how)
 
         def run(batch: Batch) -> Output:
-            with torch._dynamo.config.patch(trace_autograd_ops=True), together:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
                 return Output(*compiled(*batch))
 
         return run
@@ -307,12 +306,12 @@ def in_layout(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if alike else torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
-def _how(backend: Any) -> dict[str, Any]:
-    """Arguments of ``torch.compile``."""
+def _how(backend: Any, **options: Any) -> dict[str, Any]:
+    """Arguments of ``torch.compile``; ``options`` of Inductor."""
     if backend != "inductor":
         return {"dynamic": False, "backend": backend}
     _introduce_own_ops()
-    return {"dynamic": False, "backend": backend, "options": compiler_cache.OPTIONS}
+    return {"dynamic": False, "backend": backend, "options": compiler_cache.OPTIONS | options}
 
 
 def _introduce_own_ops() -> None:
