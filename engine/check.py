@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from engine import build
-from engine.command import command
 from engine.config import Config, parse
 from engine.console import console, say
 from engine.data import contact_sheet, inspection, views_sheet
+from engine.errors import command
 from engine.files import cache_folder, write_text
 
 _USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png | --views SHEET.png] [key.sub=value ...]"

@@ -13,10 +13,9 @@ import torch
 from rich.table import Table
 
 from engine import build, files
-from engine.command import command
 from engine.config import Config, from_run, parse
 from engine.console import console, counted, say
-from engine.errors import ConfigError
+from engine.errors import ConfigError, command
 from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher, supported
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
 from engine.pretrained import Run, load_run, run_config, third_party, weights_file

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.command import command
 from engine.console import say
-from engine.errors import ConfigError
+from engine.errors import ConfigError, command
 from engine.pretrained import FORMATS, export
 
 

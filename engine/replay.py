@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from engine import build, files
 from engine.build import assemble
-from engine.command import command
 from engine.config import from_run
 from engine.console import say
 from engine.data import teacher_cache
-from engine.errors import ConfigError
+from engine.errors import ConfigError, command
 from engine.training import Trainer, checkpoint
 from ppssl.method import Batch
 

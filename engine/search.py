@@ -15,10 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from engine import build, files
-from engine.command import command
 from engine.console import console, printable, say
 from engine.data import ImageList, Transform, contact_sheet, read_image
-from engine.errors import ConfigError
+from engine.errors import ConfigError, command
 from engine.evaluation import most_similar, of_run
 from engine.pretrained import load_run
 from engine.training import precision

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import build, run
-from engine.command import FAILURES, exit_code
 from engine.config import parse, to_yaml
 from engine.console import console, say
+from engine.errors import FAILURES, exit_code
 from engine.training import ALONE, Stopped, World, distributed, signals
 
 

@@ -168,7 +168,7 @@ def register(name: str, settings: type[Settings] | None = None) -> Callable[[Any
 
     settings: the class of what ``from_settings`` is given, for a method outside of this package; its fields name sections of the
     configuration. None takes that of the registered method that it extends. A method of this package has its settings class in
-    ``ppssl/settings.py``. Raises ``ValueError`` for a field of ``settings`` that is no section, and for the name of
+    ``ppssl/settings/methods.py``. Raises ``ValueError`` for a field of ``settings`` that is no section, and for the name of
     a method of this package.
     """
     sections = (*(entry.name for entry in fields(Sections)), "image_size")
@@ -176,7 +176,7 @@ def register(name: str, settings: type[Settings] | None = None) -> Callable[[Any
         if entry.name not in sections:
             raise ValueError(
                 f"{settings.__name__}.{entry.name}: not a section of the configuration; use {', '.join(sections)}, or add the "
-                f"section to ppssl/settings.py"
+                f"section to ppssl/settings/methods.py"
             )
 
     def add(cls: AnyMethod) -> AnyMethod:

@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("check", "doctor", "evaluate", "export", "replay", "search", "train")
 # From the ground up: a module may import what stands in a row below its own, or its own package.
 LAYERS = (
-    {"errors", "files", "console"},
-    {"run_folder", "config", "command", "compiler_cache"},
+    {"files", "console"},
+    {"errors"},
+    {"run_folder", "config", "compiler_cache"},
     {"data", "synthetic"},
     {"pretrained"},
     {"training"},

@@ -25,10 +25,10 @@ import yaml
 
 from bench.methods.cells import STUDIES
 from bench.methods.study import ROOT, run_study
-from engine.command import command
 from engine.config import YamlLoader, keys, nearest
 from engine.console import say
 from engine.data.machine import cores
+from engine.errors import command
 
 
 class Renamed(argparse.Action):

@@ -12,9 +12,9 @@ import torch
 
 from bench.paper.exhibits import Cell, Exhibit, Outcome, Plan, cells, obstacle
 from engine import build, files, run, run_folder
-from engine.command import FAILURES
 from engine.config import to_yaml
 from engine.console import say
+from engine.errors import FAILURES
 from engine.evaluation.evaluator import Candidate, evaluate_features, feature_name, of_teacher
 from engine.evaluation.evaluator import keep as keep_records
 from engine.evaluation.features import of_run

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.command import command
-from engine.errors import ConfigError
+from engine.errors import ConfigError, command
 from engine.report import render
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.command import command
 from engine.config import parse
 from engine.console import printable, say
+from engine.errors import command
 
 OUTSIDE = "\x1b[2Jred\x07 \u202egnp.exe \x9b31m \udce9 [b]"
 

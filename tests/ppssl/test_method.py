@@ -106,7 +106,7 @@ def test_what_cannot_be_registered_is_refused(registry: None) -> None:
     class Wrong(Settings):
         hyper: ContrastConfig = field(default_factory=ContrastConfig)
 
-    with pytest.raises(ValueError, match=r"Wrong\.hyper.*contrast.*ppssl/settings\.py"):
+    with pytest.raises(ValueError, match=r"Wrong\.hyper.*contrast.*ppssl/settings/methods\.py"):
         register("wrong", settings=Wrong)
     with pytest.raises(ValueError, match=r"method\.name: 'moco'.*ppssl\.moco.*Other"):
         register("moco")(type("Other", (Method,), {}))

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from engine.command import FAILURES, command
-from engine.errors import ConfigError
+from engine.errors import FAILURES, ConfigError, command
 
 
 def raising(error: BaseException) -> Callable[[Sequence[str] | None], int]:
