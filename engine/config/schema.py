@@ -251,7 +251,8 @@ def checked(key: str, value: Any) -> Any:
         if kinds & _OUT_OF_RANGE and ("too_short" not in kinds or not value):  # a list of wrong members counts as too short too
             raise ConfigError(f"{key}: got {_plain(value)!r}, must {_range(keys()[key])}") from None
         shown = "null" if value is None else f"{_plain(value)!r} ({type(_plain(value)).__name__})"
-        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}") from None
+        quoted = '; quote what YAML would read otherwise: ["*a", b]' if isinstance(value, str) and value.startswith("[") else ""
+        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}{quoted}") from None
     if any(isinstance(mark, OneOf) and found not in mark.choices() for mark in keys()[key].marks):
         raise ConfigError(f"{key}: got {value!r}, expected {keys()[key].expected}")
     if any(isinstance(mark, Distinct) for mark in keys()[key].marks) and len(set(found)) < len(found):

@@ -123,7 +123,7 @@ def _seen_from(root: Path, layout: Layout) -> Layout:
 
 
 def _merged(parts: Sequence[tuple[tuple[str, ...], Split]], position: dict[str, int]) -> Split:
-    """The splits one after another, labels counted in ``position``."""
+    """The splits one after another, labels counted in ``position``; the first says where it was read from, notes say it of the others."""
     names, labels, expected = [], [], {}
     for classes, split in parts:
         names += split.names
@@ -133,4 +133,4 @@ def _merged(parts: Sequence[tuple[tuple[str, ...], Split]], position: dict[str, 
         ]
         expected |= {position[classes[label]]: text for label, text in split.expected.items()}
     none = all(label == UNLABELLED for label in labels)
-    return Split(names, None if none else labels, {} if none else expected, " and ".join(s.source for _, s in parts if s.source))
+    return Split(names, None if none else labels, {} if none else expected, parts[0][1].source)

@@ -86,6 +86,7 @@ def test_roots_that_cannot_be_joined(tmp_path):
 @pytest.mark.parametrize(("text", "match"), [
     ("data: {fraction: 0.0}", "data.fraction: got 0.0, must be in"),
     ("data: {name: aircraft, crop_banner: true, extra_roots: [a]}", "data.crop_banner: .* would cut"),
+    ("data: {classes: '[*a]'}", r"data.classes: got '\[\*a\]' \(str\), expected a list of text; quote"),
     ("data: {fraction: 1.5}", "data.fraction: got 1.5"),
     ("data: {classes: [a, a]}", r"data.classes: got \['a', 'a'\], must name text, each once"),
 ])  # fmt: skip
