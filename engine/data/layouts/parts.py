@@ -123,7 +123,7 @@ def _seen_from(root: Path, layout: Layout) -> Layout:
 
 
 def _merged(parts: Sequence[tuple[tuple[str, ...], Split]], position: dict[str, int]) -> Split:
-    """The splits one after another, labels counted in ``position``; the first says where it was read from, notes say it of the others."""
+    """The splits one after another, labels counted in ``position``; the source is that of the first, notes name the others."""
     names, labels, expected = [], [], {}
     for classes, split in parts:
         names += split.names
