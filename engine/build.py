@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import Config
+from engine.config import FILES, Config, absolute
 from engine.console import printable, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
@@ -21,9 +21,12 @@ from engine.training import ALONE, Trainer, World
 from ppssl.encoder import FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
-from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
+from ppssl.settings import Settings, get_key, method_settings, replace_keys, resolve_variant, settings_class, title
 from ppssl.teacher import SHIPPED, Teacher, load_descriptions
 from ppssl.timm_trunk import TimmTrunk, build_trunk, image_input
+
+HELD_OUT = 0.1
+"""``eval.validation`` where ``eval.keep_best`` is set and that is not."""
 
 
 def check_environment(*, writes: bool) -> None:
@@ -59,6 +62,7 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
         count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
         cfg = replace(cfg, ais=replace(cfg.ais, count=count))
+    cfg = with_absolute_paths(with_validation(cfg))
     if cfg.data.root is not None:  # a run is evaluated from other folders too
         root, *more = (os.path.abspath(os.path.expanduser(path)) for path in (cfg.data.root, *cfg.data.extra_roots))
         cfg = replace(cfg, data=replace(cfg.data, root=root, extra_roots=tuple(more)))
@@ -70,6 +74,23 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     elif cfg.bn.impl == "fused" and not can_run(device):
         raise ConfigError(f"bn.impl: fused needs a GPU and triton, the device is {device}; use bn.impl=torch")
     return cfg
+
+
+def with_validation(cfg: Config) -> Config:
+    """``cfg`` with what ``eval.keep_best`` implies where nothing else is asked for: a part that is held out, and evaluations."""
+    validation, every = cfg.eval.validation, cfg.eval.every
+    if validation is None:
+        validation = HELD_OUT if cfg.eval.keep_best else 0.0
+    if cfg.eval.keep_best and every == 0:
+        say("eval.every: 1, as eval.keep_best compares the epochs; set it higher to evaluate less often")
+        every = 1
+    return replace(cfg, eval=replace(cfg.eval, validation=validation, every=every))
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """``cfg`` with the files that it names by absolute paths: a run is continued from other folders too."""
+    changed = {key: absolute(key, get_key(cfg, key)) for key in FILES}
+    return replace_keys(cfg, {key: value for key, value in changed.items() if value != get_key(cfg, key)})
 
 
 def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
@@ -205,16 +226,19 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
             say(f"{key}: does nothing in {trunk.arch}, which has no batch norm, but in a mask branch and in encoder.head=mlp3_bn")
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None, best: bool = False
+) -> FeatureNet:
     """The trained network of a run folder, in eval mode.
 
     ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalized images to unit rows [B, C]; its ``transform`` makes one such
     image [3, S, S] from a PIL image or a file, as evaluation does.
 
     network: takes the weights of a method of your own; None builds that of a registered one.
+    best: the weights with the best validation measure (``eval.keep_best``); else those of the newest checkpoint.
     Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
-    run = load_run(folder, device, network)
+    run = load_run(folder, device, network, best=best)
     encoder = run.config.encoder
     run.network.transform = Transform(run.config.data.image_size, image_input(encoder.arch, encoder.weights))
     return run.network

@@ -16,10 +16,11 @@ from engine import build, files
 from engine.config import Config, from_run, parse
 from engine.console import console, counted, say
 from engine.errors import ConfigError, command
-from engine.evaluation import Candidate, check, evaluate_features, feature_name, keep, of_run, of_teacher, supported
+from engine.evaluation import Candidate, check, evaluate_features, feature_name, hold_out, keep, of_run, of_teacher, supported
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
-from engine.pretrained import Run, load_run, run_config, third_party, weights_file
+from engine.pretrained import Run, load_run, run_config, say_which, third_party, weights_file
 from engine.run_folder import read_data
+from engine.training import add_device_option, option_device
 from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
 from ppssl.timm_trunk import build_trunk
@@ -38,16 +39,18 @@ def evaluate(
     fractions: Sequence[float] = (100.0,),
     split: str = "test",
     baselines: bool = False,
+    best: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of an evaluation of a run folder, or of a weights file with the recipe ``cfg`` (data, architecture, method).
 
     overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None takes ``eval.protocols``; baselines: also the untouched
-    initial network and the teacher's own image features. Features are kept in RUN/features, those of a file in the cache folder.
+    initial network and the teacher's own image features; best: of a run the weights of its best evaluation (``eval.keep_best``),
+    not the last. Features are kept in RUN/features, those of a file in the cache folder.
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be evaluated.
     """
-    run, model, folder = _open(source, cfg, overrides, device)
+    run, model, folder = _open(source, cfg, overrides, device, best)
     own = _own_lists(source, run.config) if source.is_dir() else None
-    images = build.data(run.config, cache_dir=files.cache_folder(), training=False)
+    images = hold_out(build.data(run.config, cache_dir=files.cache_folder(), training=False), run.config, needed=False)
     protocols = supported(images, protocols or run.config.eval.protocols)
     check(images, protocols, split)
     found = [(model, run)]
@@ -86,7 +89,9 @@ def _candidate(model: str, run: Run, folder: Path, device: torch.device) -> Cand
     )  # fmt: skip
 
 
-def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch.device) -> tuple[Run, str, Path]:
+def _open(
+    source: Path, cfg: str | None, overrides: Sequence[str], device: torch.device, best: bool = False
+) -> tuple[Run, str, Path]:
     """(network and config, what it is called, where its features are kept) of a run folder or a weights file."""
     if not source.exists():
         raise FileNotFoundError(f"{source} is not there; give a run folder or a weights file")
@@ -95,11 +100,14 @@ def _open(source: Path, cfg: str | None, overrides: Sequence[str], device: torch
             raise ValueError(f"--cfg {cfg}: {source} is a run folder and brings its own config; --cfg goes with a weights file")
         if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
             raise ValueError(f"{foreign[0]}: a run is evaluated as it was trained; only data.* and eval.* and amp can be set")
-        run = load_run(source, device)
+        run = load_run(source, device, best=best)
+        say_which(source, best)
         config = parse(["--cfg", str(source / "config.yaml"), *overrides]).config
         if config.data.root == from_run(source / "config.yaml").data.root:
             config = replace(config, data=replace(config.data, root=run.config.data.root))  # where it lies now
-        return run._replace(config=config), "run", source
+        return run._replace(config=config), "best" if best else "run", source
+    if best:
+        raise ValueError(f"--best: {source} is a file, not a run folder; leave it out")
     if cfg is None:
         raise ValueError(f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml")
     config = parse(["--cfg", cfg, *overrides]).config
@@ -192,18 +200,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--protocol", type=_protocols, metavar="LIST", help="of retrieval,knn,linear (default: eval.protocols)")
     parser.add_argument("--fractions", type=_fractions, default=[100.0], metavar="LIST",
                         help="percent of the training labels that linear probes see, e.g. 100,50,20 (default: 100)")  # fmt: skip
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="train: retrieval among the training images")
+    parser.add_argument("--split", choices=("test", "train", "validation"), default="test",
+                        help="train: retrieval among the training images; validation: what eval.validation held out")  # fmt: skip
     parser.add_argument("--baselines", action="store_true", help="also the untouched network and the teacher's own features")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that is added to (default: RUN/evaluation.json)")
+    parser.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last (eval.keep_best)")
+    add_device_option(parser)
     args, overrides = parser.parse_known_args(argv)
     if "--row0" in overrides:
         parser.error("--row0 is called --baselines now")
     if wrong := [text for text in overrides if "=" not in text]:
         parser.error(f"unexpected argument {wrong[0]!r}; overrides are given as key=value")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = option_device(args.device)
     records = evaluate(
         args.source, device, cfg=args.cfg, overrides=overrides, protocols=args.protocol, fractions=args.fractions,
-        split=args.split, baselines=args.baselines,
+        split=args.split, baselines=args.baselines, best=args.best,
     )  # fmt: skip
     show(records)
     if not all(r["own_data"] for r in records):

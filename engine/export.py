@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.console import say
 from engine.errors import ConfigError, command
-from engine.pretrained import FORMATS, export
+from engine.pretrained import FORMATS, export, say_which
 
 
 @command(ConfigError, RuntimeError)
@@ -20,8 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=FORMATS, help="format")
     parser.add_argument("--out", type=Path, metavar="DIR/FILE", help="where to (default: RUN/export)")
     parser.add_argument("--minmax", choices=("batch", "image"), help="range over which the mask is scaled (default: the run's own)")
+    parser.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last (eval.keep_best)")
     args = parser.parse_args(argv)
-    path = export(args.run, args.to, args.out, minmax=args.minmax)
+    say_which(args.run, args.best)
+    path = export(args.run, args.to, args.out, minmax=args.minmax, best=args.best)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB), {path.name}.json, {path.name}.md")
     return 0
 

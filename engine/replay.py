@@ -20,7 +20,9 @@ from engine.config import from_run
 from engine.console import say
 from engine.data import teacher_cache
 from engine.errors import ConfigError, command
-from engine.training import Trainer, checkpoint
+from engine.evaluation import hold_out
+from engine.pretrained import other_kind
+from engine.training import Trainer, add_device_option, checkpoint, option_device
 from ppssl.method import Batch
 
 
@@ -50,7 +52,11 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     Raises ``FileNotFoundError``, or ``ValueError`` naming the bundle when it is not one, or was made by a library call without a
     config, or when the data set is not there or another one now.
     """
-    state = checkpoint.load(bundle)
+    try:
+        state = checkpoint.load(bundle)
+    except ValueError as error:
+        kind = other_kind(bundle) or "another file, or was cut short or damaged"
+        raise ValueError(f"{bundle} is no replay bundle: it is {kind}; bundles of engine.train lie in RUN/replay") from error
     if not isinstance(state.get("replay"), dict) or "config" not in state.get("info", {}):
         raise ValueError(f"{bundle} is no replay bundle of a run of engine.train; they lie in RUN/replay")
     device = torch.device(device)
@@ -61,7 +67,7 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
         cfg = replace(cfg, data=replace(cfg.data, root=root))
     cfg = build.resolve(cfg, device)
     cache = files.cache_folder()
-    images = build.data(cfg, cache_dir=cache)
+    images = hold_out(build.data(cfg, cache_dir=cache), cfg)
     trainer = assemble(
         cfg, images, device, teacher=build.teacher(cfg, device), out=None, cache=cache,
         embed=lambda teacher: teacher_cache.embeddings(
@@ -131,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="RUN/replay/step_N.pt")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    result = replay(args.bundle, root=args.root, device=args.device)
+    result = replay(args.bundle, root=args.root, device=option_device(args.device))
     say(f"step {result.step} on {len(result.images)} images, {result.images[0]} ... {result.images[-1]}")
     for name, value in result.now.items():
         say(f"  {name:<10} then {result.then.get(name, math.nan):>12.6g}   now {value:>12.6g}")

@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "weights.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The inference network with the best validation measure, where ``eval.keep_best`` names one."""
+        return self.path / "best.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of ``step_*.pt``: everything that training continues from."""
         return self.path / "checkpoints"

@@ -19,8 +19,8 @@ from engine.console import console, printable, say
 from engine.data import ImageList, Transform, contact_sheet, read_image
 from engine.errors import ConfigError, command
 from engine.evaluation import most_similar, of_run
-from engine.pretrained import load_run
-from engine.training import precision
+from engine.pretrained import load_run, say_which
+from engine.training import add_device_option, option_device, precision
 from ppssl.timm_trunk import image_input
 
 _SIDE = 160
@@ -45,16 +45,19 @@ class Match(NamedTuple):
         return "" if self.images.labels is None else self.images.classes[self.images.labels[self.index]]
 
 
-def search(folder: Path, image: Path, top: int, device: torch.device, root: str | None = None) -> list[Match]:
+def search(
+    folder: Path, image: Path, top: int, device: torch.device, root: str | None = None, *, best: bool = False
+) -> list[Match]:
     """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
     The lists' features are kept in ``folder``, so that only the first search takes long; nothing else is written.
 
-    root: where the data set lies now, if it has moved.
+    root: where the data set lies now, if it has moved. best: by the weights of the run's best evaluation, not the last.
 
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
     """
-    run = load_run(folder, device)
+    run = load_run(folder, device, best=best)
+    say_which(folder, best)
     cfg, network = run.config, run.network
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
@@ -75,7 +78,7 @@ def search(folder: Path, image: Path, top: int, device: torch.device, root: str 
     for split, images in (("train", found.train), ("test", found.test)):
         if images is None or not len(images):
             continue
-        near = most_similar(query, of_run(run, images, split, folder, device), top)
+        near = most_similar(query, of_run(run, images, f"best-{split}" if best else split, folder, device), top)
         matches += [Match(float(c), split, images, int(i)) for i, c in zip(near.index[0], near.cosine[0], strict=True)]
     return sorted(matches, key=lambda m: -m.cosine)[:top]
 
@@ -100,12 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=10, metavar="N", help="answers (default: 10)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: RUN/search.png)")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
+    parser.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last (eval.keep_best)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: got {args.top}, must be at least 1")
     out = args.out or args.run / "search.png"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matches = search(args.run, args.image, args.top, device, args.root)
+    device = option_device(args.device)
+    matches = search(args.run, args.image, args.top, device, args.root, best=args.best)
     write_sheet(args.image, matches, out)
     say(f"most like {printable(str(args.image))}, below {printable(str(matches[0].images.root))}:")
     table = Table()

@@ -31,7 +31,7 @@ _ALIASES = {
     "lr": "optim.lr", "wd": "optim.weight_decay", "weight_decay": "optim.weight_decay", "momentum": "optim.momentum",
     "b": "batch_size", "j": "data.workers", "workers": "data.workers", "a": "encoder.arch", "arch": "encoder.arch",
     "moco_k": "queue.size", "moco_m": "ema.decay", "moco_t": "contrast.temperature", "moco_dim": "encoder.dim",
-    "c": "cfg", "config": "cfg",
+    "c": "cfg", "config": "cfg", "device": "run.device",
 }  # fmt: skip
 _PRECISION = re.compile(r"(bf|fp|float)\w*$|null$")  # fp32 is taken too, so that the type check refuses it by name
 # Options that are no keys of the configuration, with the value they want.

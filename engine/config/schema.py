@@ -26,6 +26,7 @@ from engine.errors import ConfigError
 from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
+Measure = Literal["rank1", "rank5", "mAP", "knn_top1", "linear_top1"]
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 
@@ -54,9 +55,9 @@ class OptimConfig:
     """Of SGD."""
     weight_decay: Annotated[float, Ge(0), SAID] = 1e-4
     """L2, on every parameter."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "constant"], SAID] = "cosine"
     """cosine: half a period from lr to 0 over the whole run, by step."""
-    backend: Literal["auto", "torch", "apex"] = "auto"
+    backend: Annotated[Literal["auto", "torch", "apex"], SAID] = "auto"
     """auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
 
 
@@ -110,11 +111,13 @@ class RunConfig:
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10
     """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
+    device: Annotated[str, FREE] = "auto"
+    """auto is the first CUDA GPU, else the CPU; cpu, cuda, cuda:N or mps (not tested). Several processes take a GPU each."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the labelled test split."""
+    """Evaluation on the labelled test split, and on a validation part of the training images that chooses the best weights."""
 
     every: Annotated[Annotated[int, Ge(0)] | Literal["auto"], FREE] = 0
     """Epochs between evaluations during training; 0 is before and after only, auto as often as 2 % of the time allows."""
@@ -122,6 +125,12 @@ class EvalConfig:
     """Images per batch; part of the result in the published variant, whose mask is scaled over the batch."""
     protocols: Annotated[tuple[Protocol, ...], MinLen(1), Distinct(), FREE] = ("retrieval",)
     """What is measured; knn and linear need the features of the training images too."""
+    keep_best: Annotated[Measure | None, FREE] = None
+    """Measure on the validation part (eval.validation) by which best.safetensors is kept; never of the test split."""
+    validation: Annotated[float, Ge(0), Le(0.5)] | None = None
+    """Part of each class's labelled training images that is held out, drawn by seed; null is 0.1 with eval.keep_best, else 0."""
+    patience: Annotated[Annotated[int, Ge(1)] | None, FREE] = None
+    """Evaluations without a better eval.keep_best after which the run ends; null never ends it early."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +139,11 @@ class General:
 
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """One seed for weights, order and views."""
-    epochs: Annotated[int, Ge(1)] = 100
-    """Passes over the training images."""
+    epochs: Annotated[int, Ge(1), SAID] = 100
+    """Passes over the training images; a run may be continued with more of them, or with fewer that are not done yet."""
     batch_size: Annotated[int, Ge(1)] = 128
     """Images per step, over all processes."""
-    amp: Literal["bf16", "fp16"] | None = None
+    amp: Annotated[Literal["bf16", "fp16"] | None, SAID] = None
     """Automatic mixed precision."""
     out: Annotated[str | None, FREE] = None
     """Run folder; null is runs/<recipe>."""
@@ -260,6 +269,7 @@ def checked(key: str, value: Any) -> Any:
     return found
 
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps")
 _OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "string_too_short"}
 
 
@@ -304,6 +314,15 @@ def validate(config: Config) -> None:
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if config.data.crop_banner and config.data.extra_roots:
         refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
+    if not (config.run.device == "auto" or _DEVICE.fullmatch(config.run.device)):
+        refuse("run.device", "must be auto, cpu, cuda, cuda:N (as cuda:1) or mps")
+    if config.eval.keep_best:
+        if config.eval.validation == 0:
+            refuse("eval.keep_best", "needs a validation part of the training images: eval.validation above 0, such as 0.1")
+        if config.eval.every == "auto":
+            refuse("eval.every", "goes by the clock, so that eval.keep_best would differ from run to run; give a number of epochs")
+    elif config.eval.patience is not None:
+        refuse("eval.patience", "needs the measure that is to improve: eval.keep_best=rank1, or another")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
     if config.bn.sync and config.bn.groups > 1:

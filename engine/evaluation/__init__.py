@@ -6,6 +6,7 @@ from engine.evaluation.evaluator import Candidate, Evaluator, check, evaluate_fe
 from engine.evaluation.features import extract, of_run
 from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours, most_similar
 from engine.evaluation.retrieval import Retrieval, retrieval
+from engine.evaluation.validation import Validation, hold_out
 
 __all__ = [
     "Attention",
@@ -15,12 +16,14 @@ __all__ = [
     "Evaluator",
     "Neighbours",
     "Retrieval",
+    "Validation",
     "attention_maps",
     "check",
     "extract",
     "feature_name",
     "features",
     "evaluate_features",
+    "hold_out",
     "keep",
     "linear",
     "most_similar",

@@ -78,7 +78,7 @@ class Watch:
         weights_file.save_weights(RunFolder(self.out).maps / f"step_{step:09d}.safetensors", maps, about)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        if trainer.epoch < trainer.epochs and self.is_due(trainer.epoch, trainer.epochs):
+        if not trainer.ended and self.is_due(trainer.epoch, trainer.epochs):
             self(trainer)
 
     def is_due(self, epoch: int, epochs: int) -> bool:

@@ -78,6 +78,10 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
         if tuple(protocols) != ("retrieval",):
             raise ValueError("--split train: only --protocol retrieval leaves the asked image out; knn and linear learn from it")
         return
+    if split == "validation":
+        if images.validation is None:
+            raise ValueError("--split validation: the run held no part of its training images out; see eval.validation")
+        return
     if not in_test:
         raise ValueError(
             f"data.root: {root} has no labelled test split; for folders put one in {root}/test/<class>/*.jpg (or val/). "
@@ -127,10 +131,11 @@ def evaluate_features(
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
-    evaluated = images.test if split == "test" else images.labelled
+    evaluated = {"test": images.test, "validation": images.validation}.get(split, images.labelled)
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
-    features = candidate.features(evaluated, split)
+    features = candidate.features(evaluated, split).to(device)
     apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
     if apart < COLLAPSED:
         say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
@@ -171,7 +176,7 @@ def evaluate_features(
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if learned := [name for name in protocols if name in _LEARNED]:
-        bank, known = candidate.features(images.labelled, "train"), torch.from_numpy(images.labelled.labels).to(device)
+        bank, known = candidate.features(images.labelled, "train").to(device), torch.from_numpy(images.labelled.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
         if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
             return not_applicable(learned, f"no {split} class has a training image", unseen=unseen)
@@ -334,7 +339,7 @@ class Evaluator:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """A hook of the trainer; the last epoch is evaluated after training."""
-        if not self.possible or trainer.epoch >= trainer.epochs:
+        if not self.possible or trainer.ended:
             return
         trained = time.perf_counter() - trainer.log.opened - self.spent
         if self.world.broadcast_object(self.is_due(trainer.epoch, trained)):  # it depends on the clock

@@ -3,19 +3,21 @@
 from engine.pretrained import model_card, third_party, weights_file
 from engine.pretrained.export_targets import FORMATS, export
 from engine.pretrained.file_kind import other_kind
-from engine.pretrained.run import Run, load_run, run_config
+from engine.pretrained.run import Run, best_of, load_run, run_config, say_which
 from engine.pretrained.weights_file import load_weights, save_weights
 
 __all__ = [
     "FORMATS",
     "export",
     "Run",
+    "best_of",
     "load_run",
     "load_weights",
     "model_card",
     "other_kind",
     "run_config",
     "save_weights",
+    "say_which",
     "third_party",
     "weights_file",
 ]

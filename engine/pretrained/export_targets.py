@@ -168,17 +168,18 @@ FORMATS = {
 }
 
 
-def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None = None) -> Path:
+def export(folder: Path, to: str, out: Path | None = None, *, minmax: str | None = None, best: bool = False) -> Path:
     """Writes the network of the run ``folder`` as ``to`` and its card (FILE.json, FILE.md) beside it; returns the file.
 
     out: a file with the format's suffix, or a folder; None is ``folder``/export.
     minmax: scale the mask over each ``image`` instead of over the ``batch``, as variant ``published`` does, so that the feature
     of an image does not depend on the rest of its batch (graphs of networks with a mask only).
+    best: the weights of the run's best evaluation (``eval.keep_best``), not the last.
     Raises ``FileNotFoundError`` for a folder that is no run, ``ValueError`` for a request that cannot be met, ``ImportError``
     without ONNX, ``RuntimeError`` when the graph's features are not the run's.
     """
     target = FORMATS[to]
-    run = load_run(folder)
+    run = load_run(folder, best=best)
     arch, mask = run.config.encoder.arch, run.network.mask
     run.network.to(memory_format=torch.contiguous_format)
     timm = run.network.trunk if isinstance(run.network.trunk, TimmTrunk) else None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from engine.config import flatten
 from engine.console import counted
+from engine.pretrained import best_of
 from engine.report.run import Run
 from engine.training import COLLAPSE
 
@@ -41,6 +42,8 @@ def headline(run: Run) -> Headline | str:
     """The first and the last evaluation of the log, and a warning where the network has collapsed."""
     evaluated = run.of_kind("eval")
     warning = f" Warning: {COLLAPSE}." if any(r.get("collapsed") for r in run.of_kind("train")[-1:]) else ""
+    if best := best_line(run):
+        warning = f" {best}{warning}"
     if not evaluated:
         return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split." + warning
     first, last = evaluated[0], evaluated[-1]
@@ -58,6 +61,21 @@ def headline(run: Run) -> Headline | str:
         f"seed {run.config.seed}",
     ]
     return Headline(changes, "; ".join(part for part in parts if part) + "." + warning)
+
+
+def best_line(run: Run) -> str:
+    """Which weights are the best by the validation part, with what they reach on the test split; empty where none were kept."""
+    if (best := best_of(run.folder)) is None:
+        return ""
+    measure, name = best["measure"], SCORES.get(best["measure"], best["measure"])
+    tested = [r[measure] for r in run.of_kind("eval") if str(r["step"]) == best["step"] and measure in r]
+    there = f", {100 * tested[-1]:.1f} % on the test split" if tested else ""
+    early = any(r.get("ended_early") for r in run.of_kind("summary")[-1:])
+    ended = " The run ended early (eval.patience), as no later epoch was better." if early else ""
+    return (
+        f"Best weights by validation {name}: epoch {best['epoch']}, {100 * float(best['value']):.1f} % on the validation part"
+        f"{there}; they are in best.safetensors, and this page shows the last weights.{ended}"
+    )
 
 
 def protocols(run: Run) -> Table | None:

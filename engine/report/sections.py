@@ -63,6 +63,10 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
     terms = list(dict.fromkeys(key for records in trained.values() for r in records for key in r if key not in own))
     shares = [key for key in terms if "_top" in key]
     evaluated = [charts.line_chart(text, series("eval", key), x_name=x_name, percent=True) for key, text in SCORES.items()]
+    evaluated += [
+        charts.line_chart(f"validation {text}", series("validation", key), x_name=x_name, percent=True)
+        for key, text in SCORES.items()
+    ]
     made = []
     for key in [*[k for k in terms if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
         title = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second", "data_wait": "data wait",
@@ -72,7 +76,7 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
         if any(value for line in lines.values() for _, value in line):  # what stayed 0 throughout needs no picture
             chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key in ("data_wait", "contrast_ties"))
             made += [chart] if chart else []
-    if not made or any(len(run.of_kind("eval")) > 2 for run in runs):
+    if not made or any(len(run.of_kind(kind)) > 2 for run in runs for kind in ("eval", "validation")):
         made = [chart for chart in evaluated if chart] + made
     lines, points = (max(len(run.of_kind(kind)) for run in runs) for kind in ("train", "eval"))
     logged = f"{counted(lines, 'training line')} and {counted(points, 'evaluation')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -157,3 +157,19 @@ class RunLog:
     def leave_out(self, seconds: float) -> None:
         """Takes work that was not training (a checkpoint, an evaluation) out of the speed of the next line."""
         self.since += seconds
+
+
+class Summary(NamedTuple):
+    """What a finished (or continued) ``fit`` did, in seconds and images."""
+
+    steps: int
+    seconds: float
+    compile_seconds: float
+    images_per_s: float
+    data_wait: float
+    checkpoint_seconds: float
+    hook_seconds: float
+    collapsed: bool = False
+    """All images gave nearly the same feature at the end."""
+    ended_early: bool = False
+    """``eval.patience`` ended the run before its last epoch."""

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+FORMULAS = {"cosine": "lr * (1 + cos(pi * step / total_steps)) / 2", "constant": "lr"}
+"""``learning_rate`` by ``optim.schedule``, in words for the log."""
+
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str) -> float:
     """Learning rate of 0-based ``step``. ``cosine``: peak * (1 + cos(pi * step / total)) / 2 (MoCo v2, by step);

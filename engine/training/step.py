@@ -294,7 +294,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.weight_decay  # may be another one from here on, as the rate may
         self._keep_buffers()  # a compiled graph holds these very tensors
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where nothing was scaled: amp may be another one from here on
+            self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
 
 

@@ -23,6 +23,7 @@ from ppssl.settings.methods import (
 )
 from ppssl.settings.sections import (
     FREE,
+    OF_RUN,
     SAID,
     AisConfig,
     BatchNormConfig,
@@ -39,7 +40,7 @@ from ppssl.settings.sections import (
 )
 
 __all__ = [
-    "FREE", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
+    "FREE", "OF_RUN", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
     "EncoderConfig", "IadmConfig", "LCRSettings", "LDFSSettings", "LcrConfig", "LdfsConfig", "MethodConfig", "MoCoSettings",
     "PPSSLSettings", "QueueConfig", "Resume", "Sections", "Settings", "SimCLRSettings", "Source", "TeacherConfig", "get_key",
     "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",

@@ -25,6 +25,14 @@ FREE, SAID = Resume("free"), Resume("said")
 
 
 @dataclass(frozen=True)
+class OfRun:
+    """A fraction of the whole run: where that gets longer, so does what the key says."""
+
+
+OF_RUN = OfRun()
+
+
+@dataclass(frozen=True)
 class Distinct:
     """Each value once."""
 
@@ -69,7 +77,7 @@ class QueueConfig:
 
     size: Annotated[int, Ge(1)] = 65536
     """Rows K; any positive number, no multiple of the batch needed."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], SAID] = "auto"
     """Storage type; auto is 16-bit on CUDA under amp, float32 otherwise."""
     sharded: Annotated[bool, FREE] = False
     """Keep K / world_size rows per process."""
@@ -116,7 +124,7 @@ class AisConfig:
     """tau of both softmaxes."""
     scale: Annotated[float, Gt(0)] = 100.0
     """Factor on the student's cosine similarities before the softmax."""
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.0
+    warmup: Annotated[float, Ge(0), Le(1), OF_RUN] = 0.0
     """Fraction of all steps over which the weight rises linearly from 0."""
     prompts: str = "birds"
     """Corpus in ppssl/prompts, or the path of a YAML file."""

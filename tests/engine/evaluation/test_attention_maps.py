@@ -153,7 +153,7 @@ def test_a_run_is_looked_at_five_times_or_at_every_evaluation(tmp_path: Path) ->
         watch = attention_maps.Watch(None, Config(eval=EvalConfig(every=every)), found, CPU)
         watch.__class__ = type("Counted", (attention_maps.Watch,), {"__call__": lambda self, t: looked.append(t.epoch)})
         for epoch in range(1, epochs + 1):
-            watch.after_epoch(SimpleNamespace(epoch=epoch, epochs=epochs))
+            watch.after_epoch(SimpleNamespace(epoch=epoch, epochs=epochs, ended=epoch == epochs))
         assert looked == wanted
         looked.clear()
 
