@@ -56,7 +56,9 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
         state = checkpoint.load(bundle)
     except ValueError as error:
         kind = other_kind(bundle) or "another file, or was cut short or damaged"
-        raise ValueError(f"{bundle} is no replay bundle: it is {kind}; bundles of engine.train lie in RUN/replay") from error
+        raise ValueError(
+            f"{bundle} cannot be read as a replay bundle: it is {kind}; those of engine.train lie in RUN/replay"
+        ) from error
     if not isinstance(state.get("replay"), dict) or "config" not in state.get("info", {}):
         raise ValueError(f"{bundle} is no replay bundle of a run of engine.train; they lie in RUN/replay")
     device = torch.device(device)

@@ -37,3 +37,20 @@ def test_what_computes_batch_norm_is_decided_and_reaches_the_trunk(monkeypatch: 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=r"bn\.impl: fused needs a GPU.*cpu; use bn\.impl=torch"):
         build.resolve(from_yaml(text % "fused"), CPU)
+
+
+def test_files_are_named_by_absolute_paths_and_tags_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    Path("plain").write_bytes(b"")  # a file without a suffix
+    cfg = from_yaml(
+        "encoder: {weights: runs/a/best.safetensors}\nais: {prompts: mine.yaml}\nteacher: {weights: ~/clip.safetensors}"
+    )
+    found = build.with_absolute_paths(cfg)
+    assert found.encoder.weights == str(tmp_path / "runs/a/best.safetensors") and found.ais.prompts == str(tmp_path / "mine.yaml")
+    assert found.teacher.weights == "/home/somebody/clip.safetensors" and found.teacher.model == cfg.teacher.model
+    assert build.with_absolute_paths(found) == found
+    for text in ("none", "IMAGENET1K_V1", "timm", "timm:a1_in1k", "timm:x/y.z"):
+        assert build.with_absolute_paths(from_yaml(f"encoder: {{weights: '{text}'}}")).encoder.weights == text
+    assert build.with_absolute_paths(from_yaml("encoder: {weights: plain}")).encoder.weights == str(tmp_path / "plain")
+    assert build.with_absolute_paths(from_yaml("ais: {prompts: birds}")).ais.prompts == "birds"
