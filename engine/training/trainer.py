@@ -69,6 +69,7 @@ class Trainer:
         optim: OptimConfig | None = None,
         run: RunConfig | None = None,
         ema_decay: float = 0.999,
+        ema_schedule: str = "constant",
         amp: str | None = None,
         device: torch.device | str | None = None,
         out: str | Path | None = None,
@@ -106,11 +107,12 @@ class Trainer:
             compile=self.execution.compile,
             graph=self.execution.graph,
             max_bad_steps=run.max_bad_steps,
+            decay_schedule=ema_schedule,
         )
         self.out = Path(out) if out is not None and world.first else None
         self.resume_from, self.config, self.images = resume, config, images
         self.listing = listing(images) if images is not None else None
-        self.settings = flatten(config) if config else known_settings(method, epochs, optim, run, ema_decay, amp)
+        self.settings = flatten(config) if config else known_settings(method, epochs, optim, run, ema_decay, amp, ema_schedule)
         self.log_every = run.log_every
         self.profile = profile
         self.save_every = run.save_every_steps or loader.steps_per_epoch
