@@ -159,7 +159,7 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
     descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count) if settings.uses_text else None
-    what = f"its {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
+    what = f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
     # before it is loaded: a first use downloads it
     say(f"teacher: {model}, weights {files}; {what}")
     if model.startswith(PREFIX):
@@ -194,6 +194,7 @@ _TEACHERS_WORDS = {
     "encoder.arch": "teacher.model",
     "data.image_size": "teacher.image_size",
     "use none or a file": "use a file",
+    "give none, a torchvision tag, or an existing file": "give timm, timm:TAG or an existing file",
     ", none or a file": " or a file",
 }
 """What an error about an encoder says of a teacher."""
