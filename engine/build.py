@@ -159,7 +159,9 @@ def teacher(cfg: Config, device: torch.device) -> Teacher | None:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
     descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count) if settings.uses_text else None
-    what = f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
+    what = (
+        f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
+    )
     # before it is loaded: a first use downloads it
     say(f"teacher: {model}, weights {files}; {what}")
     if model.startswith(PREFIX):
