@@ -1,7 +1,7 @@
 """Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH][+KEY=VALUE] ...]`` prints
-one JSON line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py
-does on a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled
-ahead of time."""
+one JSON line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what
+test_graph.py does on a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that
+are compiled ahead of time."""
 
 from __future__ import annotations
 
