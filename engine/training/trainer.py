@@ -50,9 +50,10 @@ class Trainer:
 
         Trainer(method, loader, epochs=100, amp="bf16", out="runs/mine").fit()
 
-    method: a ``ppssl.Method``. loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
-    ``ppssl.Batch``. optim, run: the sections ``optim`` and ``run`` of a config. teacher: [N, E] embeddings by image index, for
-    methods with ``needs_teacher_embeddings``. hooks: called with the trainer after every epoch. profile: steady steps to profile.
+    method: a ``ppssl.Method``. ema_decay, ema_schedule: of its momentum network, as ``ema.*``. loader: anything with
+    ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding ``ppssl.Batch``. optim, run: the sections ``optim`` and
+    ``run`` of a config. teacher: [N, E] embeddings by image index, for methods with ``needs_teacher_embeddings``. hooks: called
+    with the trainer after every epoch. profile: steady steps to profile.
     out: run folder, None keeps nothing. One process at a time trains there. A run that is already in it is continued where it is
     this one (``resume="auto"``) and moved aside with ``resume="none"``; a run with other settings is refused. ``engine.load(out)``
     gives the trained network.

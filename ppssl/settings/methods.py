@@ -281,7 +281,7 @@ def variant(name: str, variant: str = "published", values: Mapping[str, Any] | N
 def idle_keys(sections: Sections) -> dict[str, list[str]]:
     """{why: dotted keys} of what has another value than the default and does nothing with the method and its settings.
     ``queue.dtype`` and ``ais.count`` are left out: what ``auto`` or null became is not told from what was set."""
-    settings, default = method_settings(sections), Sections()
+    settings, default = method_settings(sections), resolve_variant(Sections(method=sections.method))
     why = {f"{e.name}.": f"method {settings.name} does not read it" for e in fields(Sections) if not hasattr(settings, e.name)}
     for engines in ("method.", "encoder.", "ema.", "bn."):  # the engine reads them too
         why.pop(engines, None)
