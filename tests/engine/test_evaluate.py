@@ -300,8 +300,6 @@ def test_what_is_no_run_and_no_weights_file(run: Path, photos: Path, tmp_path: P
     assert main([str(tmp_path / "other.safetensors"), "--cfg", recipe]) == 1
     assert "nothing in" in said(capsys)
 
-    assert main([str(run), "--cfg", recipe]) == 1
-    assert "brings its own config" in said(capsys)
     assert main([str(run), "encoder.arch=resnet50"]) == 1
     assert "evaluated as it was trained" in said(capsys)
     (run / "weights.safetensors").unlink()
