@@ -60,7 +60,8 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
         count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
         cfg = replace(cfg, ais=replace(cfg.ais, count=count))
     if cfg.data.root is not None:  # a run is evaluated from other folders too
-        cfg = replace(cfg, data=replace(cfg.data, root=os.path.abspath(os.path.expanduser(cfg.data.root))))
+        root, *more = (os.path.abspath(os.path.expanduser(path)) for path in (cfg.data.root, *cfg.data.extra_roots))
+        cfg = replace(cfg, data=replace(cfg.data, root=root, extra_roots=tuple(more)))
     if cfg.queue.dtype == "auto":
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
@@ -121,6 +122,10 @@ def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress
         root,
         train=cfg.data.train,
         test=cfg.data.test,
+        classes=cfg.data.classes,
+        fraction=cfg.data.fraction,
+        extra_roots=cfg.data.extra_roots,
+        seed=cfg.seed,
         training=training,
         crop_banner=cfg.data.crop_banner,
         workers=cfg.data.workers,

@@ -86,6 +86,12 @@ class DataConfig:
     """Loader threads or processes; null takes the machine's cores."""
     allow_change: Annotated[bool, FREE] = False
     """Continue a run although training images were added, removed or changed since its checkpoint; else that is refused."""
+    classes: Annotated[tuple[str, ...], Distinct(), FREE] = ()
+    """Use these classes only, by name or by pattern (Warbler*); empty is all."""
+    fraction: Annotated[float, Gt(0), Le(1), FREE] = 1.0
+    """Part of the training photos that is used, drawn from each class by seed."""
+    extra_roots: Annotated[tuple[str, ...], Distinct(), FREE] = ()
+    """More folders of photos to train on, with class folders or without labels."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +251,8 @@ def checked(key: str, value: Any) -> Any:
         if kinds & _OUT_OF_RANGE and ("too_short" not in kinds or not value):  # a list of wrong members counts as too short too
             raise ConfigError(f"{key}: got {_plain(value)!r}, must {_range(keys()[key])}") from None
         shown = "null" if value is None else f"{_plain(value)!r} ({type(_plain(value)).__name__})"
-        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}") from None
+        quoted = '; quote what YAML would read otherwise: ["*a", b]' if isinstance(value, str) and value.startswith("[") else ""
+        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}{quoted}") from None
     if any(isinstance(mark, OneOf) and found not in mark.choices() for mark in keys()[key].marks):
         raise ConfigError(f"{key}: got {value!r}, expected {keys()[key].expected}")
     if any(isinstance(mark, Distinct) for mark in keys()[key].marks) and len(set(found)) < len(found):
@@ -295,6 +302,8 @@ def validate(config: Config) -> None:
             refuse(key, f"data.name={config.data.name} has a split of its own; it goes with data.name=folder and list")
     if config.data.crop_banner and config.data.name != "aircraft":
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
+    if config.data.crop_banner and config.data.extra_roots:
+        refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
     if config.bn.sync and config.bn.groups > 1:

@@ -87,6 +87,9 @@ FROZEN = {
     "data.crop_banner": False,
     "data.workers": None,
     "data.allow_change": False,
+    "data.classes": (),
+    "data.fraction": 1.0,
+    "data.extra_roots": (),
     "run.compile": "auto",
     "run.cuda_graph": "auto",
     "run.log_every": 10,
@@ -266,7 +269,7 @@ def test_null_stands_for_a_later_choice():
 
 
 FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident",
-        "data.workers", "data.allow_change"}  # fmt: skip
+        "data.workers", "data.allow_change", "data.classes", "data.fraction", "data.extra_roots"}  # fmt: skip
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
 SAID = {"optim.lr", "optim.weight_decay", "bn.impl"}
 """What it may change with a line in the log: the remedies of a run that diverges, and what only rounds differently."""
