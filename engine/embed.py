@@ -28,20 +28,20 @@ def embed(
     force: bool = False,
     world: World = distributed.ALONE,
 ) -> None:
-    """Embeds the folder or the list (CSV) ``photos``, or, where that is None, the data of the config, into ``out``, and says what
-    was done.
+    """Embeds the folder or the list (CSV, Parquet) ``photos`` into ``out``, or, where that is None, the data of the config, and says
+    what was done.
 
     source, cfg, overrides: as of ``engine.evaluation.open_source``; the others as of ``embed_photos``.
     """
     device = world.device if device is None else device
     given = []
     if photos is not None:
-        given = [f"data.{key}={'null' if value is None else value}" for key, value in photo_settings(photos).items()]
+        given = [f"data.{key}={_text(value)}" for key, value in photo_settings(photos).items()]
         roots = [Path(text.partition("=")[2]) for text in overrides if text.lstrip("-").startswith("data.root=")]
         if roots and photos.is_dir() and not roots[-1].resolve().is_relative_to(photos.resolve()):
             raise ConfigError(f"data.root={roots[-1]}: {printable(str(photos))} is to be embedded; name one of them")
     opened = open_source(source, device, cfg=cfg, overrides=[*given, *overrides])
-    listed = list_photos(opened.run.config.data)
+    listed = list_photos(opened.run.config.data, opened.run.config.seed)
     for note in listed.notes:
         say(note)
     found = ", ".join(f"{count:,} of {split}" for split, count in listed.splits)
@@ -52,6 +52,11 @@ def embed(
     say(f"written: {out}, {counted(done.photos, 'photo')} ({out.stat().st_size / 1e6:,.1f} MB) in {done.seconds:,.1f} s{rate}")
     if done.bad is not None:
         say(f"{counted(done.left_out, 'file')} left out; the reasons are in {done.bad}")
+
+
+def _text(value: object) -> str:
+    """A setting as it is typed."""
+    return "null" if value is None else "[]" if value == () else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _device(text: str) -> torch.device:
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="RUN|WEIGHTS", help=SOURCE_HELP)
     parser.add_argument("photos", type=Path, nargs="?", metavar="FOLDER|LIST",
-                        help="folder of photos, or a list of them as CSV (default: the data of the run or recipe)")  # fmt: skip
+                        help="folder of photos, or a list, CSV or Parquet (default: the data of the run or recipe)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.parquet, e.npz or e.csv")
     parser.add_argument("--cfg", metavar="FILE|RECIPE", help="architecture of a weights file, or data for a run")
     parser.add_argument("--half", action="store_true", help="store float16")

@@ -95,7 +95,7 @@ def evaluate_query(
     baselines: bool = False,
     recall: Sequence[int] = RECALL,
 ) -> list[dict[str, Any]]:
-    """The records of the labelled folders or lists (CSV) ``query`` and ``gallery``: every photo of the first asks for those of its
+    """The records of the labelled folders or lists ``query`` and ``gallery``: every photo of the first asks for those of its
     class in the second. source, cfg, overrides and what is raised as of ``evaluate``."""
     run, model, folder = open_source(source, device, cfg=cfg, overrides=overrides)
 
@@ -104,12 +104,15 @@ def evaluate_query(
         found = catalog.load(**data, workers=run.config.data.workers, cache_dir=files.cache_folder())
         if found.test is not None and len(found.test):
             raise ValueError(f"{name} {path} holds two splits; give a list of one each")
-        if found.train.labels is not None:
-            classes = counted(len(np.unique(found.train.labels)), "class", "classes")
-            say(f"{name}: {counted(len(found.train), 'photo')} in {classes} below {printable(str(path))}")
+        labelled = found.labelled
+        if labelled.labels is not None:
+            classes = counted(len(np.unique(labelled.labels)), "class", "classes")
+            say(f"{name}: {counted(len(labelled), 'photo')} in {classes} below {printable(str(path))}")
+            if len(labelled) < len(found.train):
+                say(f"{name}: {counted(len(found.train) - len(labelled), 'photo')} without a label left out")
         if unused := catalog.left_out(found):
             say(f"{name}: {unused}")
-        return found.train
+        return labelled
 
     lists = images("--query", query), images("--gallery", gallery)
     config = replace(run.config, data=replace(run.config.data, name="list" if query.is_file() else "folder"))

@@ -1,4 +1,4 @@
-"""Features and how they are evaluated: retrieval, kNN, linear probes, neighbours, attention maps."""
+"""Features and how they are evaluated: embeddings, retrieval, kNN, linear probes, neighbours, attention maps."""
 
 from engine.evaluation import attention_maps, embedding_file, features, linear, neighbours
 from engine.evaluation.attention_maps import Attention

@@ -193,7 +193,8 @@ def embed_photos(
         summary = Summary(0, None, 0, made, 0.0)
         if world.first:
             summary = _join(out, parts, description(source, photos.root, device, wanted["weights"], half=half))
-            shutil.rmtree(parts.folder)
+    if world.first:  # once its lock is let go: a network file system keeps files that are open
+        shutil.rmtree(parts.folder)
     world.barrier()
     return summary._replace(made=made, seconds=time.perf_counter() - started)
 

@@ -100,7 +100,8 @@ def evaluate_disjoint(
             f"folders put one in test/<class>/*.jpg, or name it: data.test=FOLDER"
         )
     started = time.perf_counter()
-    trained = set() if images.train.labels is None else {images.train.classes[label] for label in images.train.labels.tolist()}
+    train = images.labelled
+    trained = set() if train.labels is None else {train.classes[label] for label in train.labels.tolist()}
     both = sorted({test.classes[label] for label in test.labels.tolist()} & trained)
     if both:
         say(f"warning: metric-learning: {counted(len(both), 'test class', 'test classes')} of {len(np.unique(test.labels))} "

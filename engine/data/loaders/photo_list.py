@@ -19,7 +19,7 @@ from engine.console import printable
 from engine.data import layouts
 from engine.data.image_file import Watch
 from engine.data.layouts.guess import SUFFIXES, guess, holds_photos
-from engine.data.layouts.lists import BadFile, Split, subfolders, walk
+from engine.data.layouts.lists import UNLABELLED, BadFile, Split, subfolders, walk
 from engine.data.layouts.official import AIRCRAFT_BANNER
 from engine.errors import ConfigError
 
@@ -32,7 +32,7 @@ class PhotoList:
     names: tuple[str, ...]
     """Posix paths relative to ``root``."""
     labels: tuple[str, ...] | None
-    """Class of each; "" for those of a split without labels, None where no split has any."""
+    """Class of each; "" for one without, None where none has any."""
     splits: tuple[tuple[str, int], ...]
     """(train or test, photos), in order."""
     identity: str
@@ -67,8 +67,9 @@ class PhotoList:
         return image.crop((0, 0, image.width, image.height - self.cut)) if self.cut else image
 
 
-def list_photos(data: DataConfig) -> PhotoList:
-    """The photos of ``data.name`` at ``data.root``: those of the training split, then those of the test split.
+def list_photos(data: DataConfig, seed: int = 0) -> PhotoList:
+    """The photos of ``data.name`` at ``data.root``: those of the training split, then those of the test split; ``seed`` draws
+    ``data.fraction``.
 
     Raises as ``layouts.read`` does, and ``ValueError`` where there are none.
     """
@@ -76,7 +77,10 @@ def list_photos(data: DataConfig) -> PhotoList:
         raise ConfigError(
             "data.root: not set; name a folder or a list of photos, e.g. python -m engine.embed RUN photos --out e.npz"
         )
-    layout = layouts.read(data.name, data.root, train=data.train, test=data.test)
+    layout = layouts.read(
+        data.name, data.root, train=data.train, test=data.test,
+        classes=data.classes, fraction=data.fraction, extra_roots=data.extra_roots, seed=seed,
+    )  # fmt: skip
     parts = {name: split for name, split in (("train", layout.train), ("test", layout.test)) if split is not None and split.names}
     if not parts:
         why = "; ".join([*layout.notes, *(f"{printable(b.name)}: {b.reason}" for b in layout.bad[:3])])
@@ -101,21 +105,24 @@ def list_photos(data: DataConfig) -> PhotoList:
 
 
 def _labels(split: Split, classes: tuple[str, ...]) -> list[str]:
-    return [""] * len(split.names) if split.labels is None else [classes[label] for label in split.labels]
+    if split.labels is None:
+        return [""] * len(split.names)
+    return ["" if label == UNLABELLED else classes[label] for label in split.labels]
 
 
 def photo_settings(path: Path, *, labelled: bool = False) -> dict[str, Any]:
-    """The settings of the section ``data`` that read the folder or the list (CSV) ``path``.
+    """The settings of the section ``data`` that read the folder or the list (CSV, Parquet) ``path``, all of it and nothing else.
 
     labelled: the photos are to have classes: the folders in ``path`` are, whatever their names.
     Raises ``FileNotFoundError`` where there is nothing, ``ValueError`` where labels are wanted and there are none, or two splits.
     """
+    all_of_it = {"test": None, "classes": (), "fraction": 1.0, "extra_roots": (), "crop_banner": False}
     if path.is_file():
         whole = path.absolute()
-        return {"name": "list", "root": str(whole.parent), "train": str(whole), "test": None}
+        return {"name": "list", "root": str(whole.parent), "train": str(whole), **all_of_it}
     if not path.is_dir():
-        raise FileNotFoundError(f"{printable(str(path))} is not there; give a folder of photos or a list of them (CSV)")
-    found: dict[str, Any] = {"name": "folder", "root": str(path.absolute()), "train": None, "test": None}
+        raise FileNotFoundError(f"{printable(str(path))} is not there; give a folder of photos or a list of them (CSV or Parquet)")
+    found: dict[str, Any] = {"name": "folder", "root": str(path.absolute()), "train": None, **all_of_it}
     if not labelled:
         return found
     understood = guess(path)

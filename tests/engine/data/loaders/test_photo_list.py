@@ -34,6 +34,16 @@ def test_the_banner_of_aircraft_is_cut(tmp_path: Path) -> None:
     assert cut.identity != whole.identity
 
 
+def test_some_classes_and_photos_without_a_label(photos: Path, tmp_path: Path) -> None:
+    some = list_photos(DataConfig(name="folder", root=str(photos), classes=("*Tit",)))
+    assert set(some.labels) == {"002.Blue_Tit"} and some.splits == (("train", 4), ("test", 4))
+    more = DataConfig(name="folder", root=str(photos / "test"), train=".", extra_roots=(str(photos / "train" / CLASSES[0]),))
+    found = list_photos(more)
+    assert len(found) == 16 and found.labels.count("") == 4
+    with Watch() as watch:
+        assert found.read(found.labels.index(""), watch).size == (48, 40)
+
+
 def test_the_identity_is_that_of_the_files(tmp_path: Path) -> None:
     for i in range(3):
         draw(tmp_path / f"photos/{i}.png", 0, i)
@@ -66,7 +76,8 @@ def test_what_a_path_is_read_as(photos: Path, tmp_path: Path) -> None:
     for name in ("kite", "tit"):
         draw(tmp_path / "set/images" / name / "1.png", 0, 1)
     draw(tmp_path / "one/kite/1.png", 0, 1)
-    assert photo_settings(tmp_path / "set") == {"name": "folder", "root": str(tmp_path / "set"), "train": None, "test": None}
+    whole = photo_settings(tmp_path / "set")
+    assert DataConfig(**whole) == DataConfig(name="folder", root=str(tmp_path / "set"))
     assert photo_settings(tmp_path / "set", labelled=True)["train"] == "images"
     assert photo_settings(tmp_path / "one", labelled=True)["train"] == "."
     assert photo_settings(photos / "test", labelled=True)["train"] == "."
