@@ -18,6 +18,7 @@ from bench.timing import CUDA, DEVICE, GUARDS, guard, synchronize
 from engine.data import list_photos
 from engine.evaluation import embed_photos, embedding_file, most_similar, open_source
 from engine.training import precision
+from ppssl.encoder import Trunk
 
 ARCH, SIDE = "resnet50", 224
 PHOTOS, BATCH = (4096, 128) if CUDA else (32, 8)
@@ -42,7 +43,7 @@ def test_over_the_forward_pass(benchmark, photos: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PPSSL_CACHE", str(photos / "cache"))
     weights = photos / "resnet50.pth"
     torch.manual_seed(0)
-    torch.save(build_state(), weights)
+    torch.save({"state_dict": Trunk(ARCH).state_dict()}, weights)
     amp = "bf16" if CUDA else "null"
     overrides = ["data.name=list", f"data.root={photos}", "data.train=list.csv", f"eval.batch_size={BATCH}", f"amp={amp}"]
     source = open_source(weights, DEVICE, overrides=[f"encoder.arch={ARCH}", f"data.image_size={SIDE}", *overrides])
@@ -72,12 +73,6 @@ def test_over_the_forward_pass(benchmark, photos: Path, monkeypatch: pytest.Monk
 
     guard(benchmark, "embed", ratios, GUARDS["embed"])
     benchmark.pedantic(embed, rounds=1)
-
-
-def build_state() -> dict[str, torch.Tensor]:
-    from ppssl.encoder import Trunk
-
-    return {"state_dict": Trunk(ARCH).state_dict()}
 
 
 def test_search_in_100000(benchmark, tmp_path: Path):

@@ -28,12 +28,18 @@ def embed(
     force: bool = False,
     world: World = distributed.ALONE,
 ) -> None:
-    """Embeds the folder or the list (CSV, Parquet) ``photos`` into ``out``, or, where that is None, the data of the config, and says
-    what was done.
+    """Embeds the folder or the list (CSV, Parquet) ``photos``, where that is None the data of the config, into ``out``, and says what
+    was done.
 
     source, cfg, overrides: as of ``engine.evaluation.open_source``; the others as of ``embed_photos``.
     """
     device = world.device if device is None else device
+    if device.index is not None and device != world.device:
+        if world.group:
+            raise ConfigError(
+                f"--device {device}: each of {world.size} processes has its own; CUDA_VISIBLE_DEVICES chooses among them"
+            )
+        torch.cuda.set_device(device)  # which kernels go to
     given = []
     if photos is not None:
         given = [f"data.{key}={_text(value)}" for key, value in photo_settings(photos).items()]
