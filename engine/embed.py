@@ -28,7 +28,7 @@ def embed(
     force: bool = False,
     world: World = distributed.ALONE,
 ) -> None:
-    """Embeds the folder or the list (CSV, Parquet) ``photos``, where that is None the data of the config, into ``out``, and says what
+    """Embeds the folder or the list (CSV, Parquet) ``photos``, or without one the data of the config, into ``out``, and says what
     was done.
 
     source, cfg, overrides: as of ``engine.evaluation.open_source``; the others as of ``embed_photos``.
