@@ -4,7 +4,7 @@ from engine.training import checkpoint, distributed, precision, signals, speed
 from engine.training.distributed import ALONE, World, add_device_option, choose_device, gather_rows, option_device
 from engine.training.log import COLLAPSE, COLLAPSED, Summary
 from engine.training.optim import apex_missing
-from engine.training.resume import find_checkpoint
+from engine.training.resume import find_checkpoint, recorded_settings
 from engine.training.signals import Stopped
 from engine.training.step import choose, uncompiled
 from engine.training.trainer import Trainer
@@ -27,6 +27,7 @@ __all__ = [
     "gather_rows",
     "option_device",
     "precision",
+    "recorded_settings",
     "signals",
     "speed",
     "uncompiled",

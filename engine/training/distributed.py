@@ -164,26 +164,27 @@ class World:
 ALONE = World()
 
 
-def join(environment: Mapping[str, str] = os.environ, device: str = "auto") -> World:
+def join(environment: Mapping[str, str] = os.environ, device: str = "auto", key: str = "run.device") -> World:
     """The world that torchrun's or SLURM's variables describe, joined; one process without them.
 
-    device: ``run.device``. Of several processes, each takes the GPU of its place on the machine (``auto``, ``cuda``), or all
+    device: ``run.device``, or the option that an error is to name as ``key``.
+    Of several processes, each takes the GPU of its place on the machine (``auto``, ``cuda``), or all
     compute on the CPU.
     Raises ``ConfigError`` naming the variable that is missing or does not fit this machine, or a device that is not there.
     """
     found = described(environment)
     if found is None:
-        alone = World(device=choose_device(device))
+        alone = World(device=choose_device(device, key))
         _make_current(alone.device)
         return alone
     world, address, port = found
     end_with_parent()
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(
-            f"run.device: {device} names one device, and there are {world.size} processes: use auto, cuda (each takes the GPU of "
+            f"{key}: {device} names one device, and there are {world.size} processes: use auto, cuda (each takes the GPU of "
             f"its local rank) or cpu; CUDA_VISIBLE_DEVICES chooses among the GPUs"
         )
-    world.device = choose_device(device)
+    world.device = choose_device(device, key)
     if world.device.type == "cuda":
         world.device = torch.device("cuda", gpu_of(world.local_rank, torch.cuda.device_count(), environment))
         torch.cuda.set_device(world.device)

@@ -124,12 +124,18 @@ def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def known_settings(
-    method: Method, epochs: int, optim: OptimConfig, run: RunConfig, ema_decay: float, amp: str | None
+    method: Method,
+    epochs: int,
+    optim: OptimConfig,
+    run: RunConfig,
+    ema_decay: float,
+    amp: str | None,
+    ema_schedule: str = "constant",
 ) -> dict[str, Any]:
     """{dotted key: value} of a run that was built in code, as far as it can be told: enough to load its network again where the
     method is registered, and to refuse another run's folder."""
     sections = {"optim": optim, "run": run}
-    known = {"epochs": epochs, "amp": amp, "ema.decay": ema_decay}
+    known = {"epochs": epochs, "amp": amp, "ema.decay": ema_decay, "ema.schedule": ema_schedule}
     known |= {
         f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)
     }
@@ -181,7 +187,8 @@ def _changed(then: dict[str, Any], now: dict[str, Any], policy: str) -> list[str
     """The keys of that ``Key.resume`` whose value is another one now; a file that an earlier version recorded by a relative path is
     the same one."""
     known = {key: absolute(key, then[key]) if key in FILES else then[key] for key in now if key in then}
-    return [key for key, value in known.items() if keys()[key].resume == policy and value != now[key]]
+    differing = [key for key, value in known.items() if keys()[key].resume == policy and value != now[key]]
+    return [key for key in differing if (key, now[key]) != ("queue.size", "auto")]  # the checkpoint's is taken (build.decide_queue)
 
 
 def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], rate: float, total_steps: int) -> None:
