@@ -22,7 +22,7 @@ from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -105,14 +105,14 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         with trainer.writing("the evaluation after training"):
             evaluator(trainer)
             watch(trainer)
-        trainer.records.close()
+        trainer.records.finish()
         if world.first:
             now = time.perf_counter()
             evaluating += now - opened
             about = {"cold_start_seconds": cold, "evaluation_seconds": evaluating, "total_seconds": now - started}
             record = summary._asdict() | about
             append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
-            closing_lines(out, record)
+            closing_lines(out, record, trainer.records.told)
             if share := evaluator.closing(summary.seconds - evaluator.spent):
                 say(share)
     if world.first:
@@ -191,8 +191,8 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def closing_lines(out: Path, record: dict[str, float]) -> None:
-    """The closing lines: before and after, and where the time went."""
+def closing_lines(out: Path, record: dict[str, float], told: int = 0) -> None:
+    """The closing lines: before and after, where the time went, and how many symptoms were told."""
     evaluated = [r for r in read_metrics(out) if r["kind"] == "eval"]
     if evaluated:
         ends = [evaluated[0], evaluated[-1]][-len(evaluated) :]  # one of a run that began from another's last checkpoint
@@ -210,8 +210,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
             f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
-    if record.get("collapsed"):
-        say(f"warning: {COLLAPSE}")
+    if told:
+        say(f"{counted(told, 'warning')} above; the report lists what people do about {'it' if told == 1 else 'them'}")
     say(f"run folder: {out}")
 
 

@@ -50,9 +50,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def metrics_csv(self) -> Path:
+        """The numbers of ``metrics`` as a flat table, where ``run.loggers`` names csv."""
+        return self.path / "metrics.csv"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard events."""
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Id, project and name of the run at Weights & Biases, where ``run.loggers`` names wandb."""
+        return self.path / "wandb.json"
 
     @property
     def evaluation(self) -> Path:

@@ -26,6 +26,7 @@ from engine.errors import ConfigError
 from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
+LoggerName = Literal["tensorboard", "csv", "wandb"]
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 
@@ -110,6 +111,8 @@ class RunConfig:
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10
     """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
+    loggers: Annotated[tuple[LoggerName, ...], Distinct(), FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: tensorboard, csv (metrics.csv), wandb (Weights & Biases); [] is nowhere."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from engine.evaluation.attention_maps import Attention
 from engine.evaluation.evaluator import Candidate, Evaluator, check, evaluate_features, feature_name, keep, of_teacher, supported
 from engine.evaluation.features import extract, of_run
 from engine.evaluation.neighbours import ClassScore, Confusion, Neighbours, most_similar
+from engine.evaluation.overlays import MAP_NAMES, overlay
 from engine.evaluation.retrieval import Retrieval, retrieval
 
 __all__ = [
+    "MAP_NAMES",
     "Attention",
     "Candidate",
     "ClassScore",
@@ -27,6 +29,7 @@ __all__ = [
     "neighbours",
     "of_run",
     "of_teacher",
+    "overlay",
     "retrieval",
     "supported",
 ]

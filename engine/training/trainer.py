@@ -28,6 +28,7 @@ from engine.training.profiling import Profile
 from engine.training.resume import Found, continue_in, find_checkpoint, known_settings, listing, refuse_other_run
 from engine.training.step import Step, choose
 from ppssl.method import Batch, Method, Output
+from ppssl.momentum import KeyQueue
 from ppssl.ops import gather
 
 
@@ -118,7 +119,15 @@ class Trainer:
         self.health = Health(self.step.parameters)
         self.saved_step = self.hooked_epoch = -1
         self.begun = self.save_is_due = self.is_ending = False
-        self.records = Records(self.out)
+        queue = next((module.size for module in method.modules() if isinstance(module, KeyQueue)), None)
+        self.records = Records(
+            self.out,
+            self.settings,
+            loggers=run.loggers,
+            queue=queue,
+            steps_per_epoch=loader.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
         self.log: RunLog | None = None
 
     @property
@@ -174,8 +183,8 @@ class Trainer:
                 stop = self.world.vote(asked.number)
                 last = step.steps_done == self.total_steps
                 if step.steps_done % self.log_every == 0 or last or stop:
-                    self.check()
                     self.write_line(lr)
+                    self.check()
                 if not stop:
                     hooking += self.timed(self.run_hooks)
                 self.health.see(output.total)

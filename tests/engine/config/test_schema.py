@@ -96,6 +96,7 @@ FROZEN = {
     "run.save_every_steps": None,
     "run.keep": 2,
     "run.max_bad_steps": 10,
+    "run.loggers": ("tensorboard",),
     "eval.every": 0,
     "eval.batch_size": 128,
     "eval.protocols": ("retrieval",),
@@ -244,6 +245,7 @@ def test_missing_file(tmp_path: Path):
         "eval: {every: -1}",
         "eval: {protocols: []}",
         "eval: {protocols: [knn, knn]}",
+        "run: {loggers: [csv, csv]}",
     ],
 )
 def test_values_out_of_range_name_their_key(text: str):
