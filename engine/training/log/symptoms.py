@@ -32,7 +32,7 @@ WAITING = 0.5
 SKIPPED = 0.5
 """Share of the steps between two lines that were skipped."""
 _STEPS = 300
-"""Steps, beside three epochs and two turns of the queue, before a loss is expected to fall."""
+"""Steps, beside epochs and turns of the queue, before a loss is expected to have moved."""
 _SECONDS = 30.0
 _BEFORE = 50
 """Lines whose median a gradient norm is compared with."""
@@ -198,7 +198,7 @@ def _not_falling(records: Sequence[Record], facts: Facts) -> str | None:
         return None
     if before and 10 * before["step"] // facts.total_steps == 10 * newest["step"] // facts.total_steps:
         return None  # ten times per run
-    span = max(_STEPS, 3 * facts.steps_per_epoch, 2 * facts.filled)
+    span = max(_STEPS, 5 * facts.steps_per_epoch, 2 * facts.filled, 0.3 * facts.total_steps)
     lines = [r for r in records if _is_line(r, name) and r["step"] > facts.filled]
     if newest["step"] < facts.filled + span or len(lines) < 10:
         return None
@@ -217,8 +217,8 @@ def _too_long(records: Sequence[Record], facts: Facts) -> str | None:
     part = min(1.0, facts.filled / facts.total_steps)
     seen = "until its end" if part == 1 else f"for {100 * part:.0f} % of its steps"
     return (
-        f"queue.size={facts.queue:,} takes {math.ceil(facts.filled):,} steps to fill and the run has {facts.total_steps:,}: images "
-        f"are contrasted with the random rows that it starts with {seen}"
+        f"queue.size={facts.queue} takes {math.ceil(facts.filled):,} steps to fill and the run has {facts.total_steps:,}: the "
+        f"contrast is against the random rows that it starts with {seen}"
     )
 
 

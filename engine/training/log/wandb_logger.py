@@ -59,25 +59,40 @@ class WandB:
                 f"run.loggers: wandb could not be started ({reason}); run 'wandb login', or set WANDB_MODE=offline and send "
                 f"the run later by 'wandb sync', or leave wandb out of run.loggers"
             ) from error
+        self.lost = False
         self.run.define_metric("*", step_metric="step")
         write_text(RunFolder(out).wandb, json.dumps(about, indent=1) + "\n")
-        say(f"wandb: {self.run.url or f'offline, wandb sync {Path(self.run.dir).parent} sends it'}")
+        place = Path(self.run.dir).parent  # without a network there is no address yet
+        say(f"wandb: {f'offline; wandb sync --append {place} sends the run' if self.run.offline else self.run.url}")
 
     def write(self, record: Mapping[str, Any], names: Sequence[str]) -> None:
         values = {f"{record['kind']}/{name}": record[name] for name in names}
         epoch = {"epoch": record["epoch"]} if "epoch" in record else {}
-        self.run.log(values | epoch | {"step": record["step"]})
+        self._log(values | epoch | {"step": record["step"]})
 
     def picture(self, name: str, pixels: npt.NDArray[np.uint8], step: int) -> None:
         import wandb
 
-        self.run.log({name: wandb.Image(pixels), "step": step})
+        self._log({name: wandb.Image(pixels), "step": step})
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """Training does not end where wandb's own process has: metrics.jsonl has the numbers."""
+        import wandb
+
+        if self.lost:
+            return
+        try:
+            self.run.log(values)
+        except (wandb.Error, ConnectionError) as error:
+            self.lost = True
+            say(f"warning: wandb: {type(error).__name__}: {error}; nothing more is sent of this run, metrics.jsonl goes on")
 
     def close(self) -> None:
         """It stays open until ``finish``, or wandb's own end of the process."""
 
     def finish(self) -> None:
-        self.run.finish()
+        if not self.lost:
+            self.run.finish()
 
 
 def _identity(out: Path) -> dict[str, Any]:
