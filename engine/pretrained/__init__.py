@@ -1,7 +1,7 @@
 """Weights in and out: a run's network, third-party checkpoints, the model card."""
 
 from engine.pretrained import model_card, third_party, weights_file
-from engine.pretrained.export_targets import FORMATS, export
+from engine.pretrained.export_targets import FORMATS, SHORT, export
 from engine.pretrained.file_kind import other_kind
 from engine.pretrained.run import Run, load_run, run_config
 from engine.pretrained.weights_file import load_weights, save_weights
@@ -10,6 +10,7 @@ __all__ = [
     "FORMATS",
     "export",
     "Run",
+    "SHORT",
     "load_run",
     "load_weights",
     "model_card",
