@@ -57,7 +57,7 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 class BaseTrunk(nn.Module):
     """What every trunk offers: images to a map, without pooling and classifier. Its state dict has the names of the project that
-    the architecture is from."""
+    the architecture is from. One of your own sets the four attributes and ``maps``; its ``arch`` is any name that is free."""
 
     arch: str
     """``encoder.arch``."""
@@ -292,15 +292,23 @@ def _bn_mode(bn: nn.BatchNorm2d) -> dict:
 
 
 class FeatureNet(nn.Module):
-    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names."""
+    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names.
+
+    Raises ``TypeError`` for a trunk that does not extend ``BaseTrunk``.
+    """
 
     transform: Callable[[Any], Tensor] | None = None
     """A PIL image or an image file -> [3, S, S], the input it was trained for; set by whoever knows that (``engine.load``)."""
     class_names: tuple[str, ...] = ()
     """Of the data set it was trained on, by label; set by ``engine.load``, empty where the run does not know them."""
 
-    def __init__(self, trunk: nn.Module, mask: MaskBranch | None = None):
+    def __init__(self, trunk: BaseTrunk, mask: MaskBranch | None = None):
         super().__init__()
+        if not isinstance(trunk, BaseTrunk):
+            raise TypeError(
+                f"a trunk must extend ppssl.encoder.BaseTrunk, got {type(trunk).__name__}: give it arch, channels, stride and "
+                f"maps(images), as ppssl/README.md shows (A trunk of your own)"
+            )
         self.trunk, self.mask = trunk, mask
 
     def forward(self, images: Tensor) -> Tensor:

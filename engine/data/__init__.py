@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.data import catalog, contact_sheet, inspection, sampler, teacher_cache, views_sheet
     from engine.data.catalog import Catalog, ImageList
-    from engine.data.image_file import read_image
+    from engine.data.image_file import read_image, signature
     from engine.data.loaders.choose import build_loader, dali_problem
     from engine.data.loaders.clean_batches import clean_batches
     from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from engine.data.views import clean_resize
 
 _HOME = {
-    "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "build_loader": "loaders.choose",
+    "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "signature": "image_file",
+    "build_loader": "loaders.choose",
     "dali_problem": "loaders.choose", "IMAGENET_MEAN": "loaders.interface", "IMAGENET_STD": "loaders.interface",
     "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.clean_batches",
     "clean_view": "loaders.torch_loader", "input_view": "loaders.torch_loader",
@@ -32,7 +33,7 @@ _HOME = {
 __all__ = [
     "HARDWARE_DECODER_SHARE", "IMAGENET_MEAN", "IMAGENET_STD", "Catalog", "ImageList", "Loader", "Normalize", "Transform",
     "build_loader", "catalog", "clean_batches", "clean_resize", "clean_view", "contact_sheet", "cores", "dali_problem",
-    "input_view", "inspection", "read_image", "sampler", "teacher_cache", "views_sheet",
+    "input_view", "inspection", "read_image", "sampler", "signature", "teacher_cache", "views_sheet",
 ]  # fmt: skip
 
 

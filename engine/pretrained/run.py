@@ -59,7 +59,14 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
                 f"{files.config}: method.name: {cfg.method.name!r} is not registered here; import the module that registers it, or "
                 f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
             )
-        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), build_trunk(cfg.encoder.arch))
+        try:
+            trunk = build_trunk(cfg.encoder.arch)
+        except ValueError as error:
+            raise ValueError(
+                f"{files.config}: {error}; of a trunk of your own give the network that takes the weights: "
+                f"engine.load({str(folder)!r}, network=FeatureNet(...))"
+            ) from error
+        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), trunk)
     tensors = weights_file.load_weights(path)
     weights_file.refuse_not_finite(tensors, str(path))
     try:
