@@ -98,9 +98,9 @@ SHORT = {"hf": "huggingface"}
 
 
 def export(
-    folder: Path,
+    folder: str | Path,
     to: str,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     minmax: str | None = None,
     normalize: bool = False,
@@ -121,7 +121,9 @@ def export(
     Raises ``FileNotFoundError`` for a folder that is no run, ``ValueError`` for a request that cannot be met, ``ImportError``
     without ONNX, ``RuntimeError`` when what was written does not give the run's features.
     """
-    to = SHORT.get(to, to)
+    folder, out, to = Path(folder), None if out is None else Path(out), SHORT.get(to, to)
+    if to not in FORMATS:
+        raise ValueError(f"--to {to}: not known; use {', '.join(FORMATS)}")
     target, options = FORMATS[to], Options(normalize, with_map, opset)
     run = load_run(folder, network=network)
     arch, mask = model_card.arch_of(run), run.network.mask

@@ -51,6 +51,11 @@ READINGS = (
 )
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether ``folder`` holds a model and is no run's: a ``config.json`` and no ``config.yaml``."""
+    return (folder / CONFIG).is_file() and not (folder / "config.yaml").is_file()
+
+
 def weights_in(folder: Path) -> Path:
     """The weights file of the model that ``folder`` holds. Raises ``FileNotFoundError`` where there is none or it is in parts,
     ``ValueError`` where there are several to choose from."""
