@@ -94,7 +94,7 @@ def arch_of(run: Run) -> str:
 def feature(run: Run, *, graph: bool) -> str:
     """The formula of what the exported file computes; graph: the whole inference feature."""
     if not graph:
-        return "gap(F), the trunk's pooled output"
+        return "gap(F), the mean of the trunk's map"
     return "l2(gap(F))" if run.network.mask is None else "l2(gap(A * F))"
 
 

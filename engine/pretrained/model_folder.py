@@ -217,6 +217,7 @@ def _check(run: Run, folder: Path) -> Reading:
 
 def _use(name: str, reading: Reading) -> str:
     return (
+        "import timm, torch\n\n"
         f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()   # uploaded: "hf-hub:OWNER/{name}"\n'
         "how = timm.data.resolve_model_data_config(model)\n"
         "transform = timm.data.create_transform(**how, is_training=False)   # a PIL image -> [3, S, S]\n"
