@@ -41,7 +41,7 @@ def download(trunk: TimmTrunk, weights: str) -> dict[str, Tensor]:
     if tag not in known:
         raise ValueError(f"encoder.weights: timm has no weights {tag!r} for {trunk.name}; use {choices(trunk)}, none or a file")
     name = f"{trunk.name}.{tag}"
-    say(f"encoder.weights: {name} from the cache or the Hugging Face hub; HF_HUB_OFFLINE=1 asks the cache alone")
+    say(f"weights {name}: from the cache or the Hugging Face hub; HF_HUB_OFFLINE=1 asks the cache alone")
     try:
         return create(PREFIX + name, name, {"pretrained": True}).state_dict()
     except Exception as error:  # of several libraries, httpx and huggingface_hub among them
