@@ -20,7 +20,7 @@ from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
-from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics, write_classes
 from engine.synthetic import dataset
 from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
@@ -136,6 +136,7 @@ def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step:
         return
     write_text(folder.config, to_yaml(cfg if ended is None else replace(ended, data=replace(ended.data, root=cfg.data.root))))
     append_data(folder.path, step, cfg.data.root, lists)
+    write_classes(folder.path, images.train.classes)
 
 
 def is_finished(out: Path, step: int) -> bool:

@@ -18,7 +18,7 @@ from engine.console import say
 from engine.data import ImageList, Loader
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, write_classes
 from engine.training import checkpoint, precision, signals
 from engine.training.distributed import ALONE, World
 from engine.training.guard import Health
@@ -162,6 +162,7 @@ class Trainer:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
         write_text(RunFolder(self.out).config, to_yaml(self.settings))
+        write_classes(self.out, self.images.classes if self.images is not None else ())
 
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done
