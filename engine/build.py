@@ -294,18 +294,20 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
 def load(
     folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None, best: bool = False
 ) -> FeatureNet:
-    """The trained network of a run folder, in eval mode.
+    """The trained network of a run folder, in eval mode; the images it was trained on are not needed.
 
-    ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalized images to unit rows [B, C]; its ``transform`` makes one such
-    image [3, S, S] from a PIL image or a file, as evaluation does.
+    ``network.embed(paths)`` maps image files to unit rows [N, C], in batches. ``network.features(images)`` takes normalized images
+    [B, 3, S, S]; ``network.transform`` makes one of them [3, S, S] from a PIL image or a file, as evaluation does.
+    ``network.class_names`` are those of the run's data, by label.
 
-    network: takes the weights of a method of your own; None builds that of a registered one.
+    network: takes the weights of a method or a trunk of your own; None builds that of a registered method.
     best: the weights with the best validation measure (``eval.keep_best``); else those of the newest checkpoint.
     Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
     run = load_run(folder, device, network, best=best)
     encoder = run.config.encoder
     run.network.transform = Transform(run.config.data.image_size, image_input(encoder.arch, encoder.weights))
+    run.network.class_names = run.class_names
     return run.network
 
 

@@ -21,9 +21,9 @@ from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, Validation, attention_maps, hold_out
 from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.pretrained import best_of
-from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics, write_classes
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -111,14 +111,14 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         with trainer.writing("the evaluation after training"):
             evaluator(trainer)
             watch(trainer)
-        trainer.records.close()
+        trainer.records.finish()
         if world.first:
             now = time.perf_counter()
             evaluating += now - opened
             about = {"cold_start_seconds": cold, "evaluation_seconds": evaluating, "total_seconds": now - started}
             record = summary._asdict() | about
             append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
-            closing_lines(out, record)
+            closing_lines(out, record, trainer.records.told)
             if share := evaluator.closing(summary.seconds - evaluator.spent):
                 say(share)
     if world.first:
@@ -142,6 +142,7 @@ def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step:
         return
     write_text(folder.config, to_yaml(cfg if ended is None else replace(ended, data=replace(ended.data, root=cfg.data.root))))
     append_data(folder.path, step, cfg.data.root, lists)
+    write_classes(folder.path, images.train.classes)
 
 
 def is_finished(out: Path, step: int) -> bool:
@@ -199,8 +200,8 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def closing_lines(out: Path, record: dict[str, float]) -> None:
-    """The closing lines: before and after, and where the time went."""
+def closing_lines(out: Path, record: dict[str, float], told: int = 0) -> None:
+    """The closing lines: before and after, where the time went, and how many symptoms were told."""
     records = read_metrics(out)
     evaluated = [r for r in records if r["kind"] == "eval"]
     if evaluated:
@@ -221,8 +222,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
             f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
-    if record.get("collapsed"):
-        say(f"warning: {COLLAPSE}")
+    if told:
+        say(f"{counted(told, 'warning')} above; the report lists what people do about {'it' if told == 1 else 'them'}")
     say(f"run folder: {out}")
 
 

@@ -27,6 +27,7 @@ from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get
 
 Protocol = Literal["retrieval", "knn", "linear"]
 Measure = Literal["rank1", "rank5", "mAP", "knn_top1", "linear_top1"]
+LoggerName = Literal["tensorboard", "csv", "wandb"]
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 
@@ -111,6 +112,8 @@ class RunConfig:
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10
     """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
+    loggers: Annotated[tuple[LoggerName, ...], Distinct(), FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: tensorboard, csv (metrics.csv), wandb (Weights & Biases); [] is nowhere."""
     device: Annotated[str, FREE] = "auto"
     """auto is the first CUDA GPU, else the CPU; cpu, cuda, cuda:N or mps (not tested). Several processes take a GPU each."""
 

@@ -121,6 +121,7 @@ def evaluate_features(
     solvers: Sequence[str] = ("convex",),
     split: str = "test",
     own: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """One plain record for every number of every protocol, each naming protocol, feature, data, split, epoch and step.
 
@@ -128,6 +129,7 @@ def evaluate_features(
     no evaluated class has training images, knn and linear do not apply; where the evaluated images are of a single class, which
     every answer hits, no protocol does: one record each, whose ``top1`` is None.
     own: {split: identity} of the lists that are the run's own, so that ``own_data`` tells them from others; None: these are.
+    quiet: whoever keeps the records tells of a collapse, once per run.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
@@ -137,7 +139,7 @@ def evaluate_features(
     started = time.perf_counter()
     features = candidate.features(evaluated, split).to(device)
     apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
-    if apart < COLLAPSED:
+    if apart < COLLAPSED and not quiet:
         say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
     about = {
         "model": candidate.model,
@@ -152,6 +154,7 @@ def evaluate_features(
         "image_size": cfg.data.image_size,
         "batch_size": cfg.eval.batch_size,
         "amp": cfg.amp,
+        "spread": float(apart),
     }
     identities = {"train": images.train.identity, split: evaluated.identity}
     records: list[dict[str, Any]] = []
@@ -272,7 +275,9 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
 
 
 # Of the first record, into the line of the log.
-_ABOUT = ("feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
+_ABOUT = (
+    "feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size", "spread",
+)  # fmt: skip
 
 
 class Evaluator:
@@ -306,7 +311,7 @@ class Evaluator:
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
-        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols, quiet=True)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)

@@ -60,6 +60,17 @@ def choices(trunk: TimmTrunk) -> str:
     return ", ".join(["timm", *(f"timm:{tag}" for tag in known[:_SHOWN])]) + more if known else "none of timm's"
 
 
+def tag_with_input(trunk: TimmTrunk, wanted: dict[str, list[float]]) -> str | None:
+    """The tag of timm's weights for the model whose images are normalized by ``mean`` and ``std`` of ``wanted``."""
+    import timm  # heavy
+
+    for tag in tags(trunk):
+        config = timm.get_pretrained_cfg(f"{trunk.name}.{tag}")
+        if all(max(abs(a - b) for a, b in zip(getattr(config, key), wanted[key], strict=True)) < 1e-3 for key in wanted):
+            return tag
+    return None
+
+
 def _place(config) -> str:
     """File and folder of a download."""
     if config.hf_hub_id:

@@ -2,7 +2,8 @@
 
 from engine.training import checkpoint, distributed, precision, signals, speed
 from engine.training.distributed import ALONE, World, add_device_option, choose_device, gather_rows, option_device
-from engine.training.log import COLLAPSE, COLLAPSED, Summary
+from engine.training.log import Summary, symptoms
+from engine.training.log.symptoms import COLLAPSE, COLLAPSED
 from engine.training.optim import apex_missing
 from engine.training.resume import find_checkpoint, recorded_settings
 from engine.training.signals import Stopped
@@ -30,5 +31,6 @@ __all__ = [
     "recorded_settings",
     "signals",
     "speed",
+    "symptoms",
     "uncompiled",
 ]

@@ -18,7 +18,7 @@ from engine.console import say
 from engine.data import ImageList, Loader
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, write_classes
 from engine.training import checkpoint, precision, signals
 from engine.training.best import Best
 from engine.training.distributed import ALONE, World, choose_device
@@ -37,6 +37,7 @@ from engine.training.resume import (
 )
 from engine.training.step import Step, choose
 from ppssl.method import Batch, Method, Output
+from ppssl.momentum import KeyQueue
 from ppssl.ops import gather
 
 
@@ -117,7 +118,15 @@ class Trainer:
         self.saved_step = self.hooked_epoch = -1
         self.begun = self.save_is_due = self.is_ending = False
         self.best = Best(config.eval.keep_best, config.eval.patience) if config else Best()
-        self.records = Records(self.out)
+        queue = next((module.size for module in method.modules() if isinstance(module, KeyQueue)), None)
+        self.records = Records(
+            self.out,
+            self.settings,
+            loggers=run.loggers,
+            queue=queue,
+            steps_per_epoch=loader.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
         self.log: RunLog | None = None
 
     @property
@@ -165,6 +174,7 @@ class Trainer:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
         write_text(RunFolder(self.out).config, to_yaml(self.settings))
+        write_classes(self.out, self.images.classes if self.images is not None else ())
 
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done
@@ -194,13 +204,13 @@ class Trainer:
                 last = step.steps_done == self.total_steps
                 line = step.steps_done % self.log_every == 0 or last or stop
                 if line:
-                    self.check()
                     self.write_line(lr)
+                    self.check()
                 if not stop:
                     hooking += self.timed(self.run_hooks)
                 if self.best.ended and not line:
-                    self.check()
                     self.write_line(lr)
+                    self.check()
                 last |= self.best.ended
                 self.health.see(output.total)
                 self.save_is_due |= step.steps_done % self.save_every == 0

@@ -104,6 +104,7 @@ FROZEN = {
     "run.save_every_steps": None,
     "run.keep": 2,
     "run.max_bad_steps": 10,
+    "run.loggers": ("tensorboard",),
     "run.device": "auto",
     "eval.every": 0,
     "eval.batch_size": 128,
@@ -263,6 +264,7 @@ def test_missing_file(tmp_path: Path):
         "eval: {every: -1}",
         "eval: {protocols: []}",
         "eval: {protocols: [knn, knn]}",
+        "run: {loggers: [csv, csv]}",
     ],
 )
 def test_values_out_of_range_name_their_key(text: str):
