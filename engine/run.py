@@ -22,7 +22,7 @@ from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
 from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
+from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -42,10 +42,14 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
 
 def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -> Summary:
     device, folder, cache = world.device, RunFolder(out), cache_folder()
+    open_keys = {"bn.impl"} if cfg.bn.impl == "auto" else set()
     cfg = build.resolve(cfg, device, world.size, world.local_size)
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
-    found = find_checkpoint(cfg.resume, out, flatten(cfg), world)
+    fixed = {key: value for key, value in flatten(cfg).items() if key not in open_keys}
+    found = find_checkpoint(cfg.resume, out, fixed, world)
+    if found and open_keys:
+        cfg = build.keep_batch_norm(cfg, recorded_settings(found[1], found[0]).get("bn.impl"), device)
     with world.main_process_first():
         build.draw(cfg)
         images = build.data(cfg, cache_dir=cache)

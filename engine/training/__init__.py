@@ -4,7 +4,7 @@ from engine.training import checkpoint, distributed, precision, signals, speed
 from engine.training.distributed import ALONE, World, gather_rows
 from engine.training.log import COLLAPSE, COLLAPSED
 from engine.training.optim import apex_missing
-from engine.training.resume import find_checkpoint
+from engine.training.resume import find_checkpoint, recorded_settings
 from engine.training.signals import Stopped
 from engine.training.step import choose, uncompiled
 from engine.training.trainer import Summary, Trainer
@@ -24,6 +24,7 @@ __all__ = [
     "find_checkpoint",
     "gather_rows",
     "precision",
+    "recorded_settings",
     "signals",
     "speed",
     "uncompiled",
