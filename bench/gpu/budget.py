@@ -29,7 +29,6 @@ from bench.gpu import fake_cuda
 from bench.gpu.cards import CARDS
 from engine.console import console, say
 from engine.files import write_text
-from engine.training import inductor
 
 RECORD = Path(__file__).with_name("budget.json")
 METHODS = ("ppssl", "moco", "lcr")
@@ -85,8 +84,8 @@ def measure(method: str, size: Any, *, bn: str = "fused", combo: bool = True) ->
 
     Raises ``DataDependentOutputException`` for a step that reads a value on the host. Call within ``fake_cuda.gpu()``.
     """
-    with fake_cuda.benchmark() as bench_step, patch.dict(inductor.COMBINED, combo_kernels=combo):
-        rung = bench_step.RUNGS[RUNGS[method]]._replace(fused_bn=bn == "fused")
+    with fake_cuda.benchmark() as bench_step:
+        rung = bench_step.RUNGS[RUNGS[method]]._replace(fused_bn=bn == "fused", combo=combo)
         seen = _eager(bench_step.build_step(size, rung._replace(compile="off")), size)
         kernels = _compiled(bench_step.build_step(size, rung))
     return with_own_ops(kernels, seen.own), seen

@@ -56,10 +56,11 @@ def _is_sum(node: torch.fx.Node) -> bool:
 def _before_cast(gradient: torch.fx.Node) -> torch.fx.Node:
     """What a cast of a floating tensor to more digits was made from; any other node is given back."""
     casts = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
-    if gradient.target in casts and not {*gradient.kwargs} - {"dtype"}:
+    if gradient.target in casts and not {*gradient.kwargs} - {"dtype", "layout", "device"}:
         source = gradient.args[0]
-        narrow, wide = source.meta["val"].dtype, gradient.meta["val"].dtype
-        if narrow.is_floating_point and torch.promote_types(narrow, wide) == wide:
+        narrow, wide = source.meta["val"], gradient.meta["val"]
+        wider = narrow.dtype.is_floating_point and torch.promote_types(narrow.dtype, wide.dtype) == wide.dtype
+        if wider and narrow.device == wide.device and narrow.layout == wide.layout:
             return source
     return gradient
 
