@@ -1,14 +1,17 @@
 """Distribution metadata. What is installed is exactly the packages engine, ppssl and kernels, with their data files."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="ppssl-engine",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (HERE / "engine/__init__.py").read_text(encoding="utf-8"), re.M)[1],
     description="A fast training engine for fine-grained self-supervised learning, with PP-SSL as its first method",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     classifiers=[
@@ -52,6 +55,7 @@ setup(
     ],
     extras_require={
         "dev": ["pre-commit>=4.0"],
+        "embed": ["pyarrow>=18.0"],  # Parquet; .npz and .csv need nothing
         "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "report": ["umap-learn>=0.5.9"],  # the embedding map is t-SNE without it
         "test": [
@@ -63,6 +67,7 @@ setup(
             "onnx>=1.18",
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
+            "pyarrow>=18.0",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML>=6.0",

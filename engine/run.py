@@ -20,9 +20,9 @@ from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
-from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics, write_classes
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -53,6 +53,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     with world.main_process_first():
         build.draw(cfg)
         images = build.data(cfg, cache_dir=cache)
+    cfg = build.decide_queue(cfg, len(images.train), found and recorded_settings(found[1], found[0]))
 
     def embed(teacher: Teacher) -> torch.Tensor:
         with world.main_process_first():
@@ -109,14 +110,14 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         with trainer.writing("the evaluation after training"):
             evaluator(trainer)
             watch(trainer)
-        trainer.records.close()
+        trainer.records.finish()
         if world.first:
             now = time.perf_counter()
             evaluating += now - opened
             about = {"cold_start_seconds": cold, "evaluation_seconds": evaluating, "total_seconds": now - started}
             record = summary._asdict() | about
             append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
-            closing_lines(out, record)
+            closing_lines(out, record, trainer.records.told)
             if share := evaluator.closing(summary.seconds - evaluator.spent):
                 say(share)
     if world.first:
@@ -139,6 +140,7 @@ def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step:
         return
     write_text(folder.config, to_yaml(cfg if ended is None else replace(ended, data=replace(ended.data, root=cfg.data.root))))
     append_data(folder.path, step, cfg.data.root, lists)
+    write_classes(folder.path, images.train.classes)
 
 
 def is_finished(out: Path, step: int) -> bool:
@@ -158,6 +160,7 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
             dataset.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
         cfg = replace(cfg, data=replace(cfg.data, resident="off"))  # one batch is decoded, not the set
         images = build.data(cfg, cache_dir=None)
+        cfg = build.decide_queue(cfg, len(images.train))
         index = sampler.batch_at(cfg.seed, 0, len(images.train), cfg.batch_size)[1]
 
         def embed_first_batch(teacher: Teacher) -> torch.Tensor:
@@ -195,8 +198,8 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def closing_lines(out: Path, record: dict[str, float]) -> None:
-    """The closing lines: before and after, and where the time went."""
+def closing_lines(out: Path, record: dict[str, float], told: int = 0) -> None:
+    """The closing lines: before and after, where the time went, and how many symptoms were told."""
     evaluated = [r for r in read_metrics(out) if r["kind"] == "eval"]
     if evaluated:
         ends = [evaluated[0], evaluated[-1]][-len(evaluated) :]  # one of a run that began from another's last checkpoint
@@ -214,8 +217,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
             f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
-    if record.get("collapsed"):
-        say(f"warning: {COLLAPSE}")
+    if told:
+        say(f"{counted(told, 'warning')} above; the report lists what people do about {'it' if told == 1 else 'them'}")
     say(f"run folder: {out}")
 
 

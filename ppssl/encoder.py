@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +57,7 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 class BaseTrunk(nn.Module):
     """What every trunk offers: images to a map, without pooling and classifier. Its state dict has the names of the project that
-    the architecture is from."""
+    the architecture is from. One of your own sets the four attributes and ``maps``; its ``arch`` is any name that is free."""
 
     arch: str
     """``encoder.arch``."""
@@ -289,13 +292,23 @@ def _bn_mode(bn: nn.BatchNorm2d) -> dict:
 
 
 class FeatureNet(nn.Module):
-    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names."""
+    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names.
+
+    Raises ``TypeError`` for a trunk that does not extend ``BaseTrunk``.
+    """
 
     transform: Callable[[Any], Tensor] | None = None
     """A PIL image or an image file -> [3, S, S], the input it was trained for; set by whoever knows that (``engine.load``)."""
+    class_names: tuple[str, ...] = ()
+    """Of the data set it was trained on, by label; set by ``engine.load``, empty where the run does not know them."""
 
-    def __init__(self, trunk: nn.Module, mask: MaskBranch | None = None):
+    def __init__(self, trunk: BaseTrunk, mask: MaskBranch | None = None):
         super().__init__()
+        if not isinstance(trunk, BaseTrunk):
+            raise TypeError(
+                f"a trunk must extend ppssl.encoder.BaseTrunk, got {type(trunk).__name__}: give it arch, channels, stride and "
+                f"maps(images), as ppssl/README.md shows (A trunk of your own)"
+            )
         self.trunk, self.mask = trunk, mask
 
     def forward(self, images: Tensor) -> Tensor:
@@ -314,11 +327,38 @@ class FeatureNet(nn.Module):
             given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
                 f"features: expected normalized images [B, 3, S, S], got {given}; for PIL images or files: "
-                f"torch.stack([network.transform(image) for image in images]), with network = engine.load(RUN)"
+                f"network.embed(images), or torch.stack([network.transform(image) for image in images]), with network = "
+                f"engine.load(RUN)"
             )
         if self.training:
             raise ValueError("features: the network is in training mode; call its eval() first")
         return self(images.to(next(self.parameters()).device))
+
+    def embed(self, images: Iterable[Any], *, batch_size: int = 32, threads: int | None = None) -> Tensor:
+        """Image files and PIL images -> unit rows [N, C] float32 on the CPU, in their order, each prepared by ``transform``.
+
+        batch_size: images in memory at once; in variant ``published`` the mask is scaled over the batch, and so is part of the
+        result. threads: that decode files; None takes one per CPU core, eight at most.
+        Raises ``ValueError`` naming the first image that cannot be read, for a single path in place of a list, in training mode,
+        and for a network without a ``transform``.
+        """
+        if isinstance(images, (str, os.PathLike)) or not isinstance(images, Iterable):
+            raise ValueError(f"embed: expected a list of image files or PIL images, got one ({images!r:.200}); give [image]")
+        if self.transform is None:
+            raise ValueError("embed: this network has no transform; engine.load(RUN) sets it, or set network.transform yourself")
+        if batch_size < 1:
+            raise ValueError(f"embed: batch_size: got {batch_size}, must be at least 1")
+        rows, waiting = [torch.empty(0, self.trunk.channels)], iter(images)
+        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+            while batch := list(itertools.islice(waiting, batch_size)):
+                rows.append(self.features(torch.stack(list(pool.map(self._prepared, batch)))).cpu())
+        return torch.cat(rows)
+
+    def _prepared(self, image: Any) -> Tensor:
+        try:
+            return self.transform(image)
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: what is neither a path nor an image
+            raise ValueError(f"embed: {image!s:.1000} cannot be read as an image ({error})") from error
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by exchange name: the trunk's under its own names (torchvision's or timm's), the branch's under ``mask.``."""

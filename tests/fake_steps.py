@@ -1,7 +1,7 @@
-"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH] ...]`` prints one JSON
-line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on
-a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled ahead of
-time."""
+"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH][+KEY=VALUE] ...]`` prints
+one JSON line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what
+test_graph.py does on a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that
+are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def build(name: str, amp: str | None):
     from engine.config import Config, EncoderConfig, MethodConfig, QueueConfig
     from ppssl import METHODS, Teacher
     from ppssl.encoder import Trunk
-    from ppssl.settings import method_settings
+    from ppssl.settings import method_settings, replace_keys
     from ppssl.timm_trunk import build_trunk
 
+    name, *switches = name.split("+")
     name, _, arch = name.partition("@")
     method, _, variant = name.partition(" ")
     queue = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}[amp]
@@ -35,6 +36,8 @@ def build(name: str, amp: str | None):
         method=MethodConfig(name=method, variant=variant or "published"),
         encoder=EncoderConfig(arch=arch or ARCH, dim=128), queue=QueueConfig(size=512, dtype=queue),
     )  # fmt: skip
+    values = dict(switch.split("=") for switch in switches)
+    cfg = replace_keys(cfg, {key: {"true": True}.get(value, value) for key, value in values.items()})
     settings = method_settings(cfg, SIDE)
     teacher = None
     if settings.uses_teacher:

@@ -63,7 +63,7 @@ stage_4() {
 stage_5() {
   limit=170 try python -m pytest -q tests/kernels/test_augment.py tests/engine/data/loaders/test_resident_loader.py \
     tests/engine/data/loaders/test_same_pixels.py
-  limit=250 bench bench/bench_augment.py bench/bench_data.py bench/bench_retrieval.py
+  limit=250 bench bench/bench_augment.py bench/bench_data.py bench/bench_embed.py bench/bench_retrieval.py
   limit=100 try python -m bench.bench_data 2000 nvJPEG
 }
 stage_6() {

@@ -26,6 +26,7 @@ from engine.errors import ConfigError
 from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
+LoggerName = Literal["tensorboard", "csv", "wandb"]
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 
@@ -86,6 +87,12 @@ class DataConfig:
     """Loader threads or processes; null takes the machine's cores."""
     allow_change: Annotated[bool, FREE] = False
     """Continue a run although training images were added, removed or changed since its checkpoint; else that is refused."""
+    classes: Annotated[tuple[str, ...], Distinct(), FREE] = ()
+    """Use these classes only, by name or by pattern (Warbler*); empty is all."""
+    fraction: Annotated[float, Gt(0), Le(1), FREE] = 1.0
+    """Part of the training photos that is used, drawn from each class by seed."""
+    extra_roots: Annotated[tuple[str, ...], Distinct(), FREE] = ()
+    """More folders of photos to train on, with class folders or without labels."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ class RunConfig:
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10
     """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
+    loggers: Annotated[tuple[LoggerName, ...], Distinct(), FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: tensorboard, csv (metrics.csv), wandb (Weights & Biases); [] is nowhere."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +254,8 @@ def checked(key: str, value: Any) -> Any:
         if kinds & _OUT_OF_RANGE and ("too_short" not in kinds or not value):  # a list of wrong members counts as too short too
             raise ConfigError(f"{key}: got {_plain(value)!r}, must {_range(keys()[key])}") from None
         shown = "null" if value is None else f"{_plain(value)!r} ({type(_plain(value)).__name__})"
-        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}") from None
+        quoted = '; quote what YAML would read otherwise: ["*a", b]' if isinstance(value, str) and value.startswith("[") else ""
+        raise ConfigError(f"{key}: got {shown}, expected {keys()[key].expected}{quoted}") from None
     if any(isinstance(mark, OneOf) and found not in mark.choices() for mark in keys()[key].marks):
         raise ConfigError(f"{key}: got {value!r}, expected {keys()[key].expected}")
     if any(isinstance(mark, Distinct) for mark in keys()[key].marks) and len(set(found)) < len(found):
@@ -278,6 +288,11 @@ def _range(key: Key) -> str:
     return f"be in [{least}, {high.le}]" if isinstance(high, Le) else f"be in [{least}, {high.lt})"
 
 
+def keys_per_step(config: Config) -> int:
+    """How many keys enter the queue in a step: what its size must hold."""
+    return config.batch_size * (2 if config.contrast.symmetric else 1)
+
+
 def validate(config: Config) -> None:
     """Checks every value and what depends on several; ``null`` passes where it stands for a value that is chosen later.
 
@@ -295,8 +310,14 @@ def validate(config: Config) -> None:
             refuse(key, f"data.name={config.data.name} has a split of its own; it goes with data.name=folder and list")
     if config.data.crop_banner and config.data.name != "aircraft":
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
-    if config.queue.size < config.batch_size:
-        refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
+    if config.data.crop_banner and config.data.extra_roots:
+        refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
+    least = keys_per_step(config)
+    if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
+        twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
+        refuse("queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit")
+    if config.ais.target == "relations" and config.batch_size < 3:
+        refuse("batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others")
     if config.bn.sync and config.bn.groups > 1:
         refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
     if config.batch_size % config.bn.groups:

@@ -12,8 +12,9 @@ import re
 import stat
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from PIL import Image
 from engine.console import counted, printable, say, with_progress
 from engine.data import layouts
 from engine.data.image_file import MAX_PIXELS, Verdict, Watch, read_image
-from engine.data.layouts.lists import BadFile, Split
+from engine.data.layouts.lists import UNLABELLED, BadFile, Split
 from engine.data.layouts.official import AIRCRAFT_BANNER
 from engine.data.machine import cores
 from engine.errors import BrokenFile
@@ -101,6 +102,13 @@ class Catalog(NamedTuple):
     bad: tuple[BadFile, ...]
     notes: tuple[str, ...] = ()
     """What was understood, a line each: the splits, then what somebody should know of them."""
+    labelled_part: ImageList | None = None
+    """The training images that have labels, where others have none; then ``train`` has no labels."""
+
+    @property
+    def labelled(self) -> ImageList:
+        """What can be learned from with labels: ``labelled_part`` where there is one, else ``train``."""
+        return self.train if self.labelled_part is None else self.labelled_part
 
 
 class _Check(NamedTuple):
@@ -117,6 +125,10 @@ def load(
     *,
     train: str | None = None,
     test: str | None = None,
+    classes: Sequence[str] = (),
+    fraction: float = 1.0,
+    extra_roots: Sequence[str] = (),
+    seed: int = 0,
     training: bool = True,
     crop_banner: bool = False,
     workers: int | None = None,
@@ -126,6 +138,8 @@ def load(
     """The image lists of the data set ``name`` unpacked at ``root``.
 
     train, test: ``data.train`` and ``data.test``, the splits of a set that has no fixed ones.
+    classes, fraction, extra_roots: ``data.*`` of these names, which part of the set is used and what is trained on too; ``seed``
+    draws the fraction.
     training: whether there must be training images; else a test split will do.
     crop_banner: leave out the rows of FGVC-Aircraft's images that name the photographer.
     workers: decoding threads of the first check; None takes the machine's cores.
@@ -135,29 +149,40 @@ def load(
     """
     if crop_banner and name != "aircraft":
         raise ValueError(f"data.crop_banner: only images of data.name=aircraft have a banner, not those of {name}")
-    layout = layouts.read(name, root, train=train, test=test)
+    layout = layouts.read(
+        name, root, train=train, test=test, classes=classes, fraction=fraction, extra_roots=extra_roots, seed=seed
+    )
     checks = _check_files(name, layout, workers, cache_dir, progress)
     if progress:
         _say_what_is_unusual(checks)
     bad = list(layout.bad)
     cut = AIRCRAFT_BANNER if crop_banner else 0
-    of_train = _finish(layout, layout.train, checks, bad, cut)
+    of_train, labelled = _finish(layout, layout.train, checks, bad, cut), None
+    if of_train.labels is not None and UNLABELLED in of_train.labels:
+        of_train, labelled = replace(of_train, labels=None), _finish(layout, _with_labels(layout.train), checks, [], cut)
     of_test = None if layout.test is None else _finish(layout, layout.test, checks, bad, cut)
     if not len(of_train) and (training or not of_test):
         listed = len(layout.train.names)
         found = "; ".join([f"{listed} training files, none readable" if listed else "no training files", *layout.notes])
         first = f" (first: {printable(bad[0].name)}: {bad[0].reason})" if bad else ""
         raise ValueError(f"data.root={root}: {found}{first}; expected {layouts.expected(name)}")
-    notes = (_described("train", of_train, layout.train), _described("test", of_test, layout.test), *layout.notes)
-    return Catalog(of_train, of_test, tuple(bad), notes)
+    of = f"; {_described('with labels', labelled)}" if labelled is not None else ""
+    notes = (_described("train", of_train, layout.train) + of, _described("test", of_test, layout.test), *layout.notes)
+    return Catalog(of_train, of_test, tuple(bad), notes, labelled)
 
 
-def _described(split: str, images: ImageList | None, of: Split | None) -> str:
+def _with_labels(split: Split) -> Split:
+    """The photos of ``split`` that have a label."""
+    rows = [(n, label) for n, label in zip(split.names, split.labels or (), strict=True) if label != UNLABELLED]
+    return split._replace(names=[n for n, _ in rows], labels=[label for _, label in rows])
+
+
+def _described(split: str, images: ImageList | None, of: Split | None = None) -> str:
     """``train: 1,096 photos in 10 classes from training/``."""
-    if images is None or of is None:
+    if images is None:
         return f"{split}: none"
     classes = "without labels" if images.labels is None else f"in {counted(len(set(images.labels.tolist())), 'class', 'classes')}"
-    return f"{split}: {counted(len(images), 'photo')} {classes}" + (f" from {printable(of.source)}" if of.source else "")
+    return f"{split}: {counted(len(images), 'photo')} {classes}" + (f" from {printable(of.source)}" if of and of.source else "")
 
 
 def left_out(catalog: Catalog, most: int = 3) -> str:

@@ -67,13 +67,13 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
     """Raises ``ValueError`` where ``protocols`` cannot evaluate this data, saying what can be done with it."""
     root = images.train.root
     in_test = images.test is not None and images.test.labels is not None and len(images.test) > 0
-    if not in_test and not _labelled(images.train):
+    if not in_test and not _labelled(images.labelled):
         raise ValueError(
             f"data.root: {root} has no labels, so that {', '.join(protocols)} cannot evaluate anything. What works without labels: "
             f"python -m engine.report RUN (neighbors and near-duplicates), python -m engine.search RUN IMAGE"
         )
     if split == "train":
-        if not _labelled(images.train):
+        if not _labelled(images.labelled):
             raise ValueError(f"--split train: the training images of {root} have no labels; --split test evaluates the test split")
         if tuple(protocols) != ("retrieval",):
             raise ValueError("--split train: only --protocol retrieval leaves the asked image out; knn and linear learn from it")
@@ -84,7 +84,7 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
             f"Without it: --protocol retrieval --split train, which ranks the training images among themselves"
         )
     learned = [p for p in protocols if p in _LEARNED]
-    if learned and not _labelled(images.train):
+    if learned and not _labelled(images.labelled):
         learn = "learns" if len(learned) == 1 else "learn"
         raise ValueError(
             f"{' and '.join(learned)} {learn} from labelled training images, of which data.root={root} has none; --protocol "
@@ -96,7 +96,7 @@ def supported(images: Catalog, protocols: Sequence[str]) -> tuple[str, ...]:
     """``protocols`` without those that learn from training labels where there are none, which is said; all where none would be
     left, for ``check`` to refuse."""
     left = tuple(p for p in protocols if p not in _LEARNED)
-    if not left or len(left) == len(protocols) or _labelled(images.train):
+    if not left or len(left) == len(protocols) or _labelled(images.labelled):
         return tuple(protocols)
     say(f"{' and '.join(p for p in protocols if p in _LEARNED)} left out: there are no labelled training images to learn from")
     return left
@@ -117,6 +117,7 @@ def evaluate_features(
     solvers: Sequence[str] = ("convex",),
     split: str = "test",
     own: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """One plain record for every number of every protocol, each naming protocol, feature, data, split, epoch and step.
 
@@ -124,15 +125,16 @@ def evaluate_features(
     no evaluated class has training images, knn and linear do not apply; where the evaluated images are of a single class, which
     every answer hits, no protocol does: one record each, whose ``top1`` is None.
     own: {split: identity} of the lists that are the run's own, so that ``own_data`` tells them from others; None: these are.
+    quiet: whoever keeps the records tells of a collapse, once per run.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
-    evaluated = images.test if split == "test" else images.train
+    evaluated = images.test if split == "test" else images.labelled
     labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
     features = candidate.features(evaluated, split)
     apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
-    if apart < COLLAPSED:
+    if apart < COLLAPSED and not quiet:
         say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
     about = {
         "model": candidate.model,
@@ -147,6 +149,7 @@ def evaluate_features(
         "image_size": cfg.data.image_size,
         "batch_size": cfg.eval.batch_size,
         "amp": cfg.amp,
+        "spread": float(apart),
     }
     identities = {"train": images.train.identity, split: evaluated.identity}
     records: list[dict[str, Any]] = []
@@ -171,7 +174,7 @@ def evaluate_features(
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if learned := [name for name in protocols if name in _LEARNED]:
-        bank, known = candidate.features(images.train, "train"), torch.from_numpy(images.train.labels).to(device)
+        bank, known = candidate.features(images.labelled, "train"), torch.from_numpy(images.labelled.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
         if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
             return not_applicable(learned, f"no {split} class has a training image", unseen=unseen)
@@ -267,7 +270,9 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
 
 
 # Of the first record, into the line of the log.
-_ABOUT = ("feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
+_ABOUT = (
+    "feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size", "spread",
+)  # fmt: skip
 
 
 class Evaluator:
@@ -287,7 +292,7 @@ class Evaluator:
             say("no test split with two labelled images of a class: nothing to evaluate the features by")
             return
         self.protocols = supported(images, cfg.eval.protocols)
-        if not _labelled(images.train) and _LEARNED.issuperset(self.protocols):
+        if not _labelled(images.labelled) and _LEARNED.issuperset(self.protocols):
             self.possible = False
             names = " and ".join(self.protocols)
             say(f"{names}: no labelled training images to learn from: nothing is evaluated; eval.protocols=[retrieval] needs none")
@@ -301,7 +306,7 @@ class Evaluator:
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
-        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols, quiet=True)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)

@@ -2,7 +2,8 @@
 
 from engine.training import checkpoint, distributed, precision, signals, speed
 from engine.training.distributed import ALONE, World, gather_rows
-from engine.training.log import COLLAPSE, COLLAPSED
+from engine.training.log import symptoms
+from engine.training.log.symptoms import COLLAPSE, COLLAPSED
 from engine.training.optim import apex_missing
 from engine.training.resume import find_checkpoint, recorded_settings
 from engine.training.signals import Stopped
@@ -27,5 +28,6 @@ __all__ = [
     "recorded_settings",
     "signals",
     "speed",
+    "symptoms",
     "uncompiled",
 ]

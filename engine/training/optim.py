@@ -19,6 +19,14 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str) ->
     return peak * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
 
 
+def ema_decay(step: int, total_steps: int, *, base: float, schedule: str) -> float:
+    """Decay of the momentum network at 0-based ``step``. ``cosine``: 1 - (1 - base) * (1 + cos(pi * step / total)) / 2, which rises
+    from ``base`` to 1 (BYOL, Grill et al. 2020, section 3.2; MoCo v3); ``constant``: base."""
+    if schedule == "constant":
+        return base
+    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+
+
 def sgd(
     parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, backend: str = "auto"
 ) -> torch.optim.Optimizer:

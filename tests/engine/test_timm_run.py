@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from made_runs import exported_run, reported_run
+from made_runs import CLASSES, exported_run, reported_run
 from safetensors.torch import load_file
 
 import engine
@@ -55,6 +55,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(photos: Path, c
     whole, parts = newest(Path("whole")), newest(Path("parts"))
     assert whole.keys() == parts.keys() and [n for n in whole if not torch.equal(whole[n], parts[n])] == []
     assert from_run(Path("whole/config.yaml")).encoder.arch == "timm/convnext_atto" and Path("whole/report.html").is_file()
+    assert engine.load("whole").class_names == engine.load("parts").class_names == CLASSES
 
 
 def test_evaluation_search_and_the_library_see_the_same_feature(photos: Path, tmp_path: Path) -> None:
@@ -141,7 +142,9 @@ def test_onnx_gives_a_vit_s_masked_feature_at_another_size(tmp_path: Path) -> No
 
 def test_the_formats_of_others_are_refused_by_name(tmp_path: Path) -> None:
     folder = exported_run(tmp_path / "run", arch="timm/convnext_atto", method="moco")
-    with pytest.raises(ValueError, match="timm/convnext_atto is not one of torchvision's.* --to timm, onnx or torch-export"):
+    with pytest.raises(
+        ValueError, match="timm/convnext_atto is not one of torchvision's.* --to timm, huggingface, onnx or torch-export"
+    ):
         export.export(folder, "torchvision")
 
 

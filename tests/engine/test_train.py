@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import report, run, run_folder
@@ -108,6 +111,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, c
     curves = events(Path("parts"))
     assert curves == events(Path("whole")) and curves["eval/rank1"] == [0, STEPS] and curves["train/loss"][-1] == STEPS
     assert "eval/mAP" in curves and not {"eval/queries", "eval/seconds", "train/step"} & curves.keys()
+
+
+SWITCHES = (
+    "queue.size=auto", "queue.start=empty", "ema.schedule=cosine", "contrast.symmetric=true", "contrast.negatives=both",
+)  # fmt: skip
+
+
+def test_a_queue_of_auto_is_written_down_and_the_run_goes_on_to_the_bit(
+    recipe: Path, ctrl_c_at_first_save: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    assert main(["--cfg", str(recipe), "--dry-run", *SWITCHES]) == 0
+    assert main(["--cfg", str(recipe), "--out", "whole", *SWITCHES]) == 0
+    assert "queue.size: 40 (auto, of 40 training photos)" in capfd.readouterr().err
+    assert from_yaml(Path("whole/config.yaml")).queue.size == 40
+    ctrl_c_at_first_save()
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES]) == 130
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES]) == 0
+    assert "queue.size: 40 (as in the checkpoint)" in capfd.readouterr().err
+    assert_same_run(Path("whole"), Path("parts"))
+    method = states(Path("whole"))[0]
+    assert method["queue.rows"].shape == (40, 8) and int(method["queue.filled"]) == 40 and int(method["queue.pointer"]) == 0
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES, "ema.schedule=constant"]) == 2
+    assert "ema.schedule: the checkpoint" in " ".join(capfd.readouterr().err.split())
+
+
+def test_keys_that_do_nothing_are_named(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    line = ["method.name=simclr", "contrast.negatives=both", "ema.schedule=cosine", "iadm.cam_temperature=0.2"]
+    assert main(["--cfg", str(recipe), "--dry-run", *line]) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "contrast.negatives: does nothing here: simclr is symmetric" in shown
+    assert "queue.size, iadm.cam_temperature: do nothing here: method simclr does not read it" in shown
+    assert "ema.decay, ema.schedule: do nothing here: method simclr has no key network" in shown
+
+
+@pytest.mark.parametrize("target", ["image", "relations"])
+def test_a_run_learns_from_a_model_that_knows_no_text(target: str, recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), "vit.safetensors")
+    line = [
+        "--cfg", str(recipe), "--out", target, "epochs=1", "method.name=ppssl", "method.variant=guided", "data.image_size=32",
+        "encoder.arch=resnet18_w8_s16", "teacher.model=timm/test_vit", "teacher.weights=vit.safetensors", f"ais.target={target}",
+        "teacher.image_size=64",
+    ]  # fmt: skip
+    assert main(line) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert f"teacher: timm/test_vit, weights vit.safetensors; target {target}" in shown and "descriptions" not in shown
+    records = run_folder.read_metrics(Path(target))
+    assert all(0 < r["ais"] < 3 for r in records if r["kind"] == "train")
+    kept = json.loads(Path(target, "evaluation.json").read_text())
+    assert [r["feature"] for r in kept if r["model"] == "teacher"] == ["image feature of timm/test_vit/vit.safetensors, 64-d"]
+    assert main([*line, "teacher.view=query", "--resume", "none", "--dry-run"]) == 0
+    assert main([*line, "ais.target=text"]) == 2
+    assert "sees images and reads no text; use ais.target=image" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -406,10 +461,30 @@ def test_records_are_json_lines(recipe: Path) -> None:
         assert "step" in json.loads(line)
 
 
-def test_the_last_lines_say_that_the_network_has_collapsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for collapsed in (False, True):
-        run.closing_lines(tmp_path, {"steps": 0, "collapsed": collapsed})
-        assert ("all images give nearly the same feature" in capsys.readouterr().err) is collapsed
+def test_the_last_lines_count_the_warnings_and_do_not_repeat_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for told, words in ((0, ""), (1, "1 warning above; the report lists what people do about it"), (2, "2 warnings above")):
+        run.closing_lines(tmp_path, {"steps": 0, "collapsed": told > 0}, told)
+        said = capsys.readouterr().err
+        assert words in said and ("above" in said) is (told > 0) and "same feature" not in said
+
+
+def test_black_images_are_told_once_and_once_in_the_report(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        for number in range(8):
+            picture = tmp_path / "black" / split / f"class_{number % 2}" / f"{number}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (0, 0, number)).save(picture)
+    changes = ["data.name=folder", "data.root=black", "queue.size=8", "eval.every=1", "epochs=6", "run.loggers=[tensorboard,csv]"]
+    assert main(["--cfg", str(recipe), "--out", "dark", *changes]) == 0
+    said = capsys.readouterr().err
+    assert said.count("all images give nearly the same feature") == 1 and said.count("collapsed feature") == 1
+    assert "warning: step 1: collapsed feature: " in said and "1 warning above" in said
+    assert Path("dark/report.html").read_text().count("all images give nearly the same feature") == 1
+    assert main(["--cfg", str(recipe), "--out", "dark", *changes]) == 0  # it is finished
+    assert "nearly the same" not in capsys.readouterr().err
+    assert len(Path("dark/metrics.csv").read_text().splitlines()) == 1 + 3 + 7
 
 
 def test_a_page_that_fails_costs_the_run_nothing(

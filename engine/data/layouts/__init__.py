@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import shlex
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.data.layouts import copies
+from engine.data.layouts import copies, parts
 from engine.data.layouts.lists import Known, Layout, Piece
 
 
@@ -29,8 +30,19 @@ NAMED = tuple(name for name, known in KNOWN.items() if known.named)
 """Those that take ``data.train`` and ``data.test``."""
 
 
-def read(name: str, root: str | Path | None, *, train: str | None = None, test: str | None = None) -> Layout:
+def read(
+    name: str,
+    root: str | Path | None,
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    classes: Sequence[str] = (),
+    fraction: float = 1.0,
+    extra_roots: Sequence[str] = (),
+    seed: int = 0,
+) -> Layout:
     """The lists of the data set ``name`` unpacked at ``root``; ``train`` and ``test`` name its splits where it has no fixed ones.
+    ``extra_roots`` add photos; ``classes`` and ``fraction`` (drawn by ``seed``) choose among all: see parts.py.
 
     Counts other than the official split's are a warning that names both, and so are files that are listed twice.
     Raises FileNotFoundError naming the archive and where to unpack it when a piece is missing, ValueError for an unknown name
@@ -72,7 +84,9 @@ def read(name: str, root: str | Path | None, *, train: str | None = None, test: 
         seen: set[str] = set()
         twice = [n for n in names if n in seen or seen.add(n)]
         warnings.warn(f"{root}: {len(twice)} files are listed twice, the first is {twice[0]}", stacklevel=3)
-    return layout
+    if extra_roots:
+        layout = parts.join(layout, extra_roots, with_tests=name == "folder")
+    return parts.choose(layout, classes, fraction, seed)
 
 
 def expected(name: str) -> str:

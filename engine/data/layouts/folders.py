@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from engine.console import printable
 from engine.data.image_file import signature
-from engine.data.layouts.guess import SUFFIXES, class_folders, guess, holds_masks, masks_note, setting, split_of, through
+from engine.data.layouts.guess import MASK_OF, SUFFIXES, class_folders, guess, holds_masks, masks_note, setting, split_of, through
 from engine.data.layouts.lists import BadFile, Known, Layout, Split, subfolders, walk
 
 EXPECTED = (
@@ -115,10 +115,14 @@ def _image_names(folder: Path, root: Path, bad: list[BadFile], masks: list[str] 
             folders[:] = [f for f in folders if not holds_masks(f)]
         if apart is not None:
             folders[:] = [f for f in folders if Path(here, f) != apart]
+        stems = {os.path.splitext(file)[0] for file in files}
         for file in files:
             path = os.path.join(here, file)
-            suffix = os.path.splitext(file)[1].lower()
-            if not os.path.isfile(path):
+            stem, suffix = os.path.splitext(file)
+            suffix = suffix.lower()
+            if (mask := MASK_OF.fullmatch(stem)) and mask[1] in stems:
+                bad.append(BadFile(name_of(path), "the mask of a photo beside it, by its name; data.name=list takes any file"))
+            elif not os.path.isfile(path):
                 bad.append(BadFile(name_of(path), "not a file (a broken link?)"))
             elif suffix in SUFFIXES or _is_image(path):
                 names.append(name_of(path))

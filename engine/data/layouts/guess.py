@@ -26,6 +26,8 @@ _MASKS = {
     "annotation", "annotations", "ground_truth", "groundtruth", "labels", "masks", "segmentation", "segmentationclass",
     "segmentationobject", "segmentations", "trimaps",
 }  # fmt: skip
+MASK_OF = re.compile(r"(.+)[ _.-](?:mask|matte|seg|segmentation|trimap)", re.IGNORECASE)
+"""The stem of a mask that lies beside its photo; the photo's stem is the group."""
 _PICTURES = {"image", "images", "img", "imgs", "jpegimages", "photo", "photos", "pictures"}
 _LEVELS = 2
 """Needless folders that are looked through, one inside another."""

@@ -10,6 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+UNLABELLED = -1
+"""The label of a photo without one, in a split where others have labels."""
+
 
 class BadFile(NamedTuple):
     """Something of the data set that could not be used."""
@@ -25,7 +28,7 @@ class Split(NamedTuple):
     names: list[str]
     """Posix paths relative to the root."""
     labels: list[int] | None
-    """Positions in the layout's ``classes``, or None for images without labels."""
+    """Positions in the layout's ``classes``, ``UNLABELLED`` for an image without label; None where no image has one."""
     expected: dict[int, str]
     """Classes that should have images here: label -> name for a message."""
     source: str = ""

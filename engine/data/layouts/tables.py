@@ -1,4 +1,4 @@
-"""Lists of files and labels as CSV: data.name=list, and the splits of sets that come as tables.
+"""Lists of files and labels as CSV or Parquet: data.name=list, and the splits of sets that come as tables.
 
 A first row names the columns; without one there are a path and, at most, a label. What a list says is not trusted: names stay
 below the root.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.console import printable
 from engine.data.layouts.guess import SUFFIXES, setting, split_of
-from engine.data.layouts.lists import Known, Layout, Split, inside
+from engine.data.layouts.lists import UNLABELLED, Known, Layout, Split, inside
 
 _FILE = (
     "path", "filepath", "file_path", "filepaths", "relative_path", "relative_im_path", "image_path", "img_path", "file", "filename",
@@ -41,20 +41,12 @@ class Row(NamedTuple):
 
 
 def rows(path: Path) -> list[Row]:
-    """The photos of a CSV (commas, semicolons or tabs). Of several columns of labels that with words is taken.
+    """The photos of a CSV (commas, semicolons or tabs) or Parquet file. Of several columns of labels that with words is taken; a
+    row may have no label.
 
-    Raises ValueError naming file and line.
+    Raises ValueError naming file and line, ImportError for Parquet without pyarrow.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
-            cells = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+    cells = _parquet(path) if _is_parquet(path) else _csv(path)
     if not cells:
         raise ValueError(f"{path}: lists nothing; expected a row path,label and then one row a photo")
     (_, header), *body = cells
@@ -73,24 +65,62 @@ def rows(path: Path) -> list[Row]:
     label_at = next((at for at in labels_at if not all(row[at].isdecimal() for _, row in body)), next(iter(labels_at), None))
     found = []
     for line, row in body:
-        if not row[file_at] or label_at is not None and not row[label_at]:
-            raise ValueError(f"{path}:{line}: no {'label' if row[file_at] else 'file'}")
-        found.append(
-            Row(line, row[file_at], None if label_at is None else row[label_at], None if part_at is None else row[part_at])
-        )
+        if not row[file_at]:
+            raise ValueError(f"{path}:{line}: no file")
+        label = None if label_at is None else row[label_at] or None
+        found.append(Row(line, row[file_at], label, None if part_at is None else row[part_at]))
     return found
 
 
+def _csv(path: Path) -> list[tuple[int, list[str]]]:
+    """(line, cells) of the rows that hold something."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
+            return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _parquet(path: Path) -> list[tuple[int, list[str]]]:
+    """The same of a Parquet file, of the columns that may be of use alone: features can be large. A row counts as a line."""
+    try:
+        import pyarrow  # only lists of this format need it
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} is a Parquet file, which needs pyarrow: pip install pyarrow; or save it as CSV") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name.lower() in {*_FILE, *_LABEL, *_PART}]
+            if not names:
+                shown = printable(",".join(file.schema_arrow.names)[:80])
+                raise ValueError(f"{path}: its columns, {shown}, name none with the files; call the columns path and label")
+            columns = file.read(columns=names).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a Parquet file that can be read ({printable(str(error))[:200]})") from error
+    texts = [["" if value is None else str(value).strip() for value in columns[name]] for name in names]
+    return [(1, names), *((line, list(row)) for line, row in enumerate(zip(*texts, strict=True), 1))]
+
+
 def layout(root: Path, train: list[tuple[str, str | None]], test: list[tuple[str, str | None]] | None, notes: list[str]) -> Layout:
-    """A layout of (posix path below ``root``, label) rows; a split with a label missing has none. Classes are in the order of their
-    names, or of their numbers where all are numbers."""
+    """A layout of (posix path below ``root``, label) rows. Classes are in the order of their names, or of their numbers where all
+    are numbers."""
     known = {label for _, label in train + (test or []) if label is not None}
     classes = sorted(known, key=int) if all(label.isdecimal() for label in known) else sorted(known)
     position = {label: p for p, label in enumerate(classes)}
 
     def split(listed: list[tuple[str, str | None]]) -> Split:
-        labels = [position[label] for _, label in listed if label is not None]
-        return Split([name for name, _ in listed], labels if len(labels) == len(listed) and listed else None, {})
+        labels = [UNLABELLED if label is None else position[label] for _, label in listed]
+        return Split([name for name, _ in listed], labels if any(label != UNLABELLED for label in labels) else None, {})
 
     return Layout(root, tuple(classes), split(train), None if test is None else split(test), [], tuple(notes))
 
@@ -106,10 +136,11 @@ def read(root: Path, train: str | None = None, test: str | None = None) -> Layou
     held_out = None if test is None else _listed(root, test, "test")
     if held_out is None and any(row.part for row, _ in training):
         training, held_out = _parts(_path(root, str(train), "train"), training, notes)
-    if held_out is not None and any(row.label is None for row, _ in held_out):
-        raise ValueError(
-            f"data.test={printable(test or train or '')}: has no column of labels, and without nothing can be evaluated"
-        )
+    bare = next((row for row, _ in held_out or [] if row.label is None), None)
+    if bare is not None:
+        name = printable(test or train or "")
+        what = "no column of labels" if all(row.label is None for row, _ in held_out or []) else f"no label in row {bare.line}"
+        raise ValueError(f"data.test={name}: has {what}, and without nothing can be evaluated")
     pairs = [[(name, row.label) for row, name in part] for part in (training, held_out or [])]
     made = layout(root, pairs[0], None if held_out is None else pairs[1], notes)
     return made._replace(

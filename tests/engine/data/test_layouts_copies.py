@@ -102,7 +102,7 @@ def test_cars_in_one_folder(tmp_path):
         picture(tmp_path / row[0], seed=int(row[0][8:14]))
     names = np.array(["Audi TT 2011", "smart fortwo 2012"], object)
     savemat(tmp_path / "cars_annos.mat", {"annotations": np.array([rows], kinds), "class_names": names})
-    train, test, _, _ = open_set("cars", tmp_path)
+    train, test, *_ = open_set("cars", tmp_path)
     assert train.names == ("car_ims/000001.jpg", "car_ims/000002.jpg") and train.labels.tolist() == [1, 0]
     assert test.names == ("car_ims/000003.jpg", "car_ims/000004.jpg") and test.classes == ("Audi TT 2011", "smart fortwo 2012")
     (tmp_path / "car_ims").rename(tmp_path / "cars_train")

@@ -22,7 +22,7 @@ def cub(tmp_path: Path) -> Path:
 
 
 def test_cub(cub, recwarn):
-    train, test, bad, _ = open_set("birds", cub)
+    train, test, bad, *_ = open_set("birds", cub)
     assert train.names == ("images/001.Auk/Auk 1.jpg", "images/002.Bee_eater/b1.jpg")
     assert test.names == ("images/001.Auk/Auk_2.jpg", "images/002.Bee_eater/b2.jpg")
     assert train.labels.tolist() == test.labels.tolist() == [0, 1] and train.classes == ("001.Auk", "002.Bee_eater")

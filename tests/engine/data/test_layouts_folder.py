@@ -12,7 +12,7 @@ from engine.data.catalog import left_out
 
 
 def test_folder_with_classes(folder):
-    train, test, bad, _ = open_set("folder", folder)
+    train, test, bad, *_ = open_set("folder", folder)
     assert train.names == ("train/a b/1.jpg", "train/a b/2.png", "train/größe/x.jpeg")
     assert train.classes == test.classes == ("a b", "größe")
     assert train.labels.dtype == np.int64 and train.labels.tolist() == [0, 0, 1] and test.labels.tolist() == [0, 1]
@@ -32,7 +32,7 @@ def test_flat_folder_has_no_labels(tmp_path, below):
         picture(tmp_path / below / name)
     if not below:
         picture(tmp_path / "deep/er/c.jpg")
-    train, test, _, _ = open_set("folder", tmp_path)
+    train, test, *_ = open_set("folder", tmp_path)
     prefix = f"{below}/" if below else ""
     assert train.names == (f"{prefix}a.png", f"{prefix}b.jpg", *(() if below else ("deep/er/c.jpg",)))
     assert train.labels is None and train.classes == () and test is None
@@ -245,3 +245,14 @@ def test_what_was_left_out_is_one_line(folder):
     assert line.startswith("8 of 12 files left out: 3 x ") and "3 x .txt" in line and "\n" not in line
     assert line.endswith(", 1 other reason; 1 class without a readable image: train/größe")
     assert left_out(open_set("folder", folder / "test")) == ""
+
+
+def test_masks_beside_their_photos_are_not_photos(tmp_path):
+    for i, name in enumerate(("a.jpg", "a_mask.png", "b.c.jpg", "b.c-Trimap.png", "mask.png", "venetian_mask.jpg")):
+        picture(tmp_path / "train/owl" / name, seed=i)
+    found = open_set("folder", tmp_path)
+    assert [Path(name).name for name in found.train.names] == ["a.jpg", "b.c.jpg", "mask.png", "venetian_mask.jpg"]
+    assert {Path(b.name).name: b.reason.partition(";")[0] for b in found.bad} == {
+        "a_mask.png": "the mask of a photo beside it, by its name", "b.c-Trimap.png": "the mask of a photo beside it, by its name",
+    }  # fmt: skip
+    assert left_out(found).startswith("2 of 6 files left out: 2 x the mask of a photo beside it")

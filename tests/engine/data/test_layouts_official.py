@@ -65,7 +65,7 @@ OFFICIAL = {
 @pytest.mark.filterwarnings("ignore:.*official split")
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_an_official_layout(name, tmp_path):
-    train, test, bad, _ = open_set(name, make(name, tmp_path / name))
+    train, test, bad, *_ = open_set(name, make(name, tmp_path / name))
     ends, labels, test_ends, test_labels, classes = OFFICIAL[name]
     assert [train.names[0], train.names[-1]] == ends and train.labels.tolist() == labels
     assert [test.names[0], test.names[-1]] == test_ends and test.labels.tolist() == test_labels

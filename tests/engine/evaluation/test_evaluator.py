@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from miniatures import picture
 
 from engine import build, run_folder
 from engine.config import Config, TeacherConfig, from_yaml
@@ -17,6 +18,7 @@ from engine.data import catalog
 from engine.data.catalog import Catalog
 from engine.evaluate import show
 from engine.evaluation.evaluator import SHARE, Candidate, Evaluator, check, evaluate_features, headline, keep
+from engine.evaluation.features import extract
 from engine.synthetic import dataset
 from engine.training.log import Records
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk
@@ -211,3 +213,19 @@ def test_what_learns_from_training_labels_does_not_apply_to_classes_without_any(
     show(records)
     printed = capsys.readouterr().err
     assert printed.count("not applicable") == 4 and "top1 0.00 %" not in printed  # two rows, two notes
+
+
+def test_photos_without_labels_are_no_neighbors(tmp_path: Path):
+    for i, name in enumerate(f"set/{split}/{c}/{n}.png" for split in ("train", "test") for c in "ab" for n in range(2)):
+        picture(tmp_path / name, (32, 32), seed=i)
+    for i in range(3):
+        picture(tmp_path / "inbox" / f"{i}.png", (32, 32), seed=i)
+    plain = catalog.load("folder", tmp_path / "set", progress=False)
+    mixed = catalog.load("folder", tmp_path / "set", extra_roots=(str(tmp_path / "inbox"),), progress=False)
+    assert len(mixed.train) == 7 and mixed.train.labels is None
+    network = FeatureNet(Trunk("resnet18_w8_s16")).eval()
+    cfg = config(protocols="knn, linear")
+    candidate = Candidate("run", "", None, None, lambda images, split: extract(network, images, cfg, CPU, None))
+    found = [evaluate_features(candidate, images, cfg, CPU, protocols=("knn", "linear")) for images in (plain, mixed)]
+    numbers = [[(r["protocol"], r["top1"], r.get("bank")) for r in records] for records in found]
+    assert numbers[0] == numbers[1] and numbers[0][0][2] == 4

@@ -55,14 +55,29 @@ CASES = [
     ("lcr guided", False, "mlp3_bn", True),
     ("simclr", True, "mlp3_bn", False),
     ("byol", True, "mlp3_bn", False),
+    ("moco batch", True, "mlp2", False),
+    ("moco both symmetric", False, "mlp3_bn", True),
+    ("moco both gradient", False, "mlp3_bn", False),
+    ("guided relations symmetric gradient", True, "mlp2", False),
+    ("lcr guided both symmetric", False, "mlp2", True),
+    ("guided image", False, "mlp2", False),
 ]
+SWITCHES = {
+    "batch": {"negatives": "batch"}, "both": {"negatives": "both", "empty_queue": True}, "symmetric": {"symmetric": True},
+    "gradient": {"keys_with_gradient": True},
+}  # fmt: skip
+"""What further words of a case mean to the contrast."""
 
 
 def build(name: str, sync: bool, head: str) -> Method:
     torch.manual_seed(0)
     trunk = Trunk("resnet18_w8_s16")
-    options = dict(dim=D, queue_size=K, bn_groups=1 if sync else WORLD, queue_dtype=torch.float64)
+    options: dict = dict(dim=D, queue_size=K, bn_groups=1 if sync else WORLD, queue_dtype=torch.float64)
     head = projection_head(head, trunk.channels, D)
+    words = name.split()
+    name = " ".join(word for word in words if word not in SWITCHES)
+    for word in words:
+        options |= SWITCHES.get(word, {})
     if name == "moco":
         method: Method = MoCo(FeatureNet(trunk), head, **options)
     elif name == "simclr":
@@ -74,11 +89,12 @@ def build(name: str, sync: bool, head: str) -> Method:
         branch = MaskBranch(trunk.channels, 5, minmax=settings.method.minmax, groups=options["bn_groups"])
         method = LCR(FeatureNet(trunk, branch), head, settings=settings, **options)
     else:
-        settings = variant("ppssl", name)
+        name, _, target = name.partition(" ")
+        settings = variant("ppssl", name, {"ais.target": target, "ais.temperature": 0.1} if target else {})
         branch = MaskBranch(trunk.channels, 5, minmax=settings.method.minmax, groups=options["bn_groups"])
         method = PPSSL(
             FeatureNet(trunk, branch), head, torch.randn(3, 7),
-            settings=settings, embed=lambda x: x.detach().mean((2, 3)) @ look, **options,
+            settings=settings, embed=lambda x: x.detach().mean((2, 3)) @ look, teacher_dim=7, **options,
         )  # fmt: skip
     look = torch.randn(3, 7, dtype=torch.float64)
     with torch.no_grad():
@@ -207,7 +223,8 @@ def free_ports(count: int) -> list[int]:
 def test_two_processes_equal_one(pair: Path, number: int) -> None:
     several, one = torch.load(pair / f"case{number}.pt")
     assert several.keys() == one.keys() and any("momentum" in name for name in one)
-    assert ("queue.rows" in one) == (CASES[number][0] not in ("simclr", "byol"))
+    assert ("queue.rows" in one) == (CASES[number][0] not in ("simclr", "byol", "moco batch"))
+    assert int(one.get("queue.filled", K)) == K  # a queue that began empty is full
     for name, expected in one.items():
         bound = 1e-6 * expected.abs().max().clamp(min=1e-9) if expected.is_floating_point() else 0
         assert several[name].shape == expected.shape and (several[name] - expected).abs().max() <= bound, name

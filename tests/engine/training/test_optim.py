@@ -18,6 +18,13 @@ def test_cosine_falls_from_the_peak_to_almost_nothing_by_step() -> None:
     assert optim.learning_rate(70, 100, peak=0.03, schedule="constant") == 0.03
 
 
+def test_the_decay_of_the_momentum_network_rises_to_one_by_step() -> None:
+    decays = [optim.ema_decay(s, 100, base=0.99, schedule="cosine") for s in range(101)]
+    assert decays[0] == 0.99 and decays[50] == pytest.approx(0.995) and decays == sorted(decays) and decays[100] == 1.0
+    assert decays[30] == pytest.approx(1 - 0.01 * (math.cos(math.pi * 0.3) + 1) / 2)  # BYOL, section 3.2
+    assert optim.ema_decay(70, 100, base=0.99, schedule="constant") == 0.99
+
+
 def test_sgd_is_torchs_sgd() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
