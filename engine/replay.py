@@ -24,6 +24,7 @@ from engine.evaluation import hold_out
 from engine.pretrained import other_kind
 from engine.training import Trainer, add_device_option, checkpoint, option_device
 from ppssl.method import Batch
+from ppssl.ops import can_run
 
 
 class Replay(NamedTuple):
@@ -47,7 +48,7 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     """Rebuilds run, weights and batch of ``bundle`` and runs its step, eagerly.
 
     root: where the data set lies now, if it has moved. On a CPU the numbers are those of a run on a CPU to the bit, unless that run
-    compiled its step.
+    compiled its step; a run with ``bn.impl: fused`` is replayed with torch's batch-norm there.
     Nothing is written but caches, wherever the bundle comes from.
     Raises ``FileNotFoundError``, or ``ValueError`` naming the bundle when it is not one, or was made by a library call without a
     config, or when the data set is not there or another one now.
@@ -67,6 +68,9 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     cfg = replace(cfg, run=replace(cfg.run, compile="off", cuda_graph="off"), encoder=replace(cfg.encoder, weights="none"))
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
+    if cfg.bn.impl == "fused" and not can_run(device):
+        say("bn.impl: fused needs a GPU and triton; torch's batch-norm here, whose numbers differ in their last digits")
+        cfg = replace(cfg, bn=replace(cfg.bn, impl="torch"))
     cfg = build.resolve(cfg, device)
     cache = files.cache_folder()
     images = hold_out(build.data(cfg, cache_dir=cache), cfg)

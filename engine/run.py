@@ -43,10 +43,14 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
 
 def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -> Summary:
     device, folder, cache = world.device, RunFolder(out), cache_folder()
+    open_keys = {"bn.impl"} if cfg.bn.impl == "auto" else set()
     cfg = build.resolve(cfg, device, world.size, world.local_size)
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
-    found = find_checkpoint(cfg.resume, out, flatten(cfg), world)
+    fixed = {key: value for key, value in flatten(cfg).items() if key not in open_keys}
+    found = find_checkpoint(cfg.resume, out, fixed, world)
+    if found and open_keys:
+        cfg = build.keep_batch_norm(cfg, recorded_settings(found[1], found[0]).get("bn.impl"), device)
     with world.main_process_first():
         build.draw(cfg)
         images = hold_out(build.data(cfg, cache_dir=cache), cfg, tell=True)

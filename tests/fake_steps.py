@@ -24,6 +24,7 @@ def build(name: str, amp: str | None):
 
     from engine.config import Config, EncoderConfig, MethodConfig, QueueConfig
     from ppssl import METHODS, Teacher
+    from ppssl.encoder import Trunk
     from ppssl.settings import method_settings, replace_keys
     from ppssl.timm_trunk import build_trunk
 
@@ -43,8 +44,10 @@ def build(name: str, amp: str | None):
         visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 32))
         teacher = Teacher(visual, torch.randn(8, 32), logit_scale=100.0, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         fake_cuda.fake(teacher)
-    kind = METHODS[method]
-    return kind.from_settings(settings, kind.build_network(settings, build_trunk(arch or ARCH)), teacher)
+    kind, trunk = METHODS[method], build_trunk(arch or ARCH)
+    if isinstance(trunk, Trunk):
+        trunk.fuse_batch_norm()  # bn.impl=auto on CUDA
+    return kind.from_settings(settings, kind.build_network(settings, trunk), teacher)
 
 
 def run(name: str, amp: str | None, mode: str, device) -> None:
@@ -107,7 +110,8 @@ def launched(name: str, variant: str, dim: int) -> list[tuple[str, dict, int]]:
     with fake_cuda.benchmark() as bench_step:
         settings = bench_step.variant
         with patch.object(bench_step, "variant", lambda method, _, values: settings(method, variant, values)):
-            step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), bench_step.RUNGS[name])
+            rung = bench_step.RUNGS[name]._replace(compile="off")
+            step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), rung)
     with Watch():
         step()
     return found
@@ -135,7 +139,7 @@ def differences(kernel: str, values: dict, warps: int) -> list[str]:
 
 
 def forms() -> dict[str, list[str]]:
-    steps = (("teacher cached", "published"), ("teacher cached", "guided"), ("moco", ""), ("lcr", ""), ("ldfs", ""))
+    steps = (("compiled", "published"), ("compiled", "guided"), *((f"{name} compiled", "") for name in ("moco", "lcr", "ldfs")))
     found = {}
     for name, variant in steps:
         for dim in (128, 256):

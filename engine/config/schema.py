@@ -74,8 +74,8 @@ class DataConfig:
     """Folder of the training photos below data.root, found by the usual names if null; with data.name=list, the CSV file."""
     test: Annotated[str | None, FREE] = None
     """The same of the test photos; with data.train set, null means none."""
-    loader: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
-    """auto: DALI when it is importable."""
+    loader: Annotated[Literal["auto", "dali", "nvjpeg", "torch"], FREE] = "auto"
+    """auto: DALI when it is importable, else torch. nvjpeg: torchvision decodes on the GPU; not measured yet, and never by auto."""
     resident: Annotated[Literal["auto", "device", "host", "off"], FREE] = "auto"
     """Keep the decoded set on the device or in host memory, made smaller if it must be; auto: where it fits as it is, else off."""
     aug: Literal["parity", "dali"] = "parity"

@@ -38,6 +38,8 @@ def backends(device: torch.device) -> list[Backend]:
             Backend("DALI", {"loader": "dali", "resident": "off", "aug": "parity"}),
             Backend("DALI's own colour", {"loader": "dali", "resident": "off", "aug": "dali"}),
         ]
+    if device.type == "cuda":
+        found.append(Backend("nvJPEG", {"loader": "nvjpeg", "resident": "off", "aug": "parity"}))
     places = ("host", "device") if device.type == "cuda" else ("host",)
     return found + [Backend(f"resident, {where}", {"loader": "auto", "resident": where, "aug": "parity"}) for where in places]
 

@@ -76,8 +76,10 @@ def move_towards(target: list[Tensor], online: list[Tensor], weight: Tensor) -> 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of all ``gradients`` together, 0-d float32. An op of its own because a compiler that looks into it stacks
     the norms of hundreds of tensors one by one."""
-    norms = torch._foreach_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    norms = []
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # one launch for tensors of one type
+        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @gradient_norm.register_fake

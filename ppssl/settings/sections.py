@@ -121,7 +121,7 @@ class BatchNormConfig:
     """Statistics over the batch of all processes (SyncBN)."""
     impl: Annotated[Literal["auto", "torch", "fused"], SAID] = "auto"
     """Batch-norm of the trunk while training: torch's, or one fused op with the ReLU and the shortcut's sum, on CUDA, where sync
-    is false. auto takes torch's: the fused op has not been measured on a GPU."""
+    is false. auto: fused for a ResNet on CUDA, by its bytes and launches (it has not been timed on a GPU), otherwise torch."""
 
 
 @dataclass(frozen=True)
