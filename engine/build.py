@@ -18,7 +18,7 @@ from engine.files import cache_folder
 from engine.pretrained import load_run, third_party
 from engine.synthetic import dataset, teacher_files
 from engine.training import ALONE, Trainer, World
-from ppssl.encoder import FeatureNet, Trunk
+from ppssl.encoder import BaseTrunk, FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
 from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
@@ -179,7 +179,31 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
         say(f"encoder: {cfg.encoder.arch}, {found}")
     if cfg.bn.impl == "fused" and isinstance(trunk, Trunk):
         trunk.fuse_batch_norm()
+    if cfg.encoder.freeze:
+        freeze(trunk, cfg)
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
+
+
+def freeze(trunk: BaseTrunk, cfg: Config) -> None:
+    """Freezes ``encoder.freeze`` of ``trunk`` and says what is left to train. Raises ``ConfigError`` for a part that the trunk does
+    not have, and where nothing that is kept would be trained."""
+    try:
+        trunk.freeze(cfg.encoder.freeze)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    every, trained = (sum(p.numel() for p in trunk.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    if not trained and not settings_of(cfg).has_mask:
+        raise ConfigError(
+            f"encoder.freeze: with {', '.join(cfg.encoder.freeze)} nothing of {trunk.arch} is trained, and {cfg.method.name} keeps "
+            f"nothing else; leave a part out"
+        )
+    say(f"encoder.freeze: {', '.join(cfg.encoder.freeze)}; {trained:,} of {every:,} weights of the trunk are trained")
+    if cfg.encoder.weights == "none":
+        say("encoder.freeze: with encoder.weights=none what is frozen stays random")
+    norms = [module for module in trunk.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for key, value in (("bn.groups", cfg.bn.groups > 1), ("bn.sync", cfg.bn.sync), ("bn.impl", cfg.bn.impl == "fused")):
+        if value and norms and not any(norm.training for norm in norms):
+            say(f"{key}: does nothing in {trunk.arch}, all of whose batch norms are frozen")
 
 
 def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:

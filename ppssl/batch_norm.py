@@ -81,8 +81,8 @@ class SyncBatchNorm(_BatchNorm):
 
 def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """``relu(bn(x) + residual)`` in training mode by one op, [B, C, H, W] in channels_last on CUDA (``bn.impl: fused``). What the
-    op has no kernel for, statistics over processes, is computed by ``bn`` and torch."""
-    if type(bn) not in (nn.BatchNorm2d, GroupedBatchNorm):
+    op has no kernel for, statistics over processes and those of a frozen ``bn``, is computed by ``bn`` and torch."""
+    if type(bn) not in (nn.BatchNorm2d, GroupedBatchNorm) or not bn.training:
         y = bn(x) if residual is None else bn(x) + residual
         return F.relu(y) if relu else y
     groups = getattr(bn, "groups", 1)

@@ -50,6 +50,7 @@ RESNETS = {
 }
 """Block and blocks a stage of every network by name."""
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+_STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
 class BaseTrunk(nn.Module):
@@ -64,6 +65,14 @@ class BaseTrunk(nn.Module):
     """Pixels of the image per cell of the map."""
     sources: tuple[str, ...] = LAYERS
     """Names of the maps on the way, from the image on; the last is the output."""
+    watched: tuple[str, ...] = ()
+    """The sources of ``watch``."""
+    frozen: tuple[str, ...] = ()
+    """The parts that are not trained; see ``freeze``."""
+    constant: tuple[str, ...] = ()
+    """The sources up to which no weight is trained: a gradient by such a map needs images that require one."""
+    _still: tuple[str, ...] = ()
+    """Names of the batch-norms that stay in eval mode: ``batch_norm.convert`` puts others in their places."""
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, S, S] -> maps [B, c, h, w] by name, the output last; those of ``watch`` at least."""
@@ -77,6 +86,45 @@ class BaseTrunk(nn.Module):
         """Makes ``maps`` give these sources, ``image`` aside. Raises ``ValueError`` for one that the trunk does not have."""
         if unknown := [s for s in sources if s not in ("image", *self.sources)]:
             raise ValueError(f"iadm.sources: {unknown[0]!r} is no map of this trunk; use image, {', '.join(self.sources)}")
+        self.watched = tuple(sources)
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What ``freeze`` takes, from the image on: the names of the modules of each part, every one without those inside it. They
+        are the whole trunk; the part of a source's name ends where that map is."""
+        raise NotImplementedError(f"{type(self).__name__}.parts")
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Ends the training of ``parts``: of ``self.parts()``, and ``bn``, every batch-norm. Their parameters get no gradient;
+        their batch-norms stay in eval mode, which uses the running statistics and does not move them. To be called before the
+        trunk is handed to a method. Raises ``ValueError`` for a part that the trunk does not have."""
+        if not parts:
+            return
+        known, norms = self.parts(), [n for n, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        known = known | {"bn": tuple(norms)} if norms else known
+        if unknown := [part for part in parts if part not in known]:
+            raise ValueError(f"encoder.freeze: {unknown[0]!r} is no part of {self.arch}; use {', '.join(known)}")
+        names = {name for part in parts for name in known[part]}
+        for name in names:
+            for parameter in self.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self.frozen, self._still = tuple(parts), tuple(name for name in norms if name in names)
+        trained = [part for part, inside in known.items() if part != "bn" and any(map(self._trains, inside))]
+        order = [part for part in known if part != "bn"]
+        self.constant = tuple(source for source in self.sources if source in order[: order.index(trained[0]) if trained else None])
+        self.train(self.training)
+
+    def _trains(self, name: str) -> bool:
+        return any(parameter.requires_grad for parameter in self.get_submodule(name).parameters(recurse=False))
+
+    def train(self, mode: bool = True) -> BaseTrunk:
+        super().train(mode)
+        for norm in self.frozen_norms():
+            norm.eval()
+        return self
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """The batch-norms whose running statistics do not move."""
+        return [self.get_submodule(name) for name in self._still]
 
 
 class Trunk(BaseTrunk):
@@ -138,6 +186,15 @@ class Trunk(BaseTrunk):
         for name in LAYERS:
             x = maps[name] = self.get_submodule(name)(x)
         return maps
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """``stem`` (``conv1``, ``bn1``) and ``layer1`` ... ``layer4``."""
+        inside = [name for name, _ in self.named_modules()]
+        return {"stem": ("conv1", "bn1")} | {part: tuple(n for n in inside if n.split(".")[0] == part) for part in LAYERS}
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """``stage1`` ... ``stage4``, as timm calls them, are other names of ``layer1`` ... ``layer4``."""
+        super().freeze([f"layer{part[5:]}" if part in _STAGES else part for part in parts])
 
 
 def _stage(block: type[nn.Module], channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:

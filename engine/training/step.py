@@ -248,6 +248,9 @@ class Step:
 
         for module in self.method.modules():
             if isinstance(module, BaseTrunk):
+                if between := [name for name in module.watched if name in module.sources[:-1]]:
+                    # autograd sees one function of the image with several results, none of them a function of another
+                    raise ValueError(f"run.compile: encoder has no gradient by {between[0]} (iadm.sources); use step or off")
                 module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:

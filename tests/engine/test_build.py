@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import build
-from engine.config import from_yaml
+from engine.config import BatchNormConfig, Config, EncoderConfig, MethodConfig, from_yaml
 from engine.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -37,3 +37,25 @@ def test_what_computes_batch_norm_is_decided_and_reaches_the_trunk(monkeypatch: 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=r"bn\.impl: fused needs a GPU.*cpu; use bn\.impl=torch"):
         build.resolve(from_yaml(text % "fused"), CPU)
+
+
+def test_frozen_parts_are_told_and_what_cannot_be_is_refused(capfd: pytest.CaptureFixture) -> None:
+    def network(*parts: str, name: str = "moco", **bn):
+        encoder = EncoderConfig(arch="resnet18_w8_s16", weights="none", freeze=parts)
+        return build.initial_network(Config(method=MethodConfig(name=name), encoder=encoder, bn=BatchNormConfig(**bn)))
+
+    trunk = network("stem", "stage1", "bn", groups=2).trunk
+    told = " ".join(capfd.readouterr().err.split())
+    trained = {n for n, p in trunk.named_parameters() if p.requires_grad}
+    assert trained == {
+        n for n, _ in trunk.named_parameters() if n[:6] in ("layer2", "layer3", "layer4") and ("conv" in n or "downsample.0" in n)
+    }
+    count = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+    assert f"encoder.freeze: stem, stage1, bn; {count:,} of" in told and "stays random" in told
+    assert "bn.groups: does nothing in resnet18_w8_s16" in told
+    with pytest.raises(ConfigError, match="encoder.freeze: 'stage5' is no part of resnet18_w8_s16; use stem, layer1, .*, bn"):
+        network("stage5")
+    every = ("stem", "layer1", "layer2", "layer3", "layer4")
+    with pytest.raises(ConfigError, match="encoder.freeze: with .* nothing of resnet18_w8_s16 is trained, and moco keeps"):
+        network(*every)
+    assert network(*every, name="lcr").trunk.constant == every[1:]  # its mask is kept

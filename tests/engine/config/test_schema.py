@@ -34,6 +34,7 @@ FROZEN = {
     "encoder.head": "mlp2",
     "encoder.dim": 256,
     "encoder.partial": False,
+    "encoder.freeze": (),
     "queue.size": 65536,
     "queue.dtype": "auto",
     "queue.sharded": False,
