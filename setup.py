@@ -52,6 +52,7 @@ setup(
     ],
     extras_require={
         "dev": ["pre-commit>=4.0"],
+        "embed": ["pyarrow>=18.0"],  # Parquet; .npz and .csv need nothing
         "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "report": ["umap-learn>=0.5.9"],  # the embedding map is t-SNE without it
         "test": [
@@ -63,6 +64,7 @@ setup(
             "onnx>=1.18",
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
+            "pyarrow>=18.0",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML>=6.0",

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn, track
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -38,6 +39,24 @@ def _escaped(character: str) -> str:
 def bar() -> Progress:
     """A progress bar for work outside the steps: on a terminal only, and gone when the work is done."""
     return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+class _Rate(ProgressColumn):
+    """Steps of the task per second, of late."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.1f} {self.unit}/s")
+
+
+def rate_bar(unit: str) -> Progress:
+    """As ``bar``, with how many have been done, the rate in ``unit`` per second, and what is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def with_progress(items: Iterable, total: int, text: str, show: bool) -> Iterable:

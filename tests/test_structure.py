@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("check", "doctor", "evaluate", "export", "replay", "search", "train")
+COMMANDS = ("check", "doctor", "embed", "evaluate", "export", "replay", "search", "train")
 # From the ground up: a module may import what stands in a row below its own, or its own package.
 LAYERS = (
     {"files", "console"},

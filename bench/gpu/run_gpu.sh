@@ -51,7 +51,7 @@ stage_3() {
 stage_4() { bench bench/bench_infonce.py bench/bench_maxout.py bench/bench_maxout_image.py bench/bench_gradcam.py bench/bench_batch_norm.py; }
 stage_5() {
   limit=200 try python -m pytest -q tests/kernels/test_augment.py tests/engine/data/loaders/test_resident_loader.py
-  limit=330 bench bench/bench_augment.py bench/bench_data.py bench/bench_retrieval.py
+  limit=330 bench bench/bench_augment.py bench/bench_data.py bench/bench_embed.py bench/bench_retrieval.py
 }
 stage_6() {
   limit=520 try python -m engine.train --cfg demo --amp --profile 5 --out "$out/run"

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.evaluation.ranking import distances, full_precision, ranking_keys
+
 _BLOCK = 1024
 """Rows of the similarity matrix held at a time."""
+_STORED = 2**20
+"""Numbers of stored features that are float32 at a time: 4 MiB, which a core's cache holds or nearly so."""
 
 
 class Neighbours(NamedTuple):
@@ -66,10 +70,33 @@ def mean_cosine(features: Tensor) -> float:
     return float((total @ total - unit.square().sum()) / (len(unit) * (len(unit) - 1)))
 
 
+@torch.no_grad()
 def most_similar(query: Tensor, features: Tensor, k: int) -> Neighbours:
-    """For every row of ``query`` [Q, D] the ``k`` most similar rows of ``features`` [N, D] by cosine."""
-    top = (F.normalize(query.float().cpu(), dim=1) @ _unit(features).T).topk(min(k, len(features)), dim=1)
-    return Neighbours(top.indices.numpy(), top.values.numpy())
+    """For every row of ``query`` [Q, D] the ``k`` most similar rows of ``features`` [N, D] by cosine; fewer where there are not so
+    many. Of equal ones the first comes first.
+
+    Exact: products are float32, whatever floating-point type ``features`` has, in blocks of its rows, so that a float16 file of any
+    length needs no float32 copy. Raises ``ValueError`` for wrong shapes and for a feature that is not finite.
+    """
+    if features.ndim != 2 or query.ndim != 2 or query.shape[1] != features.shape[1] or not len(features):
+        raise ValueError(f"query {list(query.shape)} and features {list(features.shape)}: expected rows of one length")
+    asked = F.normalize(query.float().cpu(), dim=1).neg_().split(_BLOCK)
+    best = [torch.zeros(len(part), 0, dtype=torch.int64) for part in asked]
+    length = max(1, _STORED // features.shape[1])
+    with full_precision("cpu"):
+        for start in range(0, len(features), length):
+            block = features[start : start + length].cpu().float()
+            norm = torch.linalg.vector_norm(block, dim=1).clamp_(min=1e-12)
+            for i, part in enumerate(asked):
+                distance = (part @ block.T).div_(norm)
+                if not torch.isfinite(distance).all():
+                    raise ValueError("features: not finite; the network that made them has diverged")
+                keys = ranking_keys(distance).add_(start)
+                near = keys.topk(min(k, keys.shape[1]), dim=1, largest=False, sorted=False).values
+                near = torch.cat([best[i], near], 1)
+                best[i] = near.topk(min(k, near.shape[1]), dim=1, largest=False).values
+    found = torch.cat(best)
+    return Neighbours((found & 0xFFFFFFFF).numpy(), distances(found).neg_().numpy())
 
 
 def near_duplicates(features: Tensor, threshold: float, most: int) -> tuple[list[tuple[int, int, float]], int]:

@@ -48,6 +48,13 @@ def ranking_keys(distance: Tensor) -> Tensor:
     return keys
 
 
+def distances(keys: Tensor) -> Tensor:
+    """The negated similarities, float32, from which ``ranking_keys`` made ``keys``."""
+    bits = (keys >> 32).int()
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    return bits.view(torch.float32)
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products in float32 proper, whatever autocast or TF32 setting is in force outside."""

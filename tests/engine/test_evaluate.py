@@ -300,8 +300,6 @@ def test_what_is_no_run_and_no_weights_file(run: Path, photos: Path, tmp_path: P
     assert main([str(tmp_path / "other.safetensors"), "--cfg", recipe]) == 1
     assert "nothing in" in said(capsys)
 
-    assert main([str(run), "--cfg", recipe]) == 1
-    assert "brings its own config" in said(capsys)
     assert main([str(run), "encoder.arch=resnet50"]) == 1
     assert "evaluated as it was trained" in said(capsys)
     (run / "weights.safetensors").unlink()
@@ -323,3 +321,17 @@ def test_the_former_name_of_an_option_names_the_new_one(run: Path, capsys: pytes
     with pytest.raises(SystemExit) as stopped:
         main([str(run), "--row0"])
     assert stopped.value.code == 2 and "--baselines" in capsys.readouterr().err
+
+
+def test_a_timm_model_by_its_name(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    line = ["timm/mobilenetv3_small_050", f"data.root={photos}", "encoder.weights=none", "data.image_size=32"]
+    assert main([*line, "--protocol", "retrieval,metric-learning"]) == 0
+    records = written(tmp_path / "timm-mobilenetv3_small_050.evaluation.json")
+    assert [(r["model"], r["protocol"], r["images"]) for r in records] == [
+        ("weights", "retrieval", 8), ("weights", "metric-learning", 8)
+    ]  # fmt: skip
+    assert records[0]["mAP"] == pytest.approx(records[1]["mAP"]) and "not class-disjoint" in said(capsys)
+    assert main([*line, "--split", "train", "--protocol", "metric-learning"]) == 1
+    assert "--split train: metric-learning is of the test split" in said(capsys)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from PIL import AvifImagePlugin
 
 from engine.data.image_file.levels import emptiness
-from engine.data.image_file.read import MAX_MEMORY, decode, ordinary, read_bytes
+from engine.data.image_file.read import MAX_MEMORY, Picture, decode, ordinary, read_bytes
 
 SECONDS = 10
 """Of processor time that decoding one file may take."""
@@ -97,6 +97,14 @@ class Watch:
         if child.alive:
             self._idle.put(child)
         return verdict
+
+    def read(self, path: Path) -> Picture:
+        """The picture of one file; one that is not ordinary is decoded here only once a process with limits could. Raises as
+        ``read_image`` does."""
+        data = read_bytes(path)
+        if not ordinary(data) and (reason := self.judge(path).reason) is not None:
+            raise ValueError(reason)
+        return decode(data)
 
     def _next(self) -> _Child:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.loaders.torch_loader import FILTERS, Normalize, clean_view
 from engine.data.machine import cores
 
+T = TypeVar("T")
 _AHEAD = 2
 """Batches that are decoded while one is used."""
 
@@ -51,20 +52,23 @@ def clean_batches(
     def decode(i: int) -> np.ndarray:
         return np.asarray(clean_view(images.read(i), resize, crop, FILTERS[interpolation]))
 
-    for index, pixels in _decoded(decode, len(images), batch_size, cores() if workers is None else workers):
+    batches = [range(first, min(first + batch_size, len(images))) for first in range(0, len(images), batch_size)]
+    for index, pixels in decoded_batches(decode, batches, workers):
         yield normalize(torch.from_numpy(np.stack(pixels))), torch.arange(index.start, index.stop, device=device)
 
 
-def _decoded(
-    decode: Callable[[int], np.ndarray], count: int, batch_size: int, workers: int
-) -> Iterator[tuple[range, list[np.ndarray]]]:
-    """(positions, decoded images) of every batch, in order."""
-    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    if not workers:
+def decoded_batches(
+    decode: Callable[[int], T], batches: Sequence[range], workers: int | None = None
+) -> Iterator[tuple[range, list[T]]]:
+    """(positions, what ``decode`` makes of each) of every batch, in order; following ones are decoded meanwhile.
+
+    workers: threads; None takes the machine's cores, 0 decodes in the calling thread.
+    """
+    if workers == 0:
         for index in batches:
             yield index, [decode(i) for i in index]
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(cores() if workers is None else workers, thread_name_prefix="decode") as pool:
         under_way: deque[list[Future]] = deque()
         try:
             for number, index in enumerate(batches):

@@ -40,6 +40,33 @@ def test_a_query_finds_itself_first() -> None:
     assert most_similar(x[:1], x, 50).index.shape == (1, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_hundred_thousand_stored_features_against_the_whole_product(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    stored = torch.nn.functional.normalize(torch.randn(100_000, 256, generator=generator), dim=1).to(dtype)
+    query = torch.randn(3, 256, generator=generator)
+    near = most_similar(query, stored, 10)
+    unit = [(x.double() / x.double().norm(dim=1, keepdim=True)) for x in (query, stored)]
+    cosine = (unit[0] @ unit[1].T).numpy()
+    order = np.argsort(-cosine, axis=1, kind="stable")[:, :11]
+    best = np.take_along_axis(cosine, order, 1)
+    assert np.abs(near.cosine - best[:, :10]).max() < 1e-6 and (np.diff(near.cosine) <= 0).all()
+    apart = (np.diff(best) < -1e-6).all(1)  # where float32 cannot confuse neighbors, the order is that of float64
+    assert apart.any() and np.array_equal(near.index[apart], order[apart, :10])
+
+
+def test_equal_features_are_found_in_order_and_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = features(7).repeat(3, 1)
+    monkeypatch.setattr(neighbours, "_STORED", 4 * 6)
+    near = most_similar(x[:2], x, 4)
+    assert near.index[:, :3].tolist() == [[0, 7, 14], [1, 8, 15]]
+    with pytest.raises(ValueError, match="one length"):
+        most_similar(x[:, :2], x, 1)
+    x[20] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        most_similar(x[:1], x, 1)
+
+
 def test_scores_and_confusions_of_a_case_done_by_hand() -> None:
     # angles on a circle: 0 and 1 are each other's nearest, so are 2 and 3, so are 4 and 5; 6 is alone in its class
     angles = torch.tensor([0, 4, 40, 45, 90, 97, 200]) / 57.3
