@@ -192,6 +192,10 @@ class Trunk(BaseTrunk):
         inside = [name for name, _ in self.named_modules()]
         return {"stem": ("conv1", "bn1")} | {part: tuple(n for n in inside if n.split(".")[0] == part) for part in LAYERS}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's rule for layers with rates of their own, that of its ResNets: the stem and every block, or stage if ``coarse``."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
     def freeze(self, parts: Sequence[str]) -> None:
         """``stage1`` ... ``stage4``, as timm calls them, are other names of ``layer1`` ... ``layer4``."""
         super().freeze([f"layer{part[5:]}" if part in _STAGES else part for part in parts])

@@ -46,18 +46,33 @@ class OneOf:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD."""
+    """The optimizer and its learning rate."""
 
     lr: Annotated[float, Ge(0), SAID] = 0.03
     """Peak learning rate for the global batch; never rescaled behind your back."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Of SGD."""
+    """Of sgd and lars."""
     weight_decay: Annotated[float, Ge(0), SAID] = 1e-4
-    """L2, on every parameter."""
+    """sgd and lars: L2, as published; adamw: decoupled from the gradient. On every parameter unless decay_norms is false."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: half a period from lr to 0 over the whole run, by step."""
+    """cosine: half a period from lr to 0 over the whole run, by step; with a warm-up, over the rest of the run."""
     backend: Literal["auto", "torch", "apex"] = "auto"
-    """auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
+    """Of sgd. auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    """sgd with momentum, as published; adamw wants a far lower lr, 1e-5 to 1e-3; lars, for large batches, a higher one."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw: decay of the two running averages, of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Of adamw: what is added to the root of the second."""
+    warmup: Annotated[float, Ge(0)] = 0.0
+    """Epochs over which the learning rate rises linearly to lr; may be a fraction of one."""
+    decay_norms: bool = True
+    """Weight decay on biases and norms too, as published. false leaves them out, and what timm excepts; lars then adapts no rate
+    of theirs."""
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Factor on the learning rate from each layer of the trunk to the one before it, by timm's layers; 1 is off."""
+    clip: Annotated[Annotated[float, Gt(0)] | None, SAID] = None
+    """Longest gradient, the norm over all parameters; a longer one is scaled down to it. null is off."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +217,8 @@ def expected_type(options: tuple[Any, ...]) -> str:
             for _, run in itertools.groupby(choices, key=lambda text: text.rstrip("0123456789") or text):
                 first, *rest = run
                 parts.append(f"{first} to {rest[-1]}" if len(rest) > 2 else ", ".join([first, *rest]))
+        elif option == tuple[float, float]:
+            parts.append("a list of two numbers")
         elif typing.get_origin(option) is tuple:
             parts.append(f"a list of {expected_type((typing.get_args(option)[0],))}")
         else:
@@ -304,6 +321,17 @@ def validate(config: Config) -> None:
         refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
     if config.data.crop_banner and config.data.extra_roots:
         refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
+    optim, usual = config.optim, OptimConfig()
+    for key in ("betas", "eps") if optim.name != "adamw" else ("momentum",):
+        if getattr(optim, key) != getattr(usual, key):
+            of = "sgd and lars; adamw has optim.betas" if optim.name == "adamw" else "adamw"
+            refuse(f"optim.{key}", f"does nothing with optim.name={optim.name}; it is a key of {of}")
+    if optim.backend == "apex" and optim.name != "sgd":
+        refuse("optim.backend", f"apex is used for sgd only, not with optim.name={optim.name}; use torch")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        refuse("optim.betas", "both must be in [0, 1)")
+    if optim.warmup and optim.warmup >= config.epochs:
+        refuse("optim.warmup", f"must be below epochs ({config.epochs}), of which it is a part")
     if config.queue.size < config.batch_size:
         refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
     if config.bn.sync and config.bn.groups > 1:
