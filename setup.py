@@ -1,14 +1,17 @@
 """Distribution metadata. What is installed is exactly the packages engine, ppssl and kernels, with their data files."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="ppssl-engine",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (HERE / "engine/__init__.py").read_text(encoding="utf-8"), re.M)[1],
     description="A fast training engine for fine-grained self-supervised learning, with PP-SSL as its first method",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     classifiers=[

@@ -1,7 +1,7 @@
 """The engine that runs a method: data, step, checkpoints, evaluation.
 
 ``from engine import Trainer, load``: ``Trainer(method, loader, epochs=100).fit()`` trains anybody's ``ppssl.Method``;
-``load(RUN).features(images)`` maps normalized images to a trained network's unit features.
+``load(RUN).embed(paths)`` maps image files to a trained network's unit features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from engine.build import load
     from engine.training.trainer import Trainer
 
-__all__ = ["Trainer", "load"]
+__all__ = ["Trainer", "__version__", "load"]
+
+__version__ = "0.1.0"
 
 compiler_cache.choose()  # importing torchvision chooses for whoever has not
 

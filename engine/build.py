@@ -7,23 +7,24 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.config import Config
-from engine.console import printable, say
+from engine.config import Config, keys_per_step
+from engine.console import counted, printable, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
 from engine.pretrained import load_run, third_party
 from engine.synthetic import dataset, teacher_files
-from engine.training import ALONE, Trainer, World
+from engine.training import ALONE, Trainer, World, describe_optimizer
 from ppssl.encoder import BaseTrunk, FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
-from ppssl.settings import Settings, method_settings, resolve_variant, settings_class, title
+from ppssl.settings import QueueConfig, Settings, TeacherConfig, idle_keys, method_settings, resolve_variant, settings_class, title
 from ppssl.teacher import SHIPPED, Teacher, load_descriptions
-from ppssl.timm_trunk import TimmTrunk, build_trunk, image_input
+from ppssl.timm_trunk import PREFIX, TimmTrunk, build_trunk, image_input
 
 
 def check_environment(*, writes: bool) -> None:
@@ -56,8 +57,14 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     except ValueError as error:
         raise ConfigError(str(error)) from None
     cfg = resolve_variant(cfg)
+    settings = settings_of(cfg)
+    if settings.uses_text and cfg.teacher.model.startswith(PREFIX):
+        raise ConfigError(
+            f"teacher.model: {cfg.teacher.model} sees images and reads no text; use ais.target=image or ais.target=relations with "
+            f"it, or an image-text model of open_clip, as teacher.model=ViT-B-32-quickgelu"
+        )
     if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
-        count = len(load_descriptions(cfg.ais.prompts)) if settings_of(cfg).uses_teacher else SHIPPED
+        count = len(load_descriptions(cfg.ais.prompts)) if settings.uses_text else SHIPPED
         cfg = replace(cfg, ais=replace(cfg.ais, count=count))
     if cfg.data.root is not None:  # a run is evaluated from other folders too
         root, *more = (os.path.abspath(os.path.expanduser(path)) for path in (cfg.data.root, *cfg.data.extra_roots))
@@ -70,6 +77,18 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     elif cfg.bn.impl == "fused" and not can_run(device):
         raise ConfigError(f"bn.impl: fused needs a GPU and triton, the device is {device}; use bn.impl=torch")
     return cfg
+
+
+def decide_queue(cfg: Config, photos: int, found: dict[str, Any] | None = None) -> Config:
+    """``cfg`` with ``queue.size: auto`` decided: a row for each of the training ``photos``, at most the published 65536, and room
+    for the keys of a step. found: the settings of the checkpoint that is continued, whose size is taken."""
+    if cfg.queue.size != "auto":
+        return cfg
+    size, why = max(keys_per_step(cfg), min(QueueConfig.size, photos)), f"auto, of {counted(photos, 'training photo')}"
+    if found and isinstance(found.get("queue.size"), int):
+        size, why = found["queue.size"], "as in the checkpoint"
+    say(f"queue.size: {size} ({why})")
+    return replace(cfg, queue=replace(cfg.queue, size=size))
 
 
 def spread(cfg: Config, processes: int, on_this_machine: int) -> Config:
@@ -139,18 +158,53 @@ def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress
 
 
 def teacher(cfg: Config, device: torch.device) -> Teacher | None:
-    """The frozen image-text model, where the method listens to one."""
-    if not settings_of(cfg).uses_teacher:
+    """The frozen model that the method listens to, where it does."""
+    settings = settings_of(cfg)
+    if not settings.uses_teacher:
         return None
     model, files = cfg.teacher.model, cfg.teacher.weights
-    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count)
+    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count) if settings.uses_text else None
+    what = (
+        f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
+    )
     # before it is loaded: a first use downloads it
-    say(f"teacher: {model}, weights {files}; {len(descriptions)} descriptions of {printable(cfg.ais.prompts)}")
+    say(f"teacher: {model}, weights {files}; {what}")
+    if model.startswith(PREFIX):
+        return image_teacher(cfg.teacher).to(device)
     if "birds" in (model, files):
         if model != files:
             raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
         model, files = map(str, teacher_files())
-    return Teacher.from_open_clip(model, files, descriptions).to(device)
+    return Teacher.from_open_clip(model, files, descriptions, cfg.teacher.image_size).to(device)
+
+
+def image_teacher(asked: TeacherConfig) -> Teacher:
+    """The frozen model of timm that ``teacher.*`` names. Raises what loading an encoder's weights does, naming these keys."""
+    if asked.weights == "none" or asked.weights == TeacherConfig.weights:
+        raise ConfigError(f"teacher.weights: got {asked.weights!r}, a teacher of timm has timm, timm:TAG or the path of a file")
+    try:
+        trunk = build_trunk(asked.model)
+        say(f"teacher: {third_party.initialize(trunk, asked.weights)}")
+        return Teacher.from_trunk(trunk, asked.weights, asked.image_size)
+    except (ValueError, RuntimeError, OSError) as error:
+        text = str(error)
+        for encoders, teachers in _TEACHERS_WORDS.items():
+            text = text.replace(encoders, teachers)
+        raise (type(error) if type(error) in (ValueError, RuntimeError, FileNotFoundError) else OSError)(text) from error
+
+
+_TEACHERS_WORDS = {
+    ", or encoder.weights=none for random weights": "",
+    "; or set encoder.weights": "; or set teacher.weights",
+    ", or encoder.partial=true to take what fits and leave the rest random": "",
+    "encoder.weights": "teacher.weights",
+    "encoder.arch": "teacher.model",
+    "data.image_size": "teacher.image_size",
+    "use none or a file": "use a file",
+    "give none, a torchvision tag, or an existing file": "give timm, timm:TAG or an existing file",
+    ", none or a file": " or a file",
+}
+"""What an error about an encoder says of a teacher."""
 
 
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
@@ -230,17 +284,19 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
-    """The trained network of a run folder, in eval mode.
+    """The trained network of a run folder, in eval mode; the images it was trained on are not needed.
 
-    ``engine.load(RUN).features(images)`` maps [B, 3, S, S] normalized images to unit rows [B, C]; its ``transform`` makes one such
-    image [3, S, S] from a PIL image or a file, as evaluation does.
+    ``network.embed(paths)`` maps image files to unit rows [N, C], in batches. ``network.features(images)`` takes normalized images
+    [B, 3, S, S]; ``network.transform`` makes one of them [3, S, S] from a PIL image or a file, as evaluation does.
+    ``network.class_names`` are those of the run's data, by label.
 
-    network: takes the weights of a method of your own; None builds that of a registered one.
+    network: takes the weights of a method or a trunk of your own; None builds that of a registered method.
     Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
     run = load_run(folder, device, network)
     encoder = run.config.encoder
     run.network.transform = Transform(run.config.data.image_size, image_input(encoder.arch, encoder.weights))
+    run.network.class_names = run.class_names
     return run.network
 
 
@@ -263,6 +319,7 @@ def assemble(
     world: World = ALONE,
 ) -> Trainer:
     """The trainer of ``cfg``; ``embed`` gives the teacher's [N, E] embeddings of the training images, if the method wants them."""
+    cfg = decide_queue(cfg, len(images.train))
     trained = method(cfg, teacher, world)
     shard = sampler.Shard(world.rank, world.size)
     with world.main_process_first():
@@ -275,6 +332,7 @@ def assemble(
         optim=cfg.optim,
         run=cfg.run,
         ema_decay=cfg.ema.decay,
+        ema_schedule=cfg.ema.schedule,
         amp=cfg.amp,
         device=device,
         teacher=rows,
@@ -284,7 +342,13 @@ def assemble(
         profile=profile if world.first else 0,
         world=world,
     )
+    for why, keys in idle_keys(cfg).items():
+        say(f"{', '.join(keys)}: {'does' if len(keys) == 1 else 'do'} nothing here: {why}")
     say(f"method: {title(cfg)}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    optimizer, *remarks = describe_optimizer(trainer.step.optimizer, cfg.optim)
+    say(f"optimizer: {optimizer}")
+    for remark in remarks:
+        say(remark)
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, color {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     if world.group:

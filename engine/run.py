@@ -20,9 +20,9 @@ from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
 from engine.evaluation import Evaluator, attention_maps
 from engine.files import cache_folder, remove_temporary_files, write_text
-from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics
+from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics, write_classes
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint
+from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -49,6 +49,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     with world.main_process_first():
         build.draw(cfg)
         images = build.data(cfg, cache_dir=cache)
+    cfg = build.decide_queue(cfg, len(images.train), found and recorded_settings(found[1], found[0]))
 
     def embed(teacher: Teacher) -> torch.Tensor:
         with world.main_process_first():
@@ -135,6 +136,7 @@ def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step:
         return
     write_text(folder.config, to_yaml(cfg if ended is None else replace(ended, data=replace(ended.data, root=cfg.data.root))))
     append_data(folder.path, step, cfg.data.root, lists)
+    write_classes(folder.path, images.train.classes)
 
 
 def is_finished(out: Path, step: int) -> bool:
@@ -154,6 +156,7 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
             dataset.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
         cfg = replace(cfg, data=replace(cfg.data, resident="off"))  # one batch is decoded, not the set
         images = build.data(cfg, cache_dir=None)
+        cfg = build.decide_queue(cfg, len(images.train))
         index = sampler.batch_at(cfg.seed, 0, len(images.train), cfg.batch_size)[1]
 
         def embed_first_batch(teacher: Teacher) -> torch.Tensor:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """Every measure with its protocol, as a JSON list."""
         return self.path / "evaluation.json"
+
+    @property
+    def classes(self) -> Path:
+        """The names of the data set's classes by label, as a JSON list."""
+        return self.path / "classes.json"
 
     @property
     def maps(self) -> Path:
@@ -238,6 +243,27 @@ def read_data(out: Path) -> dict[str, Any] | None:
     """What ``append_data`` recorded last; None for a run of an earlier version."""
     records = [r for r in read_metrics(out) if r.get("kind") == "data" and isinstance(r.get("lists"), dict)]
     return {name: records[-1].get(name) for name in ("root", "lists")} if records else None
+
+
+def write_classes(out: Path, names: Sequence[str]) -> None:
+    """Keeps the class names of the run's data, by label, where they are known without it; nothing for data without classes."""
+    if names:
+        write_text(RunFolder(out).classes, json.dumps(list(names), indent=0) + "\n")
+
+
+def read_classes(out: Path) -> tuple[str, ...]:
+    """What ``write_classes`` kept; empty for data without classes and for a run of an earlier version. Raises ``ValueError`` naming
+    a file that is damaged."""
+    path = RunFolder(out).classes
+    if not path.is_file():
+        return ()
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it: only the names of the classes are lost") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is not a list of names; remove it: only the names of the classes are lost")
+    return tuple(names)
 
 
 def find_root(out: Path, root: str | None) -> str | None:

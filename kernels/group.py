@@ -48,7 +48,7 @@ def all_reduce_mean(tensor: Tensor, name: str) -> Tensor:
 
 def all_to_all(tensor: Tensor, sent: list[int], received: list[int], name: str) -> Tensor:
     """Sends the next ``sent[r]`` rows to each rank r in turn, and returns the rows received, ``received[r]`` from each rank r, in
-    rank order. Not differentiable."""
+    rank order. Differentiable: the gradients go back the same way."""
     return torch.ops.ppssl.all_to_all(tensor, sent, received, name)
 
 
@@ -107,5 +107,14 @@ def _all_reduce_mean_backward(ctx, grad):
     return all_reduce_mean(grad, ctx.group), None  # the loss of every process depends on the mean, of which each tensor is 1/n
 
 
+def _remember_routes(ctx, inputs, output):
+    _, ctx.sent, ctx.received, ctx.group = inputs
+
+
+def _all_to_all_backward(ctx, grad):
+    return all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
 _gather.register_autograd(_gather_backward, setup_context=_remember_group)
 _all_reduce_mean.register_autograd(_all_reduce_mean_backward, setup_context=_remember_group)
+_all_to_all.register_autograd(_all_to_all_backward, setup_context=_remember_routes)

@@ -44,6 +44,7 @@ def queue_infonce(
     precision: Literal["ieee", "tf32"] = "ieee",
     exclude: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | str | None = None,
+    count: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """InfoNCE of MoCo (He et al. 2020, eq. 1) against a queue of negatives, without the matrix of logits.
 
@@ -63,20 +64,25 @@ def queue_infonce(
             query i and is not counted in its rank. ``impl="auto"`` then takes the chunked path, on a GPU too.
         group: processes that each hold one shard of the queue (``queue`` is this process's shard, of any length) and the
             same number of queries. Each gets the loss, gradients and ranks of its queries against the whole queue.
+        count: 0-d int64 on the queue's device: only the first ``count`` rows of the queue (with a group, of this process's
+            shard) are negatives. It is read on the device, so a queue that fills up needs no other shapes and no other graph.
+            0 is no negative: the loss and its gradient are 0.
 
     Returns:
         loss, or (loss, rank): loss is float32 (float64 for float64 inputs), rank is int64, one per query. Gradients flow
         to q and k. Results are deterministic. A NaN in a query, a key or any queue row gives NaN.
 
     Raises:
-        TypeError: an argument is not a floating tensor, temperature is not a number, or exclude is not int64.
-        ValueError: wrong rank or shape, empty batch or queue, temperature not positive, unknown option, or a group with
-            ``impl="reference"``.
+        TypeError: an argument is not a floating tensor, temperature is not a number, or exclude or count is not int64.
+        ValueError: wrong rank, shape or device, empty batch or queue, temperature not positive, unknown option, or a group
+            with ``impl="reference"``.
         RuntimeError: second derivatives (``create_graph=True``) of a fused path.
     """
     _check(q, k, queue, temperature, reduction, precision)
     if exclude is not None:
         _check_exclude(exclude, q, queue)
+    if count is not None:
+        _check_count(count, queue)
     unsupported = f"D must be at most {MAX_DIM}, got {q.shape[-1]}" if q.shape[-1] > MAX_DIM else None
     widest = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
     unsupported = "float64 is not supported" if widest == torch.float64 else unsupported
@@ -88,7 +94,7 @@ def queue_infonce(
             raise ValueError("queue_infonce: impl='reference' knows one process; use impl='chunked' with a group")
         with torch.autocast(q.device.type, enabled=False):
             return reference.infonce(
-                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, exclude=exclude
+                q, k, queue, temperature=temperature, reduction=reduction, return_rank=return_rank, exclude=exclude, count=count
             )
     shape = q.shape[:-1]
     index, queue_index = (None, None) if exclude is None else (exclude[0].expand(shape).reshape(-1), exclude[1])
@@ -105,6 +111,7 @@ def queue_infonce(
         name,
         index,
         queue_index,
+        count,
     )
     loss = loss.view(shape)
     if reduction != "none":
@@ -176,6 +183,13 @@ def _check_exclude(exclude: tuple[Tensor, Tensor], q: Tensor, queue: Tensor) -> 
         )
 
 
+def _check_count(count: Tensor, queue: Tensor) -> None:
+    if not isinstance(count, Tensor) or count.dtype != torch.int64:
+        raise TypeError(f"queue_infonce: count must be an int64 tensor, got {getattr(count, 'dtype', type(count).__name__)}")
+    if count.dim() != 0 or count.device != queue.device:
+        raise ValueError(f"queue_infonce: count must be 0-d on {queue.device}, got {list(count.shape)} on {count.device}")
+
+
 @torch.library.custom_op("ppssl::infonce", mutates_args=())
 def _infonce(
     q: Tensor,
@@ -189,26 +203,27 @@ def _infonce(
     group: str = "",
     index: Tensor | None = None,
     queue_index: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] int64 or [0])."""
     if impl == "triton":
         from kernels import infonce_triton  # here, because triton may not be installed
 
         if not group:
-            return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision)
+            return infonce_triton.forward(q, k, queue, temperature, with_dq, with_rank, precision, count)
         q, k = (x.to(queue.dtype).float() for x in (q, k))  # what the kernel multiplies
     with torch.autocast(q.device.type, enabled=False):
         dtype = _compute_dtype(q, k, queue)
         q, k = q.to(dtype), k.to(dtype)
         if not group:
-            part = partial(q, k, queue, temperature, with_dq, with_rank, index, queue_index)
+            part = partial(q, k, queue, temperature, with_dq, with_rank, index, queue_index, count)
             return finish(part, q, k, temperature)
         every_q, every_k = gather(torch.cat([q, k], 1), group).chunk(2, 1)
         if impl == "triton":
-            part = infonce_triton.partial(every_q, every_k, queue, temperature, with_dq, with_rank, precision)
+            part = infonce_triton.partial(every_q, every_k, queue, temperature, with_dq, with_rank, precision, count)
         else:
             every_index = None if index is None else gather(index, group)
-            part = partial(every_q, every_k, queue, temperature, with_dq, with_rank, every_index, queue_index)
+            part = partial(every_q, every_k, queue, temperature, with_dq, with_rank, every_index, queue_index, count)
         return finish(merge(_send_home(part, group)), q, k, temperature)
 
 
@@ -217,7 +232,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @_infonce.register_fake
-def _(q, k, queue, temperature, with_dq, with_rank, impl, precision, group="", index=None, queue_index=None):
+def _(q, k, queue, temperature, with_dq, with_rank, impl, precision, group="", index=None, queue_index=None, count=None):
     batch, dim = q.shape
     dtype = _compute_dtype(q, k, queue)
     return (
@@ -259,6 +274,7 @@ def _backward(ctx, grad_loss, grad_dq, grad_rank):
         None,  # group
         None,  # index
         None,  # queue_index
+        None,  # count
     )
 
 
@@ -274,6 +290,7 @@ def partial(
     with_rank: bool,
     index: Tensor | None = None,
     queue_index: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Partial:
     """The online softmax (Milakov and Gimelshein 2018) over blocks of queue rows; extra memory independent of K."""
     dtype = q.dtype
@@ -295,6 +312,8 @@ def partial(
         logits = torch.mm(scaled, block.T, out=buffer[: shape[0] * shape[1]].view(shape))
         if index is not None:
             logits.masked_fill_(index[:, None] == queue_index[start : start + rows], float("-inf"))
+        if count is not None:
+            logits.masked_fill_(torch.arange(start, start + shape[1], device=q.device) >= count, float("-inf"))
         if with_rank:
             # Ones and zeros in the dtype of the logits: summing booleans would convert them to int64 first.
             rank += torch.gt(logits, positive[:, None], out=above[: shape[0] * shape[1]].view(shape)).sum(1).long()

@@ -74,6 +74,7 @@ def _split_kernel(
     l_ptr,  # [S, B] sum of exp2(score - m_i)
     rank_ptr,  # [S, B] rows that score above the positive
     acc_ptr,  # [S, B, D] sum of exp2(score - m_i) * row
+    count_ptr,  # how many of the first queue rows count; None: all
     n_rows,
     n_queue,
     chunk,
@@ -87,6 +88,7 @@ def _split_kernel(
     WITH_DQ: tl.constexpr,
     WITH_RANK: tl.constexpr,
     EVEN_K: tl.constexpr,  # every chunk is whole
+    COUNTED: tl.constexpr,  # then EVEN_K is false
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -121,6 +123,8 @@ def _split_kernel(
 
     first = pid_s * chunk
     last = tl.minimum(first + chunk, n_queue)
+    if COUNTED:
+        last = tl.maximum(first, tl.minimum(last, tl.load(count_ptr).to(tl.int32)))
     for block in tl.range(0, tl.cdiv(last - first, BLOCK_K), num_stages=STAGES):
         # 3. Load the next block of queue rows and compute their scores, in log2: s = q.row / T.
         n = first + block * BLOCK_K
@@ -272,7 +276,9 @@ class Splits(NamedTuple):
     """[S, B, D], or a placeholder."""
 
 
-def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Splits:
+def _splits(
+    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str, count: Tensor | None
+) -> Splits:
     """Launches the split kernel over the whole queue. q and k have the queue's dtype: to convert wider rows in the kernel takes
     registers that D 256 does not have."""
     batch, dim = q.shape
@@ -303,6 +309,7 @@ def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bo
                 l_i,
                 ranks,
                 acc,
+                count,
                 batch,
                 size,
                 chunk,
@@ -318,7 +325,8 @@ def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bo
                 PARTS=parts,
                 WITH_DQ=with_dq,
                 WITH_RANK=with_rank and part == 0,
-                EVEN_K=size % chunk == 0,
+                EVEN_K=size % chunk == 0 and count is None,
+                COUNTED=count is not None,
                 EVEN_D=dim == columns * parts,
                 PRECISION=precision,
                 UPCAST=interpreted,
@@ -333,12 +341,19 @@ def _splits(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bo
 
 
 def forward(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    with_dq: bool,
+    with_rank: bool,
+    precision: str,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], dloss/dq [B, D] or [0, D], rank [B] or [0])."""
     batch, dim = q.shape
     q, k = q.to(queue.dtype), k.to(queue.dtype)
-    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision, count)
     loss = torch.empty(batch, dtype=torch.float32, device=q.device)
     dq = torch.empty((batch if with_dq else 0, dim), dtype=torch.float32, device=q.device)
     rank = torch.empty(batch if with_rank else 0, dtype=torch.int64, device=q.device)
@@ -374,10 +389,19 @@ def forward(
     return loss, dq, rank
 
 
-def partial(q: Tensor, k: Tensor, queue: Tensor, temperature: float, with_dq: bool, with_rank: bool, precision: str) -> Partial:
+def partial(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature: float,
+    with_dq: bool,
+    with_rank: bool,
+    precision: str,
+    count: Tensor | None = None,
+) -> Partial:
     """What these rows of the queue add to every query's softmax, for a queue that several processes hold."""
     q, k = q.to(queue.dtype), k.to(queue.dtype)
-    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision)
+    m_i, l_i, ranks, acc = _splits(q, k, queue, temperature, with_dq, with_rank, precision, count)
     if len(m_i) == 2:  # the upper half of acc is relative to the m_i of its own launch
         acc[..., block_d(q.shape[1]) :] *= torch.exp2(m_i[1] - m_i[0])[..., None]
     splits = l_i.shape[0]
@@ -413,14 +437,19 @@ def variants(arch: str) -> list[Variant]:
                 ragged = operand == "bfloat16" and width == 128
                 for even, part in [(True, 0)] + [(True, 1)] * (width > columns) + [(False, 0)] * ragged:
                     found.append(_split_variant(operand, pointer, width, batch, Config(**config), even, part))
+                if ragged:
+                    found.append(_split_variant(operand, pointer, width, batch, Config(**config), False, 0, counted=True))
     for width in (128, 256, 512):
         found.append(_merge_variant(width))
     return found
 
 
-def _split_variant(operand: str, pointer: str, width: int, batch: str, config: Config, even: bool, part: int) -> Variant:
+def _split_variant(
+    operand: str, pointer: str, width: int, batch: str, config: Config, even: bool, part: int, *, counted: bool = False
+) -> Variant:
     columns = block_d(width)
-    name = f"infonce {operand} D{width} B{batch}" + ("" if even else " ragged") + (" high" if part else "")
+    kind = " counted" if counted else "" if even else " ragged"
+    name = f"infonce {operand} D{width} B{batch}{kind}" + (" high" if part else "")
     return Variant(
         name=name,
         kernel=_split_kernel,
@@ -440,8 +469,10 @@ def _split_variant(operand: str, pointer: str, width: int, batch: str, config: C
             stride_kb="i32",
             stride_nk="i32",
             scale="fp32",
-        ),
-        constants=dict(
+        )
+        | ({"count_ptr": "*i64"} if counted else {}),
+        constants=({} if counted else {"count_ptr": None})
+        | dict(
             stride_qd=1,
             stride_kd=1,
             stride_nd=1,
@@ -450,7 +481,8 @@ def _split_variant(operand: str, pointer: str, width: int, batch: str, config: C
             WITH_DQ=True,
             WITH_RANK=part == 0,
             EVEN_K=even,
-            EVEN_D=even,
+            COUNTED=counted,
+            EVEN_D=even or counted,
             PRECISION=operand if operand == "tf32" else "ieee",
             UPCAST=False,
             BLOCK_B=config.rows,

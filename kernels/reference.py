@@ -66,6 +66,7 @@ def infonce(
     reduction: Reduction = "mean",
     return_rank: bool = False,
     exclude: tuple[Tensor, Tensor] | None = None,
+    count: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the positive ``<q, k> / temperature`` against the negatives ``<q, queue_j> / temperature`` (MoCo).
 
@@ -75,6 +76,7 @@ def infonce(
         reduction: over the batch axis.
         return_rank: also return how many queue rows score strictly above the positive: int64, one per query.
         exclude: (index [B], queue_index [K]): rows of a query's own index are left out.
+        count: 0-d int64, how many of the first rows of the queue count; None: all. With 0 the loss is 0.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), queue.dtype)
     q, k, queue = q.to(dtype), k.to(dtype), queue.detach().to(dtype)
@@ -82,6 +84,8 @@ def infonce(
     negative = q @ queue.T
     if exclude is not None:
         negative = negative.masked_fill(exclude[0][:, None] == exclude[1], float("-inf"))
+    if count is not None:
+        negative = negative.masked_fill(torch.arange(len(queue), device=queue.device) >= count, float("-inf"))
     logits = torch.cat([positive, negative], dim=-1)
     logits = logits.to(torch.promote_types(dtype, torch.float32)) / temperature
     loss = torch.logsumexp(logits, dim=-1) - logits[..., 0]

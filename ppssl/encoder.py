@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -11,51 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ppssl.batch_norm import fused_batch_norm, parts_here, update_running_statistics
+from ppssl.batch_norm import (
+    Freezable,
+    Fusing,
+    FusingBasicBlock,
+    FusingBottleneck,
+    fused_batch_norm,
+    parts_here,
+    update_running_statistics,
+)
 from ppssl.ops import gather, local_shard, maxout, maxout_image, world_size
 
-
-class _Fusing(nn.Module):
-    """Mixed into a block of torchvision's: where ``fused``, batch-norm takes along what follows it while training."""
-
-    fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and self.training):
-            return super().forward(x)
-        out, shortcut = x, x
-        for i in range(1, self.depth):
-            out = fused_batch_norm(self.get_submodule(f"bn{i}"), self.get_submodule(f"conv{i}")(out))
-        if self.downsample is not None:
-            conv, bn = self.downsample
-            shortcut = fused_batch_norm(bn, conv(x), relu=False)
-        out = self.get_submodule(f"conv{self.depth}")(out)
-        return fused_batch_norm(self.get_submodule(f"bn{self.depth}"), out, residual=shortcut)
-
-
-class _BasicBlock(_Fusing, BasicBlock):
-    depth = 2
-
-
-class _Bottleneck(_Fusing, Bottleneck):
-    depth = 3
-
-
 RESNETS = {
-    "resnet18": (_BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (_BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (_Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (_Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (_Bottleneck, (3, 8, 36, 3)),
+    "resnet18": (FusingBasicBlock, (2, 2, 2, 2)),
+    "resnet34": (FusingBasicBlock, (3, 4, 6, 3)),
+    "resnet50": (FusingBottleneck, (3, 4, 6, 3)),
+    "resnet101": (FusingBottleneck, (3, 4, 23, 3)),
+    "resnet152": (FusingBottleneck, (3, 8, 36, 3)),
 }
 """Block and blocks a stage of every network by name."""
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 _STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
-class BaseTrunk(nn.Module):
+class BaseTrunk(Freezable):
     """What every trunk offers: images to a map, without pooling and classifier. Its state dict has the names of the project that
-    the architecture is from."""
+    the architecture is from. One of your own sets the four attributes and ``maps``; its ``arch`` is any name that is free."""
 
     arch: str
     """``encoder.arch``."""
@@ -67,12 +51,6 @@ class BaseTrunk(nn.Module):
     """Names of the maps on the way, from the image on; the last is the output."""
     watched: tuple[str, ...] = ()
     """The sources of ``watch``."""
-    frozen: tuple[str, ...] = ()
-    """The parts that are not trained; see ``freeze``."""
-    constant: tuple[str, ...] = ()
-    """The sources up to which no weight is trained: a gradient by such a map needs images that require one."""
-    _still: tuple[str, ...] = ()
-    """Names of the batch-norms that stay in eval mode: ``batch_norm.convert`` puts others in their places."""
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, S, S] -> maps [B, c, h, w] by name, the output last; those of ``watch`` at least."""
@@ -87,44 +65,6 @@ class BaseTrunk(nn.Module):
         if unknown := [s for s in sources if s not in ("image", *self.sources)]:
             raise ValueError(f"iadm.sources: {unknown[0]!r} is no map of this trunk; use image, {', '.join(self.sources)}")
         self.watched = tuple(sources)
-
-    def parts(self) -> dict[str, tuple[str, ...]]:
-        """What ``freeze`` takes, from the image on: the names of the modules of each part, every one without those inside it. They
-        are the whole trunk; the part of a source's name ends where that map is."""
-        raise NotImplementedError(f"{type(self).__name__}.parts")
-
-    def freeze(self, parts: Sequence[str]) -> None:
-        """Ends the training of ``parts``: of ``self.parts()``, and ``bn``, every batch-norm. Their parameters get no gradient;
-        their batch-norms stay in eval mode, which uses the running statistics and does not move them. To be called before the
-        trunk is handed to a method. Raises ``ValueError`` for a part that the trunk does not have."""
-        if not parts:
-            return
-        known, norms = self.parts(), [n for n, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        known = known | {"bn": tuple(norms)} if norms else known
-        if unknown := [part for part in parts if part not in known]:
-            raise ValueError(f"encoder.freeze: {unknown[0]!r} is no part of {self.arch}; use {', '.join(known)}")
-        names = {name for part in parts for name in known[part]}
-        for name in names:
-            for parameter in self.get_submodule(name).parameters(recurse=False):
-                parameter.requires_grad_(False)
-        self.frozen, self._still = tuple(parts), tuple(name for name in norms if name in names)
-        trained = [part for part, inside in known.items() if part != "bn" and any(map(self._trains, inside))]
-        order = [part for part in known if part != "bn"]
-        self.constant = tuple(source for source in self.sources if source in order[: order.index(trained[0]) if trained else None])
-        self.train(self.training)
-
-    def _trains(self, name: str) -> bool:
-        return any(parameter.requires_grad for parameter in self.get_submodule(name).parameters(recurse=False))
-
-    def train(self, mode: bool = True) -> BaseTrunk:
-        super().train(mode)
-        for norm in self.frozen_norms():
-            norm.eval()
-        return self
-
-    def frozen_norms(self) -> list[nn.Module]:
-        """The batch-norms whose running statistics do not move."""
-        return [self.get_submodule(name) for name in self._still]
 
 
 class Trunk(BaseTrunk):
@@ -174,7 +114,7 @@ class Trunk(BaseTrunk):
         """From now on, batch-norm, the sum with the shortcut and ReLU are one op while training; names and values stay. It needs
         CUDA tensors of at most 32 bits, or Triton's interpreter."""
         for module in self.modules():
-            if isinstance(module, (Trunk, _Fusing)):
+            if isinstance(module, (Trunk, Fusing)):
                 module.fused = True
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -350,13 +290,23 @@ def _bn_mode(bn: nn.BatchNorm2d) -> dict:
 
 
 class FeatureNet(nn.Module):
-    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names."""
+    """The network that is kept: trunk, optional mask branch, pooling, L2. ``mask.*`` beside the trunk's own names.
+
+    Raises ``TypeError`` for a trunk that does not extend ``BaseTrunk``.
+    """
 
     transform: Callable[[Any], Tensor] | None = None
     """A PIL image or an image file -> [3, S, S], the input it was trained for; set by whoever knows that (``engine.load``)."""
+    class_names: tuple[str, ...] = ()
+    """Of the data set it was trained on, by label; set by ``engine.load``, empty where the run does not know them."""
 
-    def __init__(self, trunk: nn.Module, mask: MaskBranch | None = None):
+    def __init__(self, trunk: BaseTrunk, mask: MaskBranch | None = None):
         super().__init__()
+        if not isinstance(trunk, BaseTrunk):
+            raise TypeError(
+                f"a trunk must extend ppssl.encoder.BaseTrunk, got {type(trunk).__name__}: give it arch, channels, stride and "
+                f"maps(images), as ppssl/README.md shows (A trunk of your own)"
+            )
         self.trunk, self.mask = trunk, mask
 
     def forward(self, images: Tensor) -> Tensor:
@@ -375,11 +325,38 @@ class FeatureNet(nn.Module):
             given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
                 f"features: expected normalized images [B, 3, S, S], got {given}; for PIL images or files: "
-                f"torch.stack([network.transform(image) for image in images]), with network = engine.load(RUN)"
+                f"network.embed(images), or torch.stack([network.transform(image) for image in images]), with network = "
+                f"engine.load(RUN)"
             )
         if self.training:
             raise ValueError("features: the network is in training mode; call its eval() first")
         return self(images.to(next(self.parameters()).device))
+
+    def embed(self, images: Iterable[Any], *, batch_size: int = 32, threads: int | None = None) -> Tensor:
+        """Image files and PIL images -> unit rows [N, C] float32 on the CPU, in their order, each prepared by ``transform``.
+
+        batch_size: images in memory at once; in variant ``published`` the mask is scaled over the batch, and so is part of the
+        result. threads: that decode files; None takes one per CPU core, eight at most.
+        Raises ``ValueError`` naming the first image that cannot be read, for a single path in place of a list, in training mode,
+        and for a network without a ``transform``.
+        """
+        if isinstance(images, (str, os.PathLike)) or not isinstance(images, Iterable):
+            raise ValueError(f"embed: expected a list of image files or PIL images, got one ({images!r:.200}); give [image]")
+        if self.transform is None:
+            raise ValueError("embed: this network has no transform; engine.load(RUN) sets it, or set network.transform yourself")
+        if batch_size < 1:
+            raise ValueError(f"embed: batch_size: got {batch_size}, must be at least 1")
+        rows, waiting = [torch.empty(0, self.trunk.channels)], iter(images)
+        with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+            while batch := list(itertools.islice(waiting, batch_size)):
+                rows.append(self.features(torch.stack(list(pool.map(self._prepared, batch)))).cpu())
+        return torch.cat(rows)
+
+    def _prepared(self, image: Any) -> Tensor:
+        try:
+            return self.transform(image)
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: what is neither a path nor an image
+            raise ValueError(f"embed: {image!s:.1000} cannot be read as an image ({error})") from error
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors by exchange name: the trunk's under its own names (torchvision's or timm's), the branch's under ``mask.``."""

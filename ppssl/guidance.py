@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppssl.method import StepContext
+from ppssl.ops import gather, rank, world_size
 from ppssl.settings import IadmConfig
 
 
@@ -32,10 +33,33 @@ def scale_cam(cam: Tensor, how: str) -> Tensor:
 
 
 def spatial_kl(cam: Tensor, mask: Tensor, iadm: IadmConfig) -> Tensor:
-    """KL(softmax(cam / t) || softmax(mask / t)), [B, h, w] each: per row of cells and summed (published), or over all cells and
-    averaged over the batch (guided). A CAM that is zero everywhere is a uniform target."""
-    cam, mask = cam.float() / iadm.temperature, mask.float() / iadm.temperature
+    """KL(softmax(cam / c) || softmax(mask / t)), [B, h, w] each: per row of cells and summed (published), or over all cells and
+    averaged over the batch (guided). t is ``iadm.temperature``, c ``iadm.cam_temperature`` or t where that is None. A CAM that is
+    zero everywhere is a uniform target."""
+    cam, mask = cam.float() / (iadm.cam_temperature or iadm.temperature), mask.float() / iadm.temperature
     if iadm.softmax == "cells":
         cam, mask = cam.flatten(1), mask.flatten(1)
     kl = F.kl_div(F.log_softmax(mask, -1), F.softmax(cam, -1), reduction="sum")
     return kl / len(cam) if iadm.reduction == "mean" else kl
+
+
+def relational_kl(student: Tensor, teacher: Tensor, temperature: float, group: str = "") -> Tensor:
+    """How differently two networks see which images of the global batch are alike: the mean over images of
+    ``KL(softmax(T_i / temperature) || softmax(S_i / temperature))``, S_i and T_i the cosines of image i with every other image (as
+    SEED, Fang et al. 2021, arXiv 2101.04731, with the batch in the place of its queue).
+
+    student: [b, C], teacher: [b, E], rows of this process's images of the ``group``; only the student gets a gradient. Float32 at
+    least, with autocast off. Raises ``ValueError`` for a global batch of fewer than three images, in which nothing can be ranked.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        size = len(student) * world_size(group)
+        if size < 3:
+            raise ValueError(f"ais.target: relations need at least 3 images in a batch, got {size}; use a larger batch_size")
+        place = rank(group) * len(student) + torch.arange(len(student), device=student.device)
+        others = torch.arange(size - 1, device=student.device).repeat(len(student), 1)
+        others = others + (others >= place[:, None])  # [b, B - 1]: every column but the image's own
+        log_p = []
+        for rows in (student, teacher.detach()):
+            rows = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
+            log_p.append(F.log_softmax((rows @ gather(rows, group).T).gather(1, others) / temperature, 1))
+        return F.kl_div(*log_p, log_target=True, reduction="batchmean")

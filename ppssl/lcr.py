@@ -31,7 +31,8 @@ class LCR(MoCo):
     """LCR around ``network`` (trunk and mask branch).
 
     settings: its sections ``method``, ``iadm`` and ``lcr``, the published variant's where None; ``iadm.weight`` (beta) 0 is MoCo
-    with an untrained mask. contrast: what ``MoCo`` takes.
+    with an untrained mask. contrast: what ``MoCo`` takes. Where it is symmetric the rationale is that of the first direction, of
+    ``x_q``: the switch changes the contrast alone.
     """
 
     def __init__(self, network: FeatureNet, head: nn.Module, *, settings: LCRSettings | None = None, **contrast: Any):
@@ -59,16 +60,17 @@ class LCR(MoCo):
         with span("query_fwd"):
             feature = self.encoder_q.trunk(batch.x_q)  # F [B, C, h, w]
             q = self.encoder_q.project(global_average_pool(feature))
-        with span("key_fwd"), torch.no_grad():
-            key_feature = self.encoder_k.trunk(self.shuffled(batch.x_k))
-            k = self.in_order(self.encoder_k.project(global_average_pool(key_feature)))
+        key_encoder = self.encoder_q if self.encoder_k is None else self.encoder_k
+        with span("key_fwd"), torch.set_grad_enabled(self.encoder_k is None and torch.is_grad_enabled()):
+            key_feature = key_encoder.trunk(self.shuffled(batch.x_k))
+            k = self.in_order(key_encoder.project(global_average_pool(key_feature)))
 
         # L_con: the query against its key and the queue
         losses, rank = self.contrast(q, k, batch.index)
-        contrast = losses.mean()
+        contrast, keys = self.both_directions(losses, k, batch)
         iadm = self.settings.iadm
         if not iadm.weight:
-            return Output(contrast, {"contrast": contrast.detach()}, k, self.statistics(rank, q, k))
+            return Output(contrast, {"contrast": contrast.detach()}, keys, self.statistics(rank, q, k))
 
         # the mask A, and with it the batch-norm's running statistics
         with span("losses"):
@@ -86,7 +88,7 @@ class LCR(MoCo):
                 rationale = rationale / context.share
         total = contrast + iadm.weight * rationale
         terms = {"contrast": contrast.detach(), "rationale": rationale.detach()}
-        return Output(total, terms, k, self.statistics(rank, q, k))
+        return Output(total, terms, keys, self.statistics(rank, q, k))
 
     def cam(self, losses: Tensor, feature: Tensor, context: StepContext = NO_CONTEXT) -> Tensor:
         """relu(+-sum_c F_c * dL_con/dF_c) [B, h, w] float32; the derivative is a constant, F is one only if ``lcr.detach``."""

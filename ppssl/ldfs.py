@@ -71,7 +71,7 @@ class LDFS(MoCo):
             share=settings.ldfs.share,
             noise=settings.ldfs.noise,
             warmup=settings.ldfs.warmup,
-            **cls.contrast_arguments(settings, network),
+            **cls.contrast_arguments(settings, network) | {"negatives": "queue", "symmetric": False, "keys_with_gradient": False},
         )
 
     def distribute(self, group: str, *, sync_bn: bool, shard_queue: bool) -> None:

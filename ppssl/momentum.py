@@ -31,24 +31,34 @@ def parameter_pairs(online: nn.Module, target: nn.Module) -> tuple[list[Tensor],
 class KeyQueue(nn.Module):
     """A ring of the last K keys, ``rows`` [K, D] unit rows, and the device-side ``pointer`` to the oldest one.
 
-    It starts with random directions, as MoCo's does. With ``remember`` it also holds whose keys they are: ``index`` [K] int64,
-    the image of each row, -1 for a random one. After ``shard`` each of n processes holds an n-th of the ring; the state
-    dict is that of the whole ring whoever holds it, so that any number of processes continues it.
+    It starts with random directions, as MoCo's does, which count as negatives until keys have replaced them; with ``empty`` they do
+    not: ``filled``, a 0-d int64, is the number of rows that are keys. With ``remember`` it also holds whose keys they are:
+    ``index`` [K] int64, the image of each row, -1 for a random one. After ``shard`` each of n processes holds an n-th of the ring;
+    the state dict is that of the whole ring whoever holds it, so that any number of processes continues it.
     """
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, remember: bool = False):
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, remember: bool = False, empty: bool = False):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"queue.size: {size} rows; at least 1 is needed")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"queue.size: {size!r} rows; a number of at least 1 is needed")
         self.size, self.group = size, ""
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("index", torch.full((size,), -1, dtype=torch.int64) if remember else None)
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64) if empty else None)
 
     @property
     def held(self) -> Tensor:
         """The rows that this process holds: all of them, or its part."""
         return self.rows[:-1] if self.group else self.rows
+
+    @property
+    def count(self) -> Tensor | None:
+        """How many of the first rows of ``held`` are keys, 0-d int64 on the device; None where every row counts."""
+        if self.filled is None or not self.group:
+            return self.filled
+        first, last = self._bounds()
+        return (self.filled - first).clamp(0, last - first)
 
     def same_image(self, index: Tensor) -> tuple[Tensor, Tensor] | None:
         """What ``queue_infonce`` needs to leave out the rows of the queries' own images ``index`` [B]; None unless remembered."""
@@ -82,6 +92,8 @@ class KeyQueue(nn.Module):
         if self.index is not None:
             whose = index[-self.size :]
             self.index.index_copy_(0, slots, whose if skip is None else torch.where(skip, self.index[slots], whose))
+        if self.filled is not None:
+            self.filled.add_(count if skip is None else count * ~skip).clamp_(max=self.size)
         if not self.group:
             enqueue(self.rows, self.pointer, keys, skip)
             return

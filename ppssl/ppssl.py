@@ -2,6 +2,9 @@
 
     L = L_con + beta * L_IADM + alpha * L_AIS                                            (arXiv 2412.00134)
 
+L_AIS learns of the teacher what ``ais.target`` says: its softmax over descriptions (published), its embedding of the image, or
+which images of a batch it finds alike. The last two are not of the paper.
+
 The variant ``published`` computes what the authors' code computes; ``guided`` what the paper's text aims at. They differ in named
 switches only (``PPSSLSettings.variants``), and each switch can be set alone. In ``published``, the CAM is a softmax over rows
 of seven gradients of size 1e-5, so its target is uniform to three digits, and the fitted mask comes from the image alone, so
@@ -20,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppssl.encoder import BaseTrunk, FeatureNet, ImageMaskBranch, MaskBranch, Masked, global_average_pool, masked_average_pool
-from ppssl.guidance import contrast_gradients, scale_cam, spatial_kl
+from ppssl.guidance import contrast_gradients, relational_kl, scale_cam, spatial_kl
 from ppssl.method import NO_CONTEXT, Batch, Output, StepContext, register
 from ppssl.moco import MoCo
 from ppssl.momentum import key_copy, parameter_pairs
@@ -34,10 +37,12 @@ from ppssl.teacher import Teacher
 class PPSSL(MoCo):
     """PP-SSL around ``network`` (trunk and mask branch).
 
-    text_features: [P, E] embeddings of the descriptions, None with ``ais.weight`` 0. settings: its sections ``method``, ``ais``,
-    ``iadm`` and ``teacher``, the published variant's where None; ``ais.weight`` (alpha) 0 turns the text guidance off,
-    ``iadm.weight`` (beta) 0 the GradCAM guidance. embed: images -> [B, E] unit rows, needed where ``teacher.view`` is ``query`` (a
-    ``clean`` one is ``batch.teacher``). teacher_logit_scale: the teacher's own. contrast: what ``MoCo`` takes.
+    text_features: [P, E] embeddings of the descriptions, None with ``ais.weight`` 0 or another ``ais.target`` than text. settings:
+    its sections ``method``, ``ais``, ``iadm`` and ``teacher``, the published variant's where None; ``ais.weight`` (alpha) 0 turns
+    the distillation off, ``iadm.weight`` (beta) 0 the GradCAM guidance. embed: images -> [B, E] unit rows, needed where
+    ``teacher.view`` is ``query`` (a ``clean`` one is ``batch.teacher``). teacher_logit_scale: the teacher's own. teacher_dim: E,
+    for the target image. contrast: what ``MoCo`` takes. Where it is symmetric, CAM, masks and distillation are those of the first
+    direction, of ``x_q``: the switch changes the contrast alone.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class PPSSL(MoCo):
         settings: PPSSLSettings | None = None,
         embed: Callable[[Tensor], Tensor] | None = None,
         teacher_logit_scale: float = 100.0,
+        teacher_dim: int | None = None,
         **contrast: Any,
     ):
         super().__init__(network, head, **contrast)
@@ -59,12 +65,19 @@ class PPSSL(MoCo):
         network.trunk.watch(iadm.sources)
         self.mask = network.mask
         channels, width = self.mask.conv.in_channels, self.mask.conv.out_channels
-        self.to_text = nn.Linear(channels, text_features.shape[1]) if ais.weight else None
+        by_text = ais.weight != 0 and ais.target == "text"
+        by_image = ais.weight != 0 and ais.target == "image"
+        if by_text and text_features is None:
+            raise ValueError("ais.target: text needs the embeddings of descriptions (text_features)")
+        if by_image and teacher_dim is None:
+            raise ValueError("ais.target: image needs the width of the teacher's embedding (teacher_dim)")
+        self.to_text = nn.Linear(channels, text_features.shape[1]) if by_text else None
+        self.to_image = nn.Linear(channels, teacher_dim) if by_image else None
         shared = self.mask.bn if iadm.image_bn == "shared" else None
         self.image_mask = ImageMaskBranch(width, shared, minmax=method.minmax, pool=iadm.pool) if iadm.mask == "image" else None
-        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if ais.weight else None)
+        self.register_buffer("text_features", F.normalize(text_features.float(), dim=1) if by_text else None)
         self.embed, self.teacher_logit_scale = embed, teacher_logit_scale
-        self.mask_k = key_copy(self.mask) if method.contrast_mask else None
+        self.mask_k = key_copy(self.mask) if method.contrast_mask and self.encoder_k is not None else None
 
         guides = iadm.weight != 0
         self.needs_clean = guides and iadm.image == "clean"
@@ -84,6 +97,7 @@ class PPSSL(MoCo):
             settings=settings,
             embed=teacher.embed if teacher else None,
             teacher_logit_scale=teacher.logit_scale if teacher else 1.0,
+            teacher_dim=teacher.dim if teacher else None,
             **cls.contrast_arguments(settings, network),
         )
 
@@ -112,6 +126,12 @@ class PPSSL(MoCo):
             return super().embed_key(x_k)
         return self.encoder_k.project(self.mask_k(self.encoder_k.trunk(x_k)).pooled)
 
+    def embed_query(self, x_q: Tensor) -> Tensor:
+        if not self.settings.method.contrast_mask:
+            return super().embed_query(x_q)
+        feature = self.encoder_q.trunk(x_q)
+        return self.encoder_q.project(self.contrasted(feature, self.masked(feature).mask))
+
     def masked(self, feature: Tensor) -> Masked:
         """A and gap(A * F) of F. Where ``method.mask_reach`` is ``branch``, A is made of a constant F."""
         if self.settings.method.mask_reach == "trunk":
@@ -135,7 +155,7 @@ class PPSSL(MoCo):
         k = self.keys(batch.x_k)
         q = self.encoder_q.project(self.contrasted(feature, mask))
         losses, rank = self.contrast(q, k, batch.index)
-        contrast = losses.mean()
+        contrast, keys = self.both_directions(losses, k, batch)
         total, terms = contrast, {"contrast": contrast.detach()}
 
         # L_IADM: the mask is drawn to where the contrast looks
@@ -158,14 +178,14 @@ class PPSSL(MoCo):
             total = total + iadm.weight * guidance
             terms["iadm"] = guidance.detach()
 
-        # L_AIS: the masked feature is to tell the descriptions apart as the teacher does
+        # L_AIS: the masked feature is to tell the descriptions, or the images, apart as the teacher does
         if ais.weight:
             with span("losses"):
                 distillation = self.ais(pooled, batch)
             total = total + ais.weight * self.warmup(context) * distillation
             terms["ais"] = distillation.detach()
 
-        return Output(total, terms, k, self.statistics(rank, q, k))
+        return Output(total, terms, keys, self.statistics(rank, q, k))
 
     def cam(self, losses: Tensor, activations: dict[str, Tensor], size: Sequence[int], context: StepContext = NO_CONTEXT) -> Tensor:
         """relu(+-x * dL_con/dx) of every source, pooled to ``size`` and averaged: [B, h, w] float32, without gradient."""
@@ -189,8 +209,14 @@ class PPSSL(MoCo):
         return {"mask": mask.detach(), "cam": self.cam(losses, {"image": x} | maps, mask.shape[1:])}
 
     def ais(self, pooled: Tensor, batch: Batch) -> Tensor:
-        """sum_b KL(softmax(z_t / tau) || softmax(z_s / tau)) / (P * B), in float32 with autocast off: logits are x 100."""
+        """What ``ais.target`` says of the features gap(A * F) [B, C] and the teacher's embeddings of the same images [B, E]."""
         embedding = self.embed(batch.x_q) if self.settings.teacher.view == "query" else batch.teacher
+        if self.settings.ais.target == "relations":  # of the feature that is kept, without a layer between
+            return relational_kl(pooled, embedding, self.settings.ais.temperature, self.group)
+        return (self.image_distance if self.settings.ais.target == "image" else self.text_kl)(pooled, embedding)
+
+    def text_kl(self, pooled: Tensor, embedding: Tensor) -> Tensor:
+        """sum_b KL(softmax(z_t / tau) || softmax(z_s / tau)) / (P * B), in float32 with autocast off: logits are x 100."""
         with torch.autocast(pooled.device.type, enabled=False):
             student = F.normalize(self.to_text(F.normalize(pooled.float(), dim=1)), dim=1)  # s [B, E]
             teacher = F.normalize(embedding.float(), dim=1)
@@ -200,6 +226,13 @@ class PPSSL(MoCo):
             # log_softmax, not log(clamp(softmax)): the clamp has no gradient once saturated
             kl = F.kl_div(F.log_softmax(z_s / tau, 1), F.log_softmax(z_t / tau, 1), log_target=True, reduction="sum")
         return kl / z_s.numel()
+
+    def image_distance(self, pooled: Tensor, embedding: Tensor) -> Tensor:
+        """mean_b[ 1 - cos(W l2(pooled_b) + b, embedding_b) ]: a linear layer whatever the widths, since the two spaces have no axis
+        in common; it is left behind with the head. In float32 with autocast off."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            student = self.to_image(F.normalize(pooled.float(), dim=1))
+            return (1 - F.cosine_similarity(student, embedding.float(), dim=1)).mean()
 
     def warmup(self, context: StepContext) -> Tensor | float:
         """Factor on alpha: rises linearly to 1 over the first ``ais.warmup`` of the run."""

@@ -1,4 +1,5 @@
-"""The teacher: a frozen CLIP-style image-text model, loaded through open_clip, and the text features of the descriptions."""
+"""The teacher: a frozen CLIP-style image-text model, loaded through open_clip, and the text features of the descriptions; or a
+frozen image model of timm."""
 
 from __future__ import annotations
 
@@ -13,33 +14,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppssl.timm_trunk import TimmTrunk, image_input
+
 
 class Teacher(nn.Module):
-    """Image encoder of an image-text model plus the embeddings of P descriptions.
+    """Image encoder of an image-text model plus the embeddings of P descriptions; or an image encoder alone.
 
-    Attributes: ``text_features`` [P, E] float32 unit rows; ``logit_scale`` the model's own factor on cosine similarities;
-    ``dim`` E; ``image_size`` pixels; ``mean``, ``std`` the model's normalization; ``name`` for logs.
+    Attributes: ``text_features`` [P, E] float32 unit rows, None without descriptions, and then ``dim`` is to be given;
+    ``logit_scale`` the model's own factor on cosine similarities; ``dim`` E; ``image_size`` pixels; ``mean``, ``std`` the model's
+    normalization; ``name`` for logs.
     """
 
     def __init__(
         self,
         visual: nn.Module,
-        text_features: Tensor,
+        text_features: Tensor | None,
         *,
-        logit_scale: float,
+        logit_scale: float = 1.0,
         image_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         name: str = "teacher",
+        dim: int | None = None,
     ):
         super().__init__()
+        if text_features is None and dim is None:
+            raise ValueError("Teacher: without text_features the width of the image embedding is needed (dim)")
         self.visual = visual.eval().requires_grad_(False)
-        self.register_buffer("text_features", F.normalize(text_features.detach().float(), dim=1))
+        self.register_buffer("text_features", None if text_features is None else F.normalize(text_features.detach().float(), dim=1))
+        self.dim = text_features.shape[1] if dim is None else dim
         self.logit_scale, self.image_size, self.mean, self.std, self.name = logit_scale, image_size, mean, std, name
-
-    @property
-    def dim(self) -> int:
-        return self.text_features.shape[1]
 
     def train(self, mode: bool = True) -> Teacher:
         """Frozen: stays in eval mode whatever the trainer asks."""
@@ -54,11 +58,28 @@ class Teacher(nn.Module):
             return F.normalize(self.visual(images).float(), dim=1)
 
     @classmethod
-    def from_open_clip(cls, model: str, weights: str, descriptions: list[str]) -> Teacher:
-        """Loads ``weights`` into the open_clip model ``model`` and embeds ``descriptions`` once; the text tower is then dropped.
+    def from_trunk(cls, trunk: TimmTrunk, weights: str, image_size: int | None = None) -> Teacher:
+        """An image encoder of timm, with the weights that ``trunk`` has: its embedding is what timm pools before the classifier.
+
+        weights: what they are called: their tag decides mean and standard deviation. image_size: pixels, None is the model's own.
+        Raises ``ValueError`` for a size that the model does not take.
+        """
+        side = image_size or trunk.native_side
+        trunk.map_side(side)
+        how, visual = image_input(trunk.arch, weights), PooledTrunk(trunk.eval())
+        with torch.no_grad():
+            dim = visual(torch.zeros(1, 3, side, side)).shape[1]
+        label = Path(weights).name if _looks_like_a_file(weights) else weights
+        return cls(visual, None, image_size=side, mean=how.mean, std=how.std, name=f"{trunk.arch}/{label}", dim=dim)
+
+    @classmethod
+    def from_open_clip(cls, model: str, weights: str, descriptions: list[str] | None, image_size: int | None = None) -> Teacher:
+        """Loads ``weights`` into the open_clip model ``model`` and embeds ``descriptions`` once (None: no
+        text is wanted); the text tower is then dropped.
 
         model: an open_clip name, e.g. ``ViT-B-32-quickgelu``, or the path of a model-config .json.
         weights: a tag of that model, e.g. ``openai`` (downloaded on first use by open_clip), or the path of a .safetensors file.
+        image_size: pixels, for which open_clip resizes the position embeddings; None is the model's own.
         Raises ``ValueError`` for an unknown model or tag, a QuickGELU mismatch, or a file that is not a safetensors file of
         this model; ``FileNotFoundError`` for a missing file; ``ConnectionError`` when a download fails, naming the remedy.
         """
@@ -77,7 +98,7 @@ class Teacher(nn.Module):
             _check_tag(open_clip, model, weights, bool(config.get("quick_gelu", False)))
         try:
             with _quiet_logging():
-                clip = open_clip.create_model(model, pretrained=weights)
+                clip = open_clip.create_model(model, pretrained=weights, **({"force_image_size": image_size} if image_size else {}))
         except Exception as error:
             if is_file:
                 raise ValueError(f"teacher.weights: {weights} does not fit open_clip's {model}: {error}") from error
@@ -86,8 +107,10 @@ class Teacher(nn.Module):
                 f"network, get the open_clip_model.safetensors of that model on another machine and set teacher.weights=PATH"
             ) from error
         clip = clip.eval().requires_grad_(False)
-        with torch.no_grad():
-            text_features = clip.encode_text(open_clip.get_tokenizer(model)(descriptions), normalize=True)
+        text_features = None
+        if descriptions is not None:
+            with torch.no_grad():
+                text_features = clip.encode_text(open_clip.get_tokenizer(model)(descriptions), normalize=True)
         preprocess = open_clip.get_model_preprocess_cfg(clip)
         return cls(
             clip.visual,
@@ -97,7 +120,19 @@ class Teacher(nn.Module):
             mean=tuple(preprocess["mean"]),
             std=tuple(preprocess["std"]),
             name=f"{model}/{Path(weights).name if is_file else weights}",
+            dim=config["embed_dim"],
         )
+
+
+class PooledTrunk(nn.Module):
+    """A model of timm up to its classifier: [B, 3, S, S] -> [B, E], pooled as it was trained (average, class token, attention)."""
+
+    def __init__(self, trunk: TimmTrunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True)
 
 
 @contextlib.contextmanager

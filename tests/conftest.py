@@ -38,7 +38,7 @@ def kernel_device() -> torch.device:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory is NaN (a large number for integers), so that an element nobody wrote is seen."""
+    """Uninitialized memory is NaN (a large number for integers), so that an element nobody wrote is seen."""
 
     def poison(make):
         def made(*args, **kwargs):

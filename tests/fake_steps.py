@@ -1,7 +1,7 @@
-"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH] ...]`` prints one JSON
-line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what test_graph.py does on
-a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that are compiled ahead of
-time."""
+"""Steps on fake CUDA tensors, in a process of their own: ``python tests/fake_steps.py MODE [METHOD[@ARCH][+KEY=VALUE] ...]`` prints
+one JSON line for each case. MODE: of the step, off, encoder or step, compiled without generating code; ``graph``: what
+test_graph.py does on a GPU, up to the first number that it reads; ``forms``: the kernels of the full-size step against those that
+are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ PRECISIONS = ("bf16", "fp16", None)
 ARCH, SIDE, IMAGES = "resnet18_w16_s16", 64, 8
 
 
-def build(name: str, amp: str | None):
-    import torch
-
+def config(name: str, amp: str | None):
+    """The config of ``METHOD[ VARIANT][@ARCH][+key=value ...]``."""
     from engine.config import Config, EncoderConfig, MethodConfig, QueueConfig
-    from ppssl import METHODS, Teacher
-    from ppssl.settings import method_settings
-    from ppssl.timm_trunk import build_trunk
+    from ppssl.settings import replace_keys
 
+    name, *switches = name.split("+")
     name, _, arch = name.partition("@")
     method, _, variant = name.partition(" ")
     queue = {"bf16": "bfloat16", "fp16": "float16", None: "float32"}[amp]
@@ -34,14 +32,28 @@ def build(name: str, amp: str | None):
         method=MethodConfig(name=method, variant=variant or "published"),
         encoder=EncoderConfig(arch=arch or ARCH, dim=128), queue=QueueConfig(size=512, dtype=queue),
     )  # fmt: skip
+    values = dict(switch.split("=") for switch in switches)
+    known = {"true": True, "false": False, "0.5": 0.5, "stem,layer1": ("stem", "layer1"), "bn": ("bn",)}
+    return replace_keys(cfg, {key: known.get(value, value) for key, value in values.items()})
+
+
+def build(name: str, amp: str | None):
+    import torch
+
+    from ppssl import METHODS, Teacher
+    from ppssl.settings import method_settings
+    from ppssl.timm_trunk import build_trunk
+
+    cfg = config(name, amp)
     settings = method_settings(cfg, SIDE)
     teacher = None
     if settings.uses_teacher:
         visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 32))
         teacher = Teacher(visual, torch.randn(8, 32), logit_scale=100.0, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         fake_cuda.fake(teacher)
-    kind = METHODS[method]
-    return kind.from_settings(settings, kind.build_network(settings, build_trunk(arch or ARCH)), teacher)
+    kind, trunk = METHODS[cfg.method.name], build_trunk(cfg.encoder.arch)
+    trunk.freeze(cfg.encoder.freeze)
+    return kind.from_settings(settings, kind.build_network(settings, trunk), teacher)
 
 
 def run(name: str, amp: str | None, mode: str, device) -> None:
@@ -54,10 +66,11 @@ def run(name: str, amp: str | None, mode: str, device) -> None:
 
     torch._dynamo.reset()
     method = fake_cuda.built(build)(name, amp).to(device, memory_format=torch.channels_last).train()
-    optimizer = optim.sgd(method.trained_parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, backend="torch")
+    options = config(name, amp).optim
+    optimizer = optim.build(method, options)
     step = Step(
         method, optimizer, lr=lambda s: 1e-3, decay=0.99, precision=precision.resolve(amp, device), total_steps=10,
-        compile=mode, backend="aot_eager",
+        compile=mode, backend="aot_eager", clip=options.clip,
     )  # fmt: skip
     x = [torch.empty(IMAGES, 3, SIDE, SIDE, dtype=torch.float16, device=device) for _ in range(3)]
     views = [image.contiguous(memory_format=torch.channels_last) for image in x]

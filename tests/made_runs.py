@@ -47,11 +47,11 @@ def exported_run(path: Path, *, arch: str, method: str = "ppssl", variant: str =
     return path
 
 
-def draw(path: Path, colour: int, number: int) -> None:
+def draw(path: Path, color: int, number: int) -> None:
     """A photograph of that class: one strong channel on a ground of its own."""
-    ground = np.random.default_rng(10 * colour + number).integers(0, 200, (5, 6, 3), np.uint8)
+    ground = np.random.default_rng(10 * color + number).integers(0, 200, (5, 6, 3), np.uint8)
     pixels = ground.repeat(8, axis=0).repeat(8, axis=1)
-    pixels[8:30, 10:40, colour] = 230
+    pixels[8:30, 10:40, color] = 230
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

@@ -71,11 +71,11 @@ def visible(batch: torch.Tensor) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, mask: torch.Tensor) -> np.ndarray:
-    """The images, grey, under their masks as a colour: uint8 [B, S, S, 3]."""
+    """The images, gray, under their masks as a color: uint8 [B, S, S, 3]."""
     large = F.interpolate(mask[:, None], size=pixels.shape[1:3], mode="bilinear", align_corners=False)[:, 0].numpy()
-    colour = matplotlib.colormaps["inferno"](large)[..., :3]
-    grey = pixels.mean(-1, keepdims=True) / 255
-    return ((0.45 * grey + 0.55 * colour) * 255).round().astype(np.uint8)
+    color = matplotlib.colormaps["inferno"](large)[..., :3]
+    gray = pixels.mean(-1, keepdims=True) / 255
+    return ((0.45 * gray + 0.55 * color) * 255).round().astype(np.uint8)
 
 
 def curve(exhibit: Exhibit, data: str, found: dict[tuple[str, str], Outcome], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from engine.config.command_line import RECIPES, Arguments, find_recipe, parse, recipe_names
 from engine.config.recipe import YamlLoader, from_run, from_yaml, nearest, read, resolve, to_yaml
-from engine.config.schema import Config, DataConfig, EvalConfig, Key, OptimConfig, RunConfig, flatten, keys, validate
+from engine.config.schema import Config, DataConfig, EvalConfig, Key, OptimConfig, RunConfig, flatten, keys, keys_per_step, validate
 from engine.errors import ConfigError
 from ppssl.settings import (
     AisConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "from_run",
     "from_yaml",
     "keys",
+    "keys_per_step",
     "nearest",
     "parse",
     "read",

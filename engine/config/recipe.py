@@ -141,7 +141,7 @@ def _known(values: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def nearest(key: str) -> str:
-    """The remedy for an unknown key: the known one whose last part is most like it, or the section that it names."""
+    """The remedy for an unknown key: the known ones whose last part is most like it, or the section that it names."""
     if section := [known for known in keys() if known.startswith(f"{key}.")]:
         return f"it is a section, set one of its keys: {', '.join(section)}"
     above, _, last = key.rpartition(".")
@@ -152,7 +152,9 @@ def nearest(key: str) -> str:
         return same if not above or above == known_above else 0.95 * same
 
     best = max(keys(), key=likeness)
-    return f"did you mean {best}?" if likeness(best) >= 0.6 else "--help lists every key"
+    alike = [k for k in keys() if likeness(k) == likeness(best) and k.rpartition(".")[2] == best.rpartition(".")[2]]
+    alike = alike if "." in best else [best]  # a key without a section is meant where no section is named
+    return f"did you mean {' or '.join(alike)}?" if likeness(best) >= 0.6 else "--help lists every key"
 
 
 def resolve(values: Mapping[str, Any], origin: str) -> Config:

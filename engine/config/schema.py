@@ -302,6 +302,11 @@ def _range(key: Key) -> str:
     return f"be in [{least}, {high.le}]" if isinstance(high, Le) else f"be in [{least}, {high.lt})"
 
 
+def keys_per_step(config: Config) -> int:
+    """How many keys enter the queue in a step: what its size must hold."""
+    return config.batch_size * (2 if config.contrast.symmetric else 1)
+
+
 def validate(config: Config) -> None:
     """Checks every value and what depends on several; ``null`` passes where it stands for a value that is chosen later.
 
@@ -332,8 +337,12 @@ def validate(config: Config) -> None:
         refuse("optim.betas", "both must be in [0, 1)")
     if optim.warmup and optim.warmup >= config.epochs:
         refuse("optim.warmup", f"must be below epochs ({config.epochs}), of which it is a part")
-    if config.queue.size < config.batch_size:
-        refuse("queue.size", f"must be at least batch_size ({config.batch_size}): the keys of a batch must fit")
+    least = keys_per_step(config)
+    if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
+        twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
+        refuse("queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit")
+    if config.ais.target == "relations" and config.batch_size < 3:
+        refuse("batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others")
     if config.bn.sync and config.bn.groups > 1:
         refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
     if config.batch_size % config.bn.groups:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.data import catalog, contact_sheet, inspection, sampler, teacher_cache, views_sheet
     from engine.data.catalog import Catalog, ImageList
-    from engine.data.image_file import Watch, read_image
+    from engine.data.image_file import Watch, read_image, signature
     from engine.data.loaders.choose import build_loader, dali_problem
     from engine.data.loaders.clean_batches import clean_batches, decoded_batches
     from engine.data.loaders.execute import ahead
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from engine.data.views import clean_resize
 
 _HOME = {
-    "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "build_loader": "loaders.choose",
+    "Catalog": "catalog", "ImageList": "catalog", "read_image": "image_file", "signature": "image_file",
+    "build_loader": "loaders.choose",
     "dali_problem": "loaders.choose", "IMAGENET_MEAN": "loaders.interface", "IMAGENET_STD": "loaders.interface",
     "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.clean_batches",
     "decoded_batches": "loaders.clean_batches", "ahead": "loaders.execute",
@@ -37,7 +38,7 @@ __all__ = [
     "HARDWARE_DECODER_SHARE", "IMAGENET_MEAN", "IMAGENET_STD", "Catalog", "ImageList", "Loader", "Normalize", "PhotoList",
     "Transform", "Watch", "ahead", "build_loader", "catalog", "clean_batches", "clean_resize", "clean_view", "contact_sheet",
     "cores", "dali_problem", "decoded_batches", "input_view", "inspection", "list_photos", "photo_settings", "read_image",
-    "readable_photos", "sampler", "teacher_cache", "views_sheet",
+    "readable_photos", "sampler", "signature", "teacher_cache", "views_sheet",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from engine.console import bar, say
 from engine.data.catalog import ImageList
 from engine.data.loaders.clean_batches import clean_batches
 from engine.files import read_metadata, write_atomically
-from ppssl.teacher import Teacher
+from ppssl.teacher import PooledTrunk, Teacher
 
 
 def embeddings(
@@ -79,6 +79,8 @@ def cache_key(teacher: Teacher, images: ImageList) -> str:
     """Hexadecimal key of everything the embeddings depend on."""
     digest = hashlib.sha256(images.fingerprint.encode())
     digest.update(json.dumps([teacher.image_size, list(teacher.mean), list(teacher.std), "bicubic"]).encode())
+    if isinstance(teacher.visual, PooledTrunk):  # the same tensors give other embeddings with another stride or pooling
+        digest.update(teacher.visual.trunk.arch.encode())
     for name, tensor in teacher.visual.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

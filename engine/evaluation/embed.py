@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import time
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import __version__
 from engine.console import console, counted, printable, rate_bar, say
 from engine.data import Normalize, PhotoList, Watch, ahead, decoded_batches, input_view
 from engine.errors import ConfigError
@@ -106,13 +106,9 @@ def description(source: Source, root: Path, device: torch.device, weights: str, 
 
 
 def engine_version() -> str:
-    """Of the installed package, and the commit of a clone."""
-    try:
-        version = importlib.metadata.version("ppssl-engine")
-    except importlib.metadata.PackageNotFoundError:  # a clone on the path
-        version = "not installed"
+    """The version, and the commit of a clone."""
     here = commit()
-    return f"{version}, commit {here}" if here else version
+    return f"{__version__}, commit {here}" if here else __version__
 
 
 def embedded(run: Run, photos: PhotoList, batches: Sequence[range], device: torch.device) -> Iterator[Embedded]:

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification: labelled training features vote on every test image."""
+"""Weighted k-nearest-neighbor classification: labelled training features vote on every test image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.evaluation.ranking import block_rows, checked, full_precision, ranking_keys
 
 K = (10, 20, 100, 200)
-"""Numbers of neighbours that are reported; the last is the protocol's own."""
+"""Numbers of neighbors that are reported; the last is the protocol's own."""
 TEMPERATURE = 0.07
 
 

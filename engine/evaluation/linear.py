@@ -96,7 +96,7 @@ def convex(
     penalties: Sequence[float] = PENALTIES,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Fit:
-    """L2-regularised softmax regression for all ``penalties``: a fifth of every class is held out, the penalty with the best
+    """L2-regularized softmax regression for all ``penalties``: a fifth of every class is held out, the penalty with the best
     accuracy there is chosen (the stronger of equals) and fitted again on everything, in float64, from where the first fit ended.
     The test split has no part in it.
 

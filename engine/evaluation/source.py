@@ -14,12 +14,12 @@ import torch
 from engine import build, files
 from engine.config import Config, from_run, parse
 from engine.console import say
-from engine.pretrained import Run, load_run, third_party, weights_file
+from engine.pretrained import Run, is_model_folder, load_run, third_party, weights_file
 from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
 from ppssl.timm_trunk import PREFIX, TimmTrunk, build_trunk
 
-HELP = "run folder, a .safetensors/.pth file with --cfg or encoder.arch=NAME, or timm/NAME"
+HELP = "run folder, a .safetensors/.pth file or a model folder of timm's with --cfg or encoder.arch=NAME, or timm/NAME"
 """Of the argument RUN|WEIGHTS."""
 _FREE_SECTIONS = ("data.", "eval.", "amp=")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
@@ -38,14 +38,14 @@ class Source(NamedTuple):
 
 
 def open_source(source: str | Path, device: torch.device, *, cfg: str | None = None, overrides: Sequence[str] = ()) -> Source:
-    """The network of a run folder, a weights file or ``timm/NAME``, in eval mode on ``device``.
+    """The network of a run folder, a weights file, a model folder of timm's or ``timm/NAME``, in eval mode on ``device``.
 
     cfg: of a weights file, the recipe of its architecture, method and data; of a run, the recipe of other data than its own.
     overrides: ``data.x=...``, ``eval.x=...`` and ``amp=...`` of the config; of what is no run, any key.
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run and no weights file, and a setting that a run does not take.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_model_folder(path):
         return _of_run(path, device, cfg, overrides)
     if str(source).startswith(PREFIX):
         return _of_timm(str(source), device, cfg, overrides)
@@ -53,7 +53,7 @@ def open_source(source: str | Path, device: torch.device, *, cfg: str | None = N
         raise FileNotFoundError(f"{source} is not there; give a run folder or a weights file, or {PREFIX}NAME")
     if cfg is None and not _sets("encoder.arch", overrides):
         raise ValueError(
-            f"{source} is a file; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml, or the "
+            f"{source} is no run; name the recipe of its data and architecture with --cfg, e.g. --cfg cub.yaml, or the "
             f"architecture alone, e.g. encoder.arch=resnet50"
         )
     config = parse(["--cfg", cfg or _PLAIN, *overrides]).config

@@ -1,15 +1,18 @@
 """Weights in and out: a run's network, third-party checkpoints, the model card."""
 
 from engine.pretrained import model_card, third_party, weights_file
-from engine.pretrained.export_targets import FORMATS, export
+from engine.pretrained.export_targets import FORMATS, SHORT, export
 from engine.pretrained.file_kind import other_kind
+from engine.pretrained.model_folder import is_model_folder
 from engine.pretrained.run import Run, load_run, run_config
 from engine.pretrained.weights_file import load_weights, save_weights
 
 __all__ = [
     "FORMATS",
     "export",
+    "is_model_folder",
     "Run",
+    "SHORT",
     "load_run",
     "load_weights",
     "model_card",

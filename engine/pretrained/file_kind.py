@@ -7,25 +7,24 @@ import zipfile
 from pathlib import Path
 
 from engine.console import printable
+from engine.data import signature
 
 _UNPACKED = 4
 """How many times its own size an archive may unpack to. torch does not compress its files."""
 AGAIN = "download it again and compare its size with what the source states"
-# (offset, first bytes, what such a file is and what helps)
+# First bytes, what such a file is and what helps; images are told by engine.data.
 _KINDS = (
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the file it stands for; fetch that: git lfs pull in its repository"),
-    (0, b"\x1f\x8b", "compressed with gzip; unpack it (gzip -d, or tar -xzf where it is a tar archive) and give the file inside"),
-    (0, b"BZh", "compressed with bzip2; unpack it (bzip2 -d) and give the file inside"),
-    (0, b"\xfd7zXZ\0", "compressed with xz; unpack it (xz -d) and give the file inside"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it (zstd -d) and give the file inside"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it and give the file inside"),
-    (0, b"Rar!", "a RAR archive; unpack it and give the file inside"),
-    (0, b"\x89HDF\r\n", "an HDF5 file, as Keras writes; give the PyTorch version of these weights"),
-    (0, b"\x93NUMPY", "a NumPy array; give a file of named tensors, as torch.save(model.state_dict(), FILE) writes"),
-    (0, b"GGUF", "a GGUF file of a language model; give the weights of an image encoder"),
-    (0, b"%PDF", "a PDF; " + AGAIN),
-    (0, b"\x89PNG", "an image; give the weights"),
-    (0, b"\xff\xd8\xff", "an image; give the weights"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for; fetch that: git lfs pull in its repository"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it (gzip -d, or tar -xzf where it is a tar archive) and give the file inside"),
+    (b"BZh", "compressed with bzip2; unpack it (bzip2 -d) and give the file inside"),
+    (b"\xfd7zXZ\0", "compressed with xz; unpack it (xz -d) and give the file inside"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it (zstd -d) and give the file inside"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it and give the file inside"),
+    (b"Rar!", "a RAR archive; unpack it and give the file inside"),
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes; give the PyTorch version of these weights"),
+    (b"\x93NUMPY", "a NumPy array; give a file of named tensors, as torch.save(model.state_dict(), FILE) writes"),
+    (b"GGUF", "a GGUF file of a language model; give the weights of an image encoder"),
+    (b"%PDF", "a PDF; " + AGAIN),
 )  # fmt: skip
 
 
@@ -42,9 +41,11 @@ def other_kind(path: Path) -> str | None:
         return _zip_archive(path)
     if not head:
         return f"empty; {AGAIN}"
-    for offset, magic, reason in _KINDS:
-        if head[offset : offset + len(magic)] == magic:
+    for magic, reason in _KINDS:
+        if head.startswith(magic):
             return reason
+    if kind := signature(head):
+        return f"an image ({kind}); give the weights"
     if head[257:262] == b"ustar":
         return _tar_archive(path)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -10,34 +10,37 @@ from typing import Any
 
 import torch
 
-from engine import run_folder
+from engine import __version__, run_folder
 from engine.config import flatten
+from engine.console import printable
 from engine.files import write_text
 from engine.pretrained.run import Run
+from ppssl.method import METHODS
 from ppssl.settings import method_settings, title
-from ppssl.timm_trunk import image_input
+from ppssl.timm_trunk import ImageInput, image_input
 
 # What a person would have to know about the machine that trained it, not about the network.
 _LOCAL = ("out", "resume")
 _NUMBERS = ("rank1", "rank5", "mAP", "top1", "top5", "knn_top1", "linear_top1")
 
 
-def write(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> None:
-    """Writes ``path``.json and ``path``.md for the exported file ``path`` of the run ``folder``.
-
-    use: lines of code that read the file; notes: sentences a user must know; graph: the file computes the inference feature itself.
-    """
-    facts = describe(path, run, folder, to=to, graph=graph, use=use, notes=notes)
+def write(path: Path, facts: dict[str, Any]) -> None:
+    """Writes ``path``.json and ``path``.md for the exported file ``path``, of which ``describe`` gives the facts."""
     for suffix, text in ((".json", json.dumps(facts, indent=2) + "\n"), (".md", markdown(facts))):
         write_text(path.with_name(path.name + suffix), text)
 
 
-def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str]) -> dict[str, Any]:
-    """The card as plain data. Paths of the machine are cut to their last part."""
+def describe(
+    path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: str, notes: list[str], normalize: bool = False
+) -> dict[str, Any]:
+    """The card of the exported file ``path`` of the run ``folder`` as plain data. Paths of the machine are cut to their last part.
+
+    use: lines of code that read the file; notes: sentences a user must know; graph: the file computes the inference feature itself;
+    normalize: and takes images in [0, 1].
+    """
     cfg = run.config
     records = run_folder.read_metrics(folder)
     start = next((r for r in records if r["kind"] == "start"), {})
-    masked = run.network.mask is not None and graph
     return {
         "file": path.name,
         "format": to,
@@ -45,15 +48,16 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
         "use": use,
         "notes": notes,
         "network": {
-            "arch": cfg.encoder.arch,
-            "feature": "l2(gap(A * F))" if masked else "l2(gap(F))" if graph else "gap(F), the trunk's pooled output",
+            "arch": arch_of(run),
+            "feature": feature(run, graph=graph),
             "dimension": run.network.trunk.channels,
-            "mask_scaled_over": run.network.mask.minmax if masked else None,
+            "mask_scaled_over": run.network.mask.minmax if run.network.mask is not None and graph else None,
         },
-        "preprocessing": preprocessing(run),
+        "preprocessing": preprocessing(run, normalize=normalize),
         "training": {
             "method": title(cfg),
             "data": cfg.data.name,
+            "class_names": list(run.class_names),
             "initial_weights": _short(cfg.encoder.weights),
             "epoch": run.epoch,
             "step": run.step,
@@ -63,16 +67,47 @@ def describe(path: Path, run: Run, folder: Path, *, to: str, graph: bool, use: s
         },
         "metrics": metrics(folder, records),
         "config": {key: _short(value) for key, value in flatten(cfg).items() if key not in _LOCAL},
-        "exported_with": {"torch": torch.__version__, "commit": run_folder.commit()},
-        "license": _license(run),
+        "exported_with": {"engine": __version__, "torch": torch.__version__, "commit": run_folder.commit()},
+        "license": license_text(run),
     }
 
 
-def preprocessing(run: Run) -> dict[str, Any]:
-    """How an image enters the network."""
-    size, encoder = run.config.data.image_size, run.config.encoder
-    how = image_input(encoder.arch, encoder.weights)
-    return {
+def metadata(run: Run, *, graph: bool, normalize: bool = False) -> dict[str, str]:
+    """What whoever has nothing but the file needs of the card, each value as JSON, for files that have room for it."""
+    facts = preprocessing(run, normalize=normalize) | {
+        "arch": arch_of(run),
+        "feature": feature(run, graph=graph),
+        "dimension": run.network.trunk.channels,
+        "class_names": list(run.class_names),
+        "step": run.step,
+        "epoch": run.epoch,
+        "engine_version": __version__,
+    }
+    return {key: json.dumps(value) for key, value in facts.items()}
+
+
+def arch_of(run: Run) -> str:
+    """``encoder.arch``, or what a trunk of a user's own calls itself."""
+    return getattr(run.network.trunk, "arch", run.config.encoder.arch)
+
+
+def feature(run: Run, *, graph: bool) -> str:
+    """The formula of what the exported file computes; graph: the whole inference feature."""
+    if not graph:
+        return "gap(F), the mean of the trunk's map"
+    return "l2(gap(F))" if run.network.mask is None else "l2(gap(A * F))"
+
+
+def image_input_of(run: Run) -> ImageInput:
+    """How images enter the run's trunk."""
+    return image_input(run.config.encoder.arch, run.config.encoder.weights)
+
+
+def preprocessing(run: Run, *, normalize: bool = False) -> dict[str, Any]:
+    """How an image enters the exported file. normalize: the file normalizes, so that mean 0 and std 1 are left to its user, and
+    ``normalized_inside`` says what it does."""
+    size, how = run.config.data.image_size, image_input_of(run)
+    found = {
         "color": "RGB in [0, 1], upright by EXIF",
         "resize_short_side": how.resize(size),
         "interpolation": f"{how.interpolation}, antialiased",
@@ -80,6 +115,9 @@ def preprocessing(run: Run) -> dict[str, Any]:
         "mean": list(how.mean),
         "std": list(how.std),
     }
+    if normalize:
+        found |= {"mean": [0.0] * 3, "std": [1.0] * 3, "normalized_inside": {"mean": found["mean"], "std": found["std"]}}
+    return found
 
 
 def metrics(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,17 +146,24 @@ def _short(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _license(run: Run) -> str:
+def sources(run: Run) -> list[str]:
+    """What the weights were learned from that has terms of its own, as far as the config tells."""
     cfg = run.config
-    if cfg.data.name == "birds":
-        return "Trained on the synthetic dataset, which this project draws: MIT, as the code."
-    sources = [f"the images of {cfg.data.name}"]
+    found = [] if cfg.data.name == "birds" else [f"the images of {cfg.data.name}"]
     if cfg.encoder.weights != "none":
-        sources.append(f"the initial weights {_short(cfg.encoder.weights)}")
-    if method_settings(cfg).uses_teacher and cfg.teacher.weights != "birds":
-        sources.append(f"the teacher {cfg.teacher.model} ({_short(cfg.teacher.weights)})")
+        found.append(f"the initial weights {_short(cfg.encoder.weights)}")
+    if cfg.method.name in METHODS and method_settings(cfg).uses_teacher and cfg.teacher.weights != "birds":
+        found.append(f"the teacher {cfg.teacher.model} ({_short(cfg.teacher.weights)})")
+    return found
+
+
+def license_text(run: Run) -> str:
+    """What code and weights may be used for."""
+    found = sources(run)
+    if not found:
+        return "Trained on the synthetic dataset, which this project draws: MIT, as the code."
     return (
-        f"The code is MIT. The weights were learned from {' and '.join(sources)}, which have terms of their own (many image sets "
+        f"The code is MIT. The weights were learned from {' and '.join(found)}, which have terms of their own (many image sets "
         f"allow research only): read them before you share or sell what you make with this file."
     )
 
@@ -127,8 +172,11 @@ def markdown(facts: dict[str, Any]) -> str:
     """The card as a page of text; the whole configuration is in the JSON."""
     network, images, training = facts["network"], facts["preprocessing"], facts["training"]
     start = training["initial_weights"]
+    inside = images.get("normalized_inside")
+    normalization = f"mean {(inside or images)['mean']}, std {(inside or images)['std']}"
+    normalization += ", inside the graph, which takes RGB in [0, 1]" if inside else ""
     lines = [
-        f"# {facts['file']}",
+        f"# {facts.get('name', facts['file'])}",
         "",
         f"{network['arch']} trained by {training['method']} on {training['data']}, epoch {training['epoch']} (step "
         f"{training['step']}), from {'random weights' if start == 'none' else start}. Commit "
@@ -142,9 +190,10 @@ def markdown(facts: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| feature | {network['feature']}, {network['dimension']}-d |",
+        *[f"| classes | {len(names)}: {_named(names)} |" for names in [training["class_names"]] if names],
         f"| images | {images['color']}; short side to {images['resize_short_side']} ({images['interpolation']}), center crop "
         f"{images['center_crop']} |",
-        f"| normalization | mean {images['mean']}, std {images['std']} |",
+        f"| normalization | {normalization} |",
         f"| sha256 | {facts['sha256']} |",
         "",
         "## Metrics",
@@ -157,6 +206,11 @@ def markdown(facts: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _named(names: list[str], most: int = 6) -> str:
+    """The first of ``names``, for a cell of a table."""
+    return ", ".join(printable(name).replace("|", r"\|") for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _numbers(record: dict[str, Any]) -> set[float]:

@@ -12,7 +12,7 @@ import torch
 from engine.config import Config, from_run
 from engine.files import read_metadata
 from engine.pretrained import weights_file
-from engine.run_folder import RunFolder, find_root
+from engine.run_folder import RunFolder, find_root, read_classes
 from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
 from ppssl.settings import method_settings
@@ -26,6 +26,8 @@ class Run(NamedTuple):
     network: FeatureNet
     step: int
     epoch: int
+    class_names: tuple[str, ...] = ()
+    """Of its data, by label; empty where the run does not know them."""
 
 
 def run_config(folder: str | Path) -> Config:
@@ -57,7 +59,14 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
                 f"{files.config}: method.name: {cfg.method.name!r} is not registered here; import the module that registers it, or "
                 f"give the network that takes the weights: engine.load({str(folder)!r}, network=FeatureNet(...))"
             )
-        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), build_trunk(cfg.encoder.arch))
+        try:
+            trunk = build_trunk(cfg.encoder.arch)
+        except ValueError as error:
+            raise ValueError(
+                f"{files.config}: {error}; of a trunk of your own give the network that takes the weights: "
+                f"engine.load({str(folder)!r}, network=FeatureNet(...))"
+            ) from error
+        network = METHODS[cfg.method.name].build_network(method_settings(cfg, cfg.data.image_size), trunk)
     tensors = weights_file.load_weights(path)
     weights_file.refuse_not_finite(tensors, str(path))
     try:
@@ -66,4 +75,4 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", network: Fe
         raise ValueError(f"{path} does not fit {files.config}: {textwrap.shorten(str(error), 300)}") from error
     metadata = read_metadata(path)
     network = network.to(device, memory_format=torch.channels_last).eval()
-    return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)))
+    return Run(cfg, network, int(metadata.get("step", 0)), int(metadata.get("epoch", 0)), read_classes(folder))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.console import printable
-from engine.pretrained import foreign_file, timm_weights, weights_file
+from engine.pretrained import foreign_file, model_folder, timm_weights, weights_file
 from ppssl.encoder import RESNETS
-from ppssl.timm_trunk import TimmTrunk
+from ppssl.timm_trunk import PREFIX, TimmTrunk, image_input
 
 # Put between the names of modules by torch.compile and by (Distributed)DataParallel.
 _WRAPPERS = ("_orig_mod", "module")
@@ -65,10 +63,11 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
 
     weights: ``none``; a torchvision tag of the trunk's architecture such as ``IMAGENET1K_V1``, or of a timm trunk ``timm`` or
     ``timm:TAG`` (downloaded by torchvision or timm when it is not in its cache); or the path of a
-    .safetensors/.pth/.pth.tar/.ckpt file. Read are torchvision, timm, MoCo (also v3), LCR and LearnMat, solo-learn, lightly, DINO
-    and whatever else keeps torchvision's names below a prefix, with or without the prefixes of DistributedDataParallel and
-    torch.compile, and this engine's weights and checkpoints. A timm trunk also takes the original files that timm can convert, and
-    those that agree with it in order, kind and shape of all tensors.
+    .safetensors/.pth/.pth.tar/.ckpt file, or of a folder as timm and the Hugging Face hub keep a model. Read are torchvision,
+    timm, MoCo (also v3), LCR and LearnMat, solo-learn, lightly, DINO and whatever else keeps torchvision's names below a prefix,
+    with or without the prefixes of DistributedDataParallel and torch.compile, and this engine's weights and checkpoints. A timm
+    trunk also takes the original files that timm can convert, and those that agree with it in order, kind and shape of all
+    tensors.
     partial: take what fits of another network; the sentence says what stays random.
     Raises ``ValueError`` when a name is unknown, the file is of another network or cannot be read without running code from it, or
     a number is not finite; ``OSError`` when a download fails; ``FileNotFoundError``.
@@ -78,7 +77,8 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     file = Path(weights)
     if isinstance(trunk, TimmTrunk) and timm_weights.wanted(weights):
         contents = foreign_file.Contents(timm_weights.download(trunk, weights), [])
-    elif file.suffix or "/" in weights or file.is_file():
+    elif file.suffix or "/" in weights or file.exists():
+        file = model_folder.weights_in(file) if file.is_dir() else file
         contents = foreign_file.read(file)
     else:
         contents = foreign_file.Contents(_torchvision(trunk, weights), [])
@@ -109,7 +109,8 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
         first = ", ".join([printable(name) for _, tensors in held for name in tensors][:3])
         raise ValueError(f"encoder.weights: nothing in {weights} matches {trunk.arch}; its first names are {first}")
     missing = [name for name in needed if name not in found.named]
-    label = _label(file, contents.tree)
+    config = model_folder.config_beside(file)
+    label = _label(file, contents.tree, config)
     differences = _differences(trunk.arch, own, found, missing, label if label not in trunk.arch.split("/")[-1:] else None)
     if differences and not (partial and some):
         partly = ", or encoder.partial=true to take what fits and leave the rest random" if some else ""
@@ -125,6 +126,7 @@ def initialize(trunk: nn.Module, weights: str, *, partial: bool = False) -> str:
     )
     note += f" (below {printable(found.prefix)})" if found.prefix else ""
     note += f"; {how}" if how else ""
+    note += _config_note(trunk, weights, config)
     if differences:
         note += f"; encoder.partial: {'; '.join(differences)}; what was not found is still random"
     used = {f"{place}.{name}" for own_name, name in found.named.items() if own_name in tensors}
@@ -213,16 +215,27 @@ def _remedy(found: Match) -> str:
     return f"encoder.arch={known[0]}" + (f"_w{stem[0]}" if stem[0] != 64 else "")
 
 
-def _label(file: Path, tree: Any) -> str | None:
+def _config_note(trunk: nn.Module, weights: str, config: dict[str, Any]) -> str:
+    """What the config.json beside the file says otherwise than this network does."""
+    note, name = "", config.get("architecture")
+    if isinstance(name, str) and isinstance(trunk, TimmTrunk) and name != trunk.name:
+        note += f"; its config.json is of {printable(name)}"
+    how = image_input(trunk.arch, weights)
+    if wanted := model_folder.other_input(config, how):
+        told = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        note += f"; its config.json normalizes images by {told}, this network by mean {[*how.mean]}, std {[*how.std]}"
+        tag = timm_weights.tag_with_input(trunk, wanted) if isinstance(trunk, TimmTrunk) else None
+        note += f" (encoder.arch={PREFIX}{trunk.name}.{tag} does as the file's)" if tag else ""
+    return note
+
+
+def _label(file: Path, tree: Any, config: dict[str, Any]) -> str | None:
     """The name of another network that the tensors cannot tell from a ResNet, where the file bears one: in its own name, in what
     training scripts store beside the tensors, or in the config.json that timm's models come with."""
     holders = [tree if isinstance(tree, dict) else {}]
     args = holders[0].get("args")
     holders.append(args.state if isinstance(args, foreign_file.Unbuilt) else args)
-    beside = file.with_name("config.json")
-    if file.is_file() and beside.is_file() and beside.stat().st_size < 2**20:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            holders.append(json.loads(beside.read_text(encoding="utf-8")))
+    holders.append(config)
     values = [file.name, *(h.get(key) for h in holders if isinstance(h, dict) for key in ("arch", "architecture", "model"))]
     matches = [_SAME_TENSORS.search(value) for value in values if isinstance(value, str)]
     return next((m[0] for m in matches if m), None)

@@ -41,7 +41,7 @@ def download(trunk: TimmTrunk, weights: str) -> dict[str, Tensor]:
     if tag not in known:
         raise ValueError(f"encoder.weights: timm has no weights {tag!r} for {trunk.name}; use {choices(trunk)}, none or a file")
     name = f"{trunk.name}.{tag}"
-    say(f"encoder.weights: {name} from the cache or the Hugging Face hub; HF_HUB_OFFLINE=1 asks the cache alone")
+    say(f"weights {name}: from the cache or the Hugging Face hub; HF_HUB_OFFLINE=1 asks the cache alone")
     try:
         return create(PREFIX + name, name, {"pretrained": True}).state_dict()
     except Exception as error:  # of several libraries, httpx and huggingface_hub among them
@@ -58,6 +58,17 @@ def choices(trunk: TimmTrunk) -> str:
     known = tags(trunk)
     more = f" ({len(known)} in all)" if len(known) > _SHOWN else ""
     return ", ".join(["timm", *(f"timm:{tag}" for tag in known[:_SHOWN])]) + more if known else "none of timm's"
+
+
+def tag_with_input(trunk: TimmTrunk, wanted: dict[str, list[float]]) -> str | None:
+    """The tag of timm's weights for the model whose images are normalized by ``mean`` and ``std`` of ``wanted``."""
+    import timm  # heavy
+
+    for tag in tags(trunk):
+        config = timm.get_pretrained_cfg(f"{trunk.name}.{tag}")
+        if all(max(abs(a - b) for a, b in zip(getattr(config, key), wanted[key], strict=True)) < 1e-3 for key in wanted):
+            return tag
+    return None
 
 
 def _place(config) -> str:

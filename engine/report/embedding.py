@@ -53,11 +53,11 @@ def _umap(rows: np.ndarray) -> tuple[np.ndarray, str] | None:
         import umap
     except ImportError:
         return None
-    neighbours = min(15, len(rows) - 1)
+    neighbors = min(15, len(rows) - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a fixed seed means one thread, which is what we want
-        made = umap.UMAP(n_neighbors=neighbours, min_dist=0.5, metric="cosine", init="pca", random_state=0).fit_transform(rows)
-    return made, f"UMAP ({neighbours} neighbors, cosine)"
+        made = umap.UMAP(n_neighbors=neighbors, min_dist=0.5, metric="cosine", init="pca", random_state=0).fit_transform(rows)
+    return made, f"UMAP ({neighbors} neighbors, cosine)"
 
 
 def _tsne(rows: np.ndarray) -> tuple[np.ndarray, str]:

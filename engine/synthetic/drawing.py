@@ -19,22 +19,22 @@ SIDE = 128
 
 SUPERSAMPLE = 3
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
-# One plumage for all genera and three accents for all parts: colour must not tell the species, structure must.
-HUES: dict[str, Colour] = {"rust": (158, 88, 52), "slate": (84, 104, 132), "olive": (138, 132, 74)}
+# One plumage for all genera and three accents for all parts: color must not tell the species, structure must.
+HUES: dict[str, Color] = {"rust": (158, 88, 52), "slate": (84, 104, 132), "olive": (138, 132, 74)}
 HEAD_BODY_WING = ("slate", "rust", "slate")
-ACCENTS: dict[str, Colour] = {"cream": (240, 234, 214), "gold": (232, 178, 60), "ember": (206, 78, 48)}
-INK: Colour = (30, 28, 30)
+ACCENTS: dict[str, Color] = {"cream": (240, 234, 214), "gold": (232, 178, 60), "ember": (206, 78, 48)}
+INK: Color = (30, 28, 30)
 
 
-def shade(colour: Sequence[float], factor: float) -> tuple[int, int, int]:
-    """The colour times ``factor``, clipped to bytes."""
-    return tuple(int(min(255, max(0, c * factor))) for c in colour)  # type: ignore[return-value]
+def shade(color: Sequence[float], factor: float) -> tuple[int, int, int]:
+    """The color times ``factor``, clipped to bytes."""
+    return tuple(int(min(255, max(0, c * factor))) for c in color)  # type: ignore[return-value]
 
 
-def mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
-    """The colour ``t`` of the way from ``a`` to ``b``."""
+def mix(a: Sequence[float], b: Sequence[float], t: float) -> Color:
+    """The color ``t`` of the way from ``a`` to ``b``."""
     return tuple(x + (y - x) * t for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
@@ -60,11 +60,11 @@ class Brush:
         p = (p * (-1, 1) if self.flip else p) @ self.matrix + self.center
         return [tuple(q) for q in p.tolist()]
 
-    def polygon(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float]) -> None:
-        self.pen.polygon(self.place(points), fill=shade(colour, 1.0))
+    def polygon(self, points: Sequence[Sequence[float]] | np.ndarray, color: Sequence[float]) -> None:
+        self.pen.polygon(self.place(points), fill=shade(color, 1.0))
 
-    def line(self, points: Sequence[Sequence[float]] | np.ndarray, colour: Sequence[float], width: float) -> None:
-        self.pen.line(self.place(points), fill=shade(colour, 1.0), width=max(1, round(width * self.scale)), joint="curve")
+    def line(self, points: Sequence[Sequence[float]] | np.ndarray, color: Sequence[float], width: float) -> None:
+        self.pen.line(self.place(points), fill=shade(color, 1.0), width=max(1, round(width * self.scale)), joint="curve")
 
     def clipped(self, outline: np.ndarray, paint: Callable[[Brush], None]) -> None:
         """Run ``paint`` so that it only touches the inside of ``outline``."""
@@ -109,7 +109,7 @@ class Pose:
     angle: float
     flip: bool
     center: tuple[float, float]
-    tint: Colour
+    tint: Color
     light: float
     head: tuple[float, float]
     wing: float

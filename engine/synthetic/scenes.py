@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from engine.synthetic.drawing import ACCENTS, HUES, INK, SIDE, SUPERSAMPLE, Brush, Colour, Pose, ellipse, mix, random_pose, shade
+from engine.synthetic.drawing import ACCENTS, HUES, INK, SIDE, SUPERSAMPLE, Brush, Color, Pose, ellipse, mix, random_pose, shade
 
 CATEGORIES = ("bird", "dog", "bus", "snake", "crocodile", "car", "flower", "human")
 """In the order of the first eight descriptions of ``ppssl/prompts/birds.yaml``."""
 
 # Narrow, muted palettes: where backgrounds are loud, two views of one image agree on the background and nothing is learnt.
-PLACES: dict[str, tuple[Colour, Colour]] = {
+PLACES: dict[str, tuple[Color, Color]] = {
     "forest": ((100, 108, 90), (106, 110, 92)),
     "meadow": ((108, 112, 90), (112, 112, 94)),
     "shore": ((104, 110, 98), (110, 112, 98)),
@@ -27,7 +27,7 @@ LIGHTS: dict[str, tuple[float, float]] = {
 }
 """Range of the exposure that each word stands for."""
 OCCLUDERS = ("none", "twigs", "leaves")
-_FOLIAGE: tuple[Colour, ...] = ((88, 112, 66), (70, 96, 60), (122, 124, 78))
+_FOLIAGE: tuple[Color, ...] = ((88, 112, 66), (70, 96, 60), (122, 124, 78))
 _CLUTTER = (*HUES.values(), *HUES.values(), *_FOLIAGE, *ACCENTS.values())
 
 
@@ -49,11 +49,11 @@ def random_nuisance(rng: np.random.Generator) -> Nuisance:
     )
 
 
-def _leaf(pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, colour: Colour, small: float, large: float) -> None:
+def _leaf(pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, color: Color, small: float, large: float) -> None:
     x, y = rng.uniform(0, size, 2)
     a = rng.uniform(small, large) * size
     outline = ellipse(x, y, a, a * rng.uniform(0.25, 0.6), rng.uniform(0, np.pi))
-    pen.polygon([tuple(p) for p in outline.tolist()], fill=shade(colour, rng.uniform(0.7, 1.25)))
+    pen.polygon([tuple(p) for p in outline.tolist()], fill=shade(color, rng.uniform(0.7, 1.25)))
 
 
 def _twig(pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, width: float) -> None:
@@ -68,7 +68,7 @@ def _twig(pen: ImageDraw.ImageDraw, rng: np.random.Generator, size: int, width: 
 
 
 def background(rng: np.random.Generator, place: str, size: int) -> Image.Image:
-    """An out-of-focus place with clutter in the birds' own colours, and at times a far member of another category."""
+    """An out-of-focus place with clutter in the birds' own colors, and at times a far member of another category."""
     small = size // 3
     near, far = PLACES[place]
     y = np.linspace(0, 1, small)[:, None, None]
@@ -124,7 +124,7 @@ _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.5
 def _develop(pixels: np.ndarray, exposure: float, rng: np.random.Generator) -> np.ndarray:
     """Exposure, contrast, saturation and white balance of one photograph.
 
-    These are the changes that self-supervised views are trained to ignore: strong here, they blind a colour histogram and
+    These are the changes that self-supervised views are trained to ignore: strong here, they blind a color histogram and
     give a learner nothing to recognise an image by.
     """
     turn = rng.uniform(-1, 1) * 2 * np.pi * 0.05
@@ -135,19 +135,19 @@ def _develop(pixels: np.ndarray, exposure: float, rng: np.random.Generator) -> n
     return ((pixels - mean) * contrast + mean) @ matrix.T * exposure
 
 
-def _stripes(brush: Brush, outline: np.ndarray, colour: Colour, at: np.ndarray, width: float) -> None:
+def _stripes(brush: Brush, outline: np.ndarray, color: Color, at: np.ndarray, width: float) -> None:
     def paint(layer: Brush) -> None:
         for u in at:
-            layer.line([(u, -2), (u, 2)], colour, width)
+            layer.line([(u, -2), (u, 2)], color, width)
 
     brush.clipped(outline, paint)
 
 
 def draw_other(image: Image.Image, category: str, pose: Pose, rng: np.random.Generator) -> None:
-    """Paint one member of a category that is not a bird, in the birds' own colours, onto ``image``."""
+    """Paint one member of a category that is not a bird, in the birds' own colors, onto ``image``."""
     brush = Brush(image, pose.scale, pose.angle, pose.flip, pose.center)
-    colours = (*HUES.values(), *ACCENTS.values())
-    coat = shade(mix(colours[rng.integers(len(colours))], pose.tint, 0.0), pose.light)
+    colors = (*HUES.values(), *ACCENTS.values())
+    coat = shade(mix(colors[rng.integers(len(colors))], pose.tint, 0.0), pose.light)
     dark, glass = shade(coat, 0.62), (186, 208, 216)
     poly = brush.polygon
     if category == "dog":

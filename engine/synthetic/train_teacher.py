@@ -87,7 +87,7 @@ def draw_samples(count: int, seed: int, side: int, workers: int) -> list[Sample]
 
 
 def _views(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 [B, 3, S, S] -> float in [0, 1]: random crops, mirrors, grey and exposure, as a student's views will be."""
+    """uint8 [B, 3, S, S] -> float in [0, 1]: random crops, mirrors, gray and exposure, as a student's views will be."""
     count, side = images.shape[0], images.shape[-1]
     rand = torch.rand(7, count, generator=generator)
     scale = torch.sqrt(0.35 + 0.65 * rand[0])
@@ -98,8 +98,8 @@ def _views(images: Tensor, generator: torch.Generator) -> Tensor:
     theta[:, 1, 2] = (2 * rand[3] - 1) * (1 - scale)
     grid = F.affine_grid(theta, [count, 3, side, side], align_corners=False)
     x = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
-    grey = x.mean(1, keepdim=True)
-    x = torch.lerp(grey, x, torch.where(rand[4] < 0.2, 0.0, 0.6 + 0.8 * rand[5]).view(-1, 1, 1, 1))
+    gray = x.mean(1, keepdim=True)
+    x = torch.lerp(gray, x, torch.where(rand[4] < 0.2, 0.0, 0.6 + 0.8 * rand[5]).view(-1, 1, 1, 1))
     return (x * (0.7 + 0.6 * rand[6]).view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -132,7 +132,7 @@ def train(count: int, epochs: int, seed: int, workers: int, twin_weight: float =
             order = torch.randperm(count, generator=generator).tolist()
         batch, order = torch.tensor(order[:batch_size]), order[batch_size:]
         which = torch.randint(texts.shape[1], (batch_size,), generator=generator)
-        # Both birds of a scene get the same crop and colours: whatever then differs is their species.
+        # Both birds of a scene get the same crop and colors: whatever then differs is their species.
         state = generator.get_state()
         first = _views(images[batch, 0], generator)
         generator.set_state(state)

@@ -18,6 +18,7 @@ from ppssl.method import Method
 TRUST = 0.001
 """LARS: the trust coefficient (You, Gitman and Ginsburg 2017, arXiv 1708.03888), timm's default too."""
 _TRUST_EPS = 1e-8
+_HIGH_FOR_ADAMW = 5e-3
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, warmup: int = 0) -> float:
@@ -49,6 +50,21 @@ def build(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
     return sgd(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, backend=config.backend)
 
 
+def describe_optimizer(optimizer: torch.optim.Optimizer, config: OptimConfig) -> list[str]:
+    """What ``build`` made, for the log: a line on the optimizer, and one on each key that does nothing or is likely meant for
+    another optimizer."""
+    rates = sorted({group["lr_scale"] * config.lr for group in optimizer.param_groups})
+    text = f"{config.name}, lr {rates[0]:.3g}" + (f" to {rates[-1]:.3g} by layer" if len(rates) > 1 else "")
+    text += f", {config.schedule}" + (f" after a warm-up of {config.warmup:g} epochs" if config.warmup else "")
+    text += f", weight decay {config.weight_decay:g}" + ("" if config.decay_norms else " without biases and norms")
+    lines = [text + (f", gradients clipped at {config.clip:g}" if config.clip else "")]
+    if not (config.decay_norms or config.weight_decay or config.name == "lars"):
+        lines.append("optim.decay_norms: does nothing with optim.weight_decay=0")
+    if config.name == "adamw" and config.lr > _HIGH_FOR_ADAMW:
+        lines.append(f"optim.lr: {config.lr:g} is far above what adamw is used with (1e-5 to 1e-3); sgd's does not carry over")
+    return lines
+
+
 def parameter_groups(method: Method, *, layer_decay: float = 1.0, decay_norms: bool = True) -> list[dict[str, Any]]:
     """The trained parameters in groups of one ``lr_scale`` and one ``decays``, each in the method's order.
 
@@ -72,6 +88,14 @@ def parameter_groups(method: Method, *, layer_decay: float = 1.0, decay_norms: b
     for parameter in method.trained_parameters():
         groups.setdefault((scales.get(id(parameter), 1.0), id(parameter) not in excepted), []).append(parameter)
     return [{"params": params, "lr_scale": scale, "decays": decays} for (scale, decays), params in groups.items()]
+
+
+def ema_decay(step: int, total_steps: int, *, base: float, schedule: str) -> float:
+    """Decay of the momentum network at 0-based ``step``. ``cosine``: 1 - (1 - base) * (1 + cos(pi * step / total)) / 2, which rises
+    from ``base`` to 1 (BYOL, Grill et al. 2020, section 3.2; MoCo v3); ``constant``: base."""
+    if schedule == "constant":
+        return base
+    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
 
 
 def sgd(
@@ -254,7 +278,7 @@ def adamw_update(
     beta1, beta2 = betas
     number = (steps[0] + 1).double()  # of this step, whether or not it counts; in float32, 1 - beta2 would lose four digits
     correction1, correction2 = 1 - torch.pow(beta1, number), 1 - torch.pow(beta2, number)
-    torch._foreach_add_(steps, 1.0 - bad.float())
+    torch._foreach_add_(steps, [1.0 - bad.float()] * len(steps))  # a single tensor would be read on the host
     torch._foreach_mul_(parameters, 1 - rate * weight_decay)
     found = [torch.where(bad, torch.zeros_like(g), g) for g in gradients]
     torch._foreach_mul_(exp_avgs, torch.where(bad, 1.0, beta1))

@@ -132,7 +132,7 @@ _KINDS = tuple(
         "maxout": r"ppssl::maxout|^_(project|statistics|activate|pool|grad_mask|grad_projection|grad_feature)_kernel",
         "gradcam": r"ppssl::gradcam|^_(image|mean|map)_kernel",
         "enqueue": r"ppssl::enqueue",
-        "optimizer": r"optimizer\.step|multi_tensor_apply|fused_?sgd|_foreach_",
+        "optimizer": r"optimizer\.step|multi_tensor_apply|fused_?(?:sgd|adam)|_foreach_",
         "bn": r"batch_?norm|^_?bn_|bn_[fb]w|bnfw|bnbw",
         "conv": r"conv(?!ert)|fprop|dgrad|wgrad|winograd|implicit_gemm",
         "layout": r"nchwtonhwc|nhwctonchw|reorder",

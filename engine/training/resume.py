@@ -120,12 +120,18 @@ def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def known_settings(
-    method: Method, epochs: int, optim: OptimConfig, run: RunConfig, ema_decay: float, amp: str | None
+    method: Method,
+    epochs: int,
+    optim: OptimConfig,
+    run: RunConfig,
+    ema_decay: float,
+    amp: str | None,
+    ema_schedule: str = "constant",
 ) -> dict[str, Any]:
     """{dotted key: value} of a run that was built in code, as far as it can be told: enough to load its network again where the
     method is registered, and to refuse another run's folder."""
     sections = {"optim": optim, "run": run}
-    known = {"epochs": epochs, "amp": amp, "ema.decay": ema_decay}
+    known = {"epochs": epochs, "amp": amp, "ema.decay": ema_decay, "ema.schedule": ema_schedule}
     known |= {
         f"{name}.{field.name}": getattr(section, field.name) for name, section in sections.items() for field in fields(section)
     }
@@ -145,6 +151,8 @@ def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path, proce
     change and did. Raises ``ConfigError`` naming the first key that must not change and did."""
     for key, value in now.items():
         if key not in then or then[key] == value or keys()[key].resume == "free":
+            continue
+        if (key, value) == ("queue.size", "auto"):  # the checkpoint's is taken (build.decide_queue)
             continue
         if keys()[key].resume == "said":
             say(f"{key}: {value!r} from here on, {then[key]!r} until {source}")

@@ -67,7 +67,8 @@ class Step:
     """Callable that trains ``method`` on one batch.
 
     optimizer: of ``optim.build`` over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum
-    update; clip: the longest gradient, of all parameters together, None for any; ``grad_norm`` is that before clipping.
+    update, and decay_schedule how it changes (``optim.ema_decay``); clip: the longest gradient, of all parameters together, None
+    for any (``grad_norm`` is that before clipping);
     total_steps: the whole run's, for warm-ups. ``steps_done`` counts the steps.
     compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
     update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
@@ -90,6 +91,7 @@ class Step:
         backend: Any = "inductor",
         graph: bool = False,
         max_bad_steps: int = 10,
+        decay_schedule: str = "constant",
         clip: float | None = None,
     ):
         choose(compile, "on" if graph else "off", precision, world_size(method.group))  # refuses what cannot be had
@@ -104,6 +106,7 @@ class Step:
         self.takes_context = "context" in inspect.signature(method.forward).parameters
         self.context = StepContext(torch.zeros((), device=device), share=1 / world_size(method.group))
         self.rate = torch.zeros((), device=device)
+        self.decay_schedule, self.ema_weight = decay_schedule, torch.zeros((), device=device)
         self.guard = Guard(method, device, patience=max_bad_steps)
         for module in method.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -157,7 +160,7 @@ class Step:
         if self.target:
             with span("optim_ema"), torch.no_grad():
                 # the key network first moves (MoCo); a step that was skipped has moved it for this one
-                weight = torch.where(self.guard.bad, 0.0, 1.0 - self.decay).to(self.target[0].dtype)
+                weight = torch.where(self.guard.bad, 0.0, self.ema_weight).to(self.target[0].dtype)
                 optim.move_towards(self.target, self.online, weight)
         with self.precision.autocast():
             output = self.method(batch, context=self.context) if self.takes_context else self.method(batch)
@@ -258,11 +261,13 @@ class Step:
         return batch._replace(**changed)
 
     def set_schedule(self) -> None:
-        """Puts this step's learning rate, the share of the run that is done and the loss scale where they are read."""
+        """Puts this step's learning rate, momentum decay, share of the run that is done and loss scale where they are read."""
         rate = self.lr(self.steps_done)
         self.context.progress.fill_(self.steps_done / self.total_steps)
         self.rate.fill_(rate)
         self.update.set_rate(rate)
+        decay = optim.ema_decay(self.steps_done, self.total_steps, base=self.decay, schedule=self.decay_schedule)
+        self.ema_weight.fill_(1.0 - decay)
         if self.precision.scales:
             self.context = self.context._replace(loss_scale=self.scaler.scale(torch.ones((), device=self.precision.device)))
 

@@ -18,7 +18,7 @@ from engine.console import say
 from engine.data import ImageList, Loader
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, write_classes
 from engine.training import checkpoint, precision, signals
 from engine.training.distributed import ALONE, World
 from engine.training.guard import Health
@@ -50,9 +50,10 @@ class Trainer:
 
         Trainer(method, loader, epochs=100, amp="bf16", out="runs/mine").fit()
 
-    method: a ``ppssl.Method``. loader: anything with ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding
-    ``ppssl.Batch``. optim, run: the sections ``optim`` and ``run`` of a config. teacher: [N, E] embeddings by image index, for
-    methods with ``needs_teacher_embeddings``. hooks: called with the trainer after every epoch. profile: steady steps to profile.
+    method: a ``ppssl.Method``. ema_decay, ema_schedule: of its momentum network, as ``ema.*``. loader: anything with
+    ``steps_per_epoch`` and ``batches(start_step, stop_step)`` yielding ``ppssl.Batch``. optim, run: the sections ``optim`` and
+    ``run`` of a config. teacher: [N, E] embeddings by image index, for methods with ``needs_teacher_embeddings``. hooks: called
+    with the trainer after every epoch. profile: steady steps to profile.
     out: run folder, None keeps nothing. One process at a time trains there. A run that is already in it is continued where it is
     this one (``resume="auto"``) and moved aside with ``resume="none"``; a run with other settings is refused. ``engine.load(out)``
     gives the trained network.
@@ -69,6 +70,7 @@ class Trainer:
         optim: OptimConfig | None = None,
         run: RunConfig | None = None,
         ema_decay: float = 0.999,
+        ema_schedule: str = "constant",
         amp: str | None = None,
         device: torch.device | str | None = None,
         out: str | Path | None = None,
@@ -101,12 +103,13 @@ class Trainer:
             compile=self.execution.compile,
             graph=self.execution.graph,
             max_bad_steps=run.max_bad_steps,
+            decay_schedule=ema_schedule,
             clip=optim.clip,
         )
         self.out = Path(out) if out is not None and world.first else None
         self.resume_from, self.config, self.images = resume, config, images
         self.listing = listing(images) if images is not None else None
-        self.settings = flatten(config) if config else known_settings(method, epochs, optim, run, ema_decay, amp)
+        self.settings = flatten(config) if config else known_settings(method, epochs, optim, run, ema_decay, amp, ema_schedule)
         self.log_every = run.log_every
         self.profile = profile
         self.save_every = run.save_every_steps or loader.steps_per_epoch
@@ -146,6 +149,7 @@ class Trainer:
         """Writes config.yaml of a run that was built in code: what is known of it, with the batch's size and side."""
         self.settings |= {"batch_size": len(batch.index), "data.image_size": batch.x_q.shape[-1]}
         write_text(RunFolder(self.out).config, to_yaml(self.settings))
+        write_classes(self.out, self.images.classes if self.images is not None else ())
 
     def _fit(self) -> Summary:
         step, began = self.step, self.step.steps_done

@@ -14,6 +14,7 @@ from ppssl.settings.methods import (
     Settings,
     SimCLRSettings,
     get_key,
+    idle_keys,
     method_settings,
     replace_keys,
     resolve_variant,
@@ -43,5 +44,5 @@ __all__ = [
     "FREE", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
     "EncoderConfig", "IadmConfig", "LCRSettings", "LDFSSettings", "LcrConfig", "LdfsConfig", "MethodConfig", "MoCoSettings",
     "PPSSLSettings", "Part", "QueueConfig", "Resume", "Sections", "Settings", "SimCLRSettings", "Source", "TeacherConfig",
-    "get_key", "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",
+    "get_key", "idle_keys", "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",
 ]  # fmt: skip

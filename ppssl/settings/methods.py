@@ -95,14 +95,30 @@ class Settings:
     """The network has a mask branch."""
     divides_image: ClassVar[bool] = False
     """The side of the image must be a multiple of the feature map's stride."""
+    has_key_network: ClassVar[bool] = True
+    """A network follows the trained one by ``ema.*``."""
 
     @property
     def uses_teacher(self) -> bool:
-        """The method listens to an image-text teacher."""
+        """The method listens to a teacher."""
         return False
+
+    @property
+    def uses_text(self) -> bool:
+        """The method listens to what a teacher says of descriptions."""
+        return False
+
+    def idle(self) -> dict[str, str]:
+        """{a key, or a section followed by a dot: why} of what the method reads but has no use for with its other settings."""
+        return {}
 
 
 AnySections = TypeVar("AnySections", bound=Sections)
+_CONTRASTS = ("contrast.negatives", "contrast.symmetric", "contrast.gradient")
+
+
+def _idle_guidance(iadm: IadmConfig) -> dict[str, str]:
+    return {} if iadm.weight else {"iadm.cam_temperature": "iadm.weight is 0"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,14 @@ class MoCoSettings(Settings):
     queue: QueueConfig = field(default_factory=QueueConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
+
+    def idle(self) -> dict[str, str]:
+        found = {}
+        if self.contrast.negatives == "batch":
+            found["queue."] = "contrast.negatives=batch keeps no queue"
+        if self.contrast.gradient == "both":
+            found["ema."] = "with contrast.gradient=both there is no key network"
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,20 @@ class PPSSLSettings(MoCoSettings):
     def uses_teacher(self) -> bool:
         return self.ais.weight != 0
 
+    @property
+    def uses_text(self) -> bool:
+        return self.uses_teacher and self.ais.target == "text"
+
+    def idle(self) -> dict[str, str]:
+        found = super().idle() | _idle_guidance(self.iadm)
+        if not self.uses_teacher:
+            return found | dict.fromkeys(("ais.", "teacher."), "ais.weight is 0") | {"ais.weight": ""}
+        if not self.uses_text:
+            found |= dict.fromkeys(("ais.prompts", "ais.count", "ais.scale"), f"ais.target={self.ais.target} has no descriptions")
+        if self.ais.target == "image":
+            found["ais.temperature"] = "ais.target=image has no softmax"
+        return found
+
 
 @dataclass(frozen=True)
 class LCRSettings(MoCoSettings):
@@ -161,6 +199,9 @@ class LCRSettings(MoCoSettings):
     iadm: IadmConfig = field(default_factory=IadmConfig)
     lcr: LcrConfig = field(default_factory=LcrConfig)
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | _idle_guidance(self.iadm)
+
 
 @dataclass(frozen=True)
 class LDFSSettings(MoCoSettings):
@@ -173,6 +214,9 @@ class LDFSSettings(MoCoSettings):
     image_size: int = 224
     """Side of a view in pixels."""
 
+    def idle(self) -> dict[str, str]:
+        return dict.fromkeys(_CONTRASTS, "ldfs contrasts with the queue as MoCo v2 does")
+
 
 @dataclass(frozen=True)
 class SimCLRSettings(Settings):
@@ -180,9 +224,13 @@ class SimCLRSettings(Settings):
 
     name = "simclr"
     module = "ppssl.simclr"
+    has_key_network = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
+
+    def idle(self) -> dict[str, str]:
+        return dict.fromkeys(_CONTRASTS, "simclr is symmetric, with the batch's negatives and gradient through all views")
 
 
 @dataclass(frozen=True)
@@ -228,6 +276,26 @@ def variant(name: str, variant: str = "published", values: Mapping[str, Any] | N
     """The settings object of the method ``name`` in that variant, with the ``values`` of some dotted keys."""
     start = Sections(method=MethodConfig(name=name, variant=variant))  # type: ignore[arg-type]
     return method_settings(replace_keys(start, values or {}))
+
+
+def idle_keys(sections: Sections) -> dict[str, list[str]]:
+    """{why: dotted keys} of what has another value than the default and does nothing with the method and its settings.
+    ``queue.dtype`` and ``ais.count`` are left out: what ``auto`` or null became is not told from what was set."""
+    settings, default = method_settings(sections), resolve_variant(Sections(method=sections.method))
+    why = {f"{e.name}.": f"method {settings.name} does not read it" for e in fields(Sections) if not hasattr(settings, e.name)}
+    for engines in ("method.", "encoder.", "ema.", "bn."):  # the engine reads them too
+        why.pop(engines, None)
+    if not settings.has_key_network:
+        why["ema."] = f"method {settings.name} has no key network"
+    why |= settings.idle()
+    found: dict[str, list[str]] = {}
+    for section in fields(Sections):
+        for entry in fields(getattr(sections, section.name)):
+            key = f"{section.name}.{entry.name}"
+            reason = why.get(key, why.get(f"{section.name}."))
+            if reason and key not in ("queue.dtype", "ais.count") and get_key(sections, key) != get_key(default, key):
+                found.setdefault(reason, []).append(key)
+    return found
 
 
 def title(sections: Sections) -> str:

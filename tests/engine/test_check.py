@@ -114,11 +114,11 @@ def test_damaged_files_get_reasons_in_words_and_no_library_prints(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*official split")
 def test_the_sheet_shows_training_images_left_and_test_images_right(cub):
     catalog = load("cub", cub, progress=False)
-    for images, colour in ((catalog.train, (200, 0, 0)), (catalog.test, (0, 0, 200))):
+    for images, color in ((catalog.train, (200, 0, 0)), (catalog.test, (0, 0, 200))):
         for i in range(len(images)):
-            Image.new("RGB", (40, 30), colour).save(images.path(i), "PNG")
+            Image.new("RGB", (40, 30), color).save(images.path(i), "PNG")
     pixels = np.asarray(inspection.class_sheet(load("cub", cub, progress=False)))
-    red, blue = ((pixels == colour).all(2).any(0) for colour in ((200, 0, 0), (0, 0, 200)))
+    red, blue = ((pixels == color).all(2).any(0) for color in ((200, 0, 0), (0, 0, 200)))
     assert np.flatnonzero(red)[[0, -1]].tolist() == [8, 8 + 120 + 111]
     assert np.flatnonzero(blue)[[0, -1]].tolist() == [8 + 480, 8 + 480 + 120 + 111]
 

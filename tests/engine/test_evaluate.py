@@ -24,7 +24,7 @@ from engine.report import run as report_run
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A labelled folder: three colours, of which one class has a single test image."""
+    """A labelled folder: three colors, of which one class has a single test image."""
     root = tmp_path / "photos"
     generator = np.random.default_rng(0)
     for split, counts in (("train", (4, 4, 4)), ("test", (3, 4, 1))):

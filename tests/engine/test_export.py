@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import engine
-import engine.pretrained.export_targets
+import engine.pretrained.graph
 from engine import run_folder
 from engine.data import Transform
 from engine.export import main
@@ -218,7 +218,7 @@ def test_what_cannot_be_exported(
 def test_a_graph_that_computes_something_else_is_not_kept(
     masked: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = engine.pretrained.export_targets.Plain.forward
-    monkeypatch.setattr(engine.pretrained.export_targets.Plain, "forward", lambda self, images: forward(self, 0.5 * images))
+    forward = engine.pretrained.graph.Plain.forward
+    monkeypatch.setattr(engine.pretrained.graph.Plain, "forward", lambda self, images: forward(self, 0.5 * images))
     fails([str(masked), "--to", "torch-export", "--out", str(tmp_path)], capfd, "differ by", "nothing was written")
     assert list(tmp_path.iterdir()) == []

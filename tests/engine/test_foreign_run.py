@@ -69,10 +69,10 @@ def test_no_command_draws_or_renames_where_a_foreign_config_says(
 
 def test_links_in_a_run_folder_lead_nothing_out_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, outside = here / "photos", here / "outside"
-    for colour, name in enumerate(("001.Red_Kite", "002.Blue_Tit")):
+    for color, name in enumerate(("001.Red_Kite", "002.Blue_Tit")):
         for number in range(3):
-            draw(root / f"train/{name}/{number}.png", colour, number)
-            draw(root / f"test/{name}/{number}.png", colour, 10 + number)
+            draw(root / f"train/{name}/{number}.png", color, number)
+            draw(root / f"test/{name}/{number}.png", color, 10 + number)
     run = reported_run(here / "run", root)
     outside.mkdir()
     for folder in ("features", "export"):

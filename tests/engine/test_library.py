@@ -20,9 +20,11 @@ from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.views import clean_resize
 from engine.errors import BrokenFile, ConfigError
+from engine.evaluation import retrieval
+from engine.pretrained import export
 from engine.training import World, checkpoint
 from ppssl import Batch, Method, MoCo, Output
-from ppssl.encoder import FeatureNet, Trunk, projection_head
+from ppssl.encoder import BaseTrunk, FeatureNet, Trunk, projection_head
 
 
 class Spread(Method):
@@ -114,15 +116,101 @@ def test_the_transform_is_what_evaluation_sees(run: Path, photos: Path) -> None:
 
 def test_the_transform_turns_and_converts(run: Path) -> None:
     transform = engine.load(run).transform
-    grey = Image.fromarray(np.arange(96 * 80, dtype=np.uint32).astype(np.uint8).reshape(96, 80), "L")
+    gray = Image.fromarray(np.arange(96 * 80, dtype=np.uint32).astype(np.uint8).reshape(96, 80), "L")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
-    turned = grey.copy()
+    turned = gray.copy()
     turned.info["exif"] = exif.tobytes()
-    assert torch.equal(transform(turned), transform(grey.transpose(Image.Transpose.ROTATE_270)))
+    assert torch.equal(transform(turned), transform(gray.transpose(Image.Transpose.ROTATE_270)))
     white = transform(Image.new("RGB", (100, 100), "white"))
     expected = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     torch.testing.assert_close(white, expected[:, None, None].expand(3, SIZE, SIZE))
+
+
+def test_files_become_rows_in_batches(run: Path, photos: Path) -> None:
+    network = engine.load(run)
+    paths = sorted(photos.glob("*.png")) * 3
+    rows = network.embed(paths, batch_size=4)
+    assert rows.shape == (6, 64) and rows.dtype == torch.float32 and not rows.requires_grad
+    alone = torch.cat([network.features(network.transform(path)[None]) for path in paths])
+    torch.testing.assert_close(rows, alone, atol=1e-5, rtol=0)
+    with Image.open(paths[0]) as image:
+        torch.testing.assert_close(network.embed([image, str(paths[1])], threads=1), alone[:2], atol=1e-5, rtol=0)
+    assert network.embed(path for path in ()).shape == (0, 64)
+
+
+def test_what_cannot_be_embedded_is_named(run: Path, photos: Path, tmp_path: Path) -> None:
+    network, good = engine.load(run), photos / "0.png"
+    (tmp_path / "broken.jpg").write_bytes(good.read_bytes()[:2000])
+    for bad in (tmp_path / "broken.jpg", tmp_path / "missing.jpg", tmp_path, 7):
+        with pytest.raises(ValueError, match=f"embed: {bad} cannot be read as an image"):
+            network.embed([good, bad])
+    for one in (good, str(good), 7):
+        with pytest.raises(ValueError, match=r"got one \(.*give \[image\]"):
+            network.embed(one)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        network.embed([good], batch_size=0)
+    with pytest.raises(ValueError, match="no transform; engine.load"):
+        FeatureNet(Trunk("resnet18_w8_s16")).eval().embed([good])
+    with pytest.raises(ValueError, match=r"eval\(\)"):
+        network.train().embed([good])
+
+
+def test_class_names_are_kept_where_the_photos_are_not(tmp_path: Path, run: Path) -> None:
+    assert engine.load(run).class_names == ()
+    for name in ("blue tit", "größe\n"):
+        (tmp_path / "set/train" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 40)).save(tmp_path / "set/train" / name / f"{i}.png")
+    images = load_catalog("folder", tmp_path / "set", workers=1, progress=False).train
+    train(tmp_path / "run", images=images)
+    (tmp_path / "set").rename(tmp_path / "gone")
+    assert engine.load(tmp_path / "run").class_names == ("blue tit", "größe\n")
+    for damage, told in (("[1]", "is not a list of names"), ("[", "is damaged")):
+        (tmp_path / "run/classes.json").write_text(damage)
+        with pytest.raises(ValueError, match=rf"classes\.json {told}.*remove it"):
+            engine.load(tmp_path / "run")
+
+
+class Patches(BaseTrunk):
+    """A trunk of one's own: two convolutions."""
+
+    arch, channels, stride, sources = "patches", 16, 8, ("stem", "patches")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 4, stride=4)
+        self.mix = torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 2, stride=2))
+
+    def maps(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        stem = self.stem(images)
+        return {"stem": stem, "patches": self.mix(stem)}
+
+
+def test_a_trunk_of_one_s_own_trains_evaluates_exports_and_loads(tmp_path: Path, photos: Path) -> None:
+    torch.manual_seed(0)
+    network = FeatureNet(Patches())
+    method = MoCo(network, projection_head("mlp2", 16, 8), dim=8, queue_size=16)
+    out = tmp_path / "mine"
+    Trainer(method, Noise(), epochs=2, optim=OptimConfig(lr=0.1), device="cpu", out=out).fit()
+    with pytest.raises(ValueError, match=r"encoder\.arch: 'patches' is not known.*network=FeatureNet"):
+        engine.load(out)
+    loaded = engine.load(out, network=FeatureNet(Patches()))
+    assert not torch.equal(loaded.trunk.stem.weight, FeatureNet(Patches()).trunk.stem.weight)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.features(x), method.network.eval().features(x))
+    rows = loaded.embed([photos / f"{i % 2}.png" for i in range(4)])
+    assert retrieval(rows, [0, 1, 0, 1]).rank1 == 1  # equal photos
+    file = export(out, "torch-export", network=FeatureNet(Patches()))
+    assert file.name == "patches_torch_export.pt2"
+    torch.testing.assert_close(torch.export.load(file).module()(x), loaded.features(x), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="patches is not one of timm's networks; use --to onnx or torch-export"):
+        export(out, "timm", network=FeatureNet(Patches()))
+
+
+def test_a_trunk_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"must extend ppssl\.encoder\.BaseTrunk, got Conv2d"):
+        FeatureNet(torch.nn.Conv2d(3, 8, 1))
 
 
 def test_features_of_something_else_are_refused(run: Path, photos: Path) -> None:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from made_runs import exported_run, reported_run
+from made_runs import CLASSES, exported_run, reported_run
 from safetensors.torch import load_file
 
 import engine
@@ -62,6 +62,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(photos: Path, c
     fixed = {n for n, tensor in kept.items() if torch.equal(tensor, whole[f"encoder_q.trunk.{n}"])}
     assert {n for n in kept if n.startswith(("conv_stem", "blocks.0", "blocks.1", "blocks.2")) or "running" in n} <= fixed
     assert "blocks.6.0.conv_pw.weight" not in fixed
+    assert engine.load("whole").class_names == engine.load("parts").class_names == CLASSES
 
 
 def test_evaluation_search_and_the_library_see_the_same_feature(photos: Path, tmp_path: Path) -> None:
@@ -148,7 +149,9 @@ def test_onnx_gives_a_vit_s_masked_feature_at_another_size(tmp_path: Path) -> No
 
 def test_the_formats_of_others_are_refused_by_name(tmp_path: Path) -> None:
     folder = exported_run(tmp_path / "run", arch="timm/convnext_atto", method="moco")
-    with pytest.raises(ValueError, match="timm/convnext_atto is not one of torchvision's.* --to timm, onnx or torch-export"):
+    with pytest.raises(
+        ValueError, match="timm/convnext_atto is not one of torchvision's.* --to timm, huggingface, onnx or torch-export"
+    ):
         export.export(folder, "torchvision")
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import report, run, run_folder
@@ -108,6 +110,58 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(recipe: Path, c
     curves = events(Path("parts"))
     assert curves == events(Path("whole")) and curves["eval/rank1"] == [0, STEPS] and curves["train/loss"][-1] == STEPS
     assert "eval/mAP" in curves and not {"eval/queries", "eval/seconds", "train/step"} & curves.keys()
+
+
+SWITCHES = (
+    "queue.size=auto", "queue.start=empty", "ema.schedule=cosine", "contrast.symmetric=true", "contrast.negatives=both",
+)  # fmt: skip
+
+
+def test_a_queue_of_auto_is_written_down_and_the_run_goes_on_to_the_bit(
+    recipe: Path, ctrl_c_at_first_save: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    assert main(["--cfg", str(recipe), "--dry-run", *SWITCHES]) == 0
+    assert main(["--cfg", str(recipe), "--out", "whole", *SWITCHES]) == 0
+    assert "queue.size: 40 (auto, of 40 training photos)" in capfd.readouterr().err
+    assert from_yaml(Path("whole/config.yaml")).queue.size == 40
+    ctrl_c_at_first_save()
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES]) == 130
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES]) == 0
+    assert "queue.size: 40 (as in the checkpoint)" in capfd.readouterr().err
+    assert_same_run(Path("whole"), Path("parts"))
+    method = states(Path("whole"))[0]
+    assert method["queue.rows"].shape == (40, 8) and int(method["queue.filled"]) == 40 and int(method["queue.pointer"]) == 0
+    assert main(["--cfg", str(recipe), "--out", "parts", *SWITCHES, "ema.schedule=constant"]) == 2
+    assert "ema.schedule: the checkpoint" in " ".join(capfd.readouterr().err.split())
+
+
+def test_keys_that_do_nothing_are_named(recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    line = ["method.name=simclr", "contrast.negatives=both", "ema.schedule=cosine", "iadm.cam_temperature=0.2"]
+    assert main(["--cfg", str(recipe), "--dry-run", *line]) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert "contrast.negatives: does nothing here: simclr is symmetric" in shown
+    assert "queue.size, iadm.cam_temperature: do nothing here: method simclr does not read it" in shown
+    assert "ema.decay, ema.schedule: do nothing here: method simclr has no key network" in shown
+
+
+@pytest.mark.parametrize("target", ["image", "relations"])
+def test_a_run_learns_from_a_model_that_knows_no_text(target: str, recipe: Path, capfd: pytest.CaptureFixture) -> None:
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), "vit.safetensors")
+    line = [
+        "--cfg", str(recipe), "--out", target, "epochs=1", "method.name=ppssl", "method.variant=guided", "data.image_size=32",
+        "encoder.arch=resnet18_w8_s16", "teacher.model=timm/test_vit", "teacher.weights=vit.safetensors", f"ais.target={target}",
+        "teacher.image_size=64",
+    ]  # fmt: skip
+    assert main(line) == 0
+    shown = " ".join(capfd.readouterr().err.split())
+    assert f"teacher: timm/test_vit, weights vit.safetensors; target {target}" in shown and "descriptions" not in shown
+    records = run_folder.read_metrics(Path(target))
+    assert all(0 < r["ais"] < 3 for r in records if r["kind"] == "train")
+    kept = json.loads(Path(target, "evaluation.json").read_text())
+    assert [r["feature"] for r in kept if r["model"] == "teacher"] == ["image feature of timm/test_vit/vit.safetensors, 64-d"]
+    assert main([*line, "teacher.view=query", "--resume", "none", "--dry-run"]) == 0
+    assert main([*line, "ais.target=text"]) == 2
+    assert "sees images and reads no text; use ais.target=image" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -130,6 +130,55 @@ def test_own_rows_of_stacked_queries_in_a_graph_and_their_contract():
         kernels.queue_infonce(q, k, queue, temperature=0.2, exclude=exclude, impl="triton")
 
 
+@pytest.mark.parametrize(("impl", "dtype"), PATHS, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 41, 96, 100])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=lambda case: case.why)
+def test_a_count_is_a_shorter_queue(case, count, impl, dtype, kernel_device, poisoned_empty):
+    device = kernel_device if impl == "triton" else torch.device("cpu")
+    count = min(count, case.size)
+    q, k, queue = inputs(case, dtype, device)
+    queue[count:] = q[0]  # rows that would win
+    grad = upstream(q[:, 0], 1)
+    options = {"temperature": case.temperature}
+    if count:
+        truth = run(kernels.reference.infonce, q.double(), k.double(), queue[:count].double(), grad, **options)
+    else:  # no negative
+        truth = [torch.zeros(case.batch), torch.zeros(case.batch).long(), torch.zeros_like(q), torch.zeros_like(q)]
+    options["count"] = torch.tensor(count, device=device)
+    eager = run(kernels.reference.infonce, q, k, queue, grad, **options)
+    ours = run(kernels.queue_infonce, q, k, queue, grad, impl=impl, **options)
+    for name, mine, theirs, true in zip(("loss", "rank", "dq", "dk"), ours, eager, truth, strict=True):
+        if name == "rank":
+            assert torch.equal(mine, true.to(mine.device)) and torch.equal(theirs, mine)
+        else:
+            assert_within_budget(name, mine, theirs, true.double().to(mine.device), units=4 + 1 / case.temperature)
+
+
+def test_a_count_is_exact_in_float64_with_excluded_rows_and_read_in_one_graph():
+    q, k, queue = inputs(CASES[0], torch.float64, torch.device("cpu"))
+    exclude = torch.arange(5), torch.arange(100) % 7
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(kernels.queue_infonce, fullgraph=True, backend=backend)
+    for count in (3, 50, 100):
+        loss = compiled(q, k, queue, temperature=0.2, reduction="none", exclude=exclude, count=torch.tensor(count))
+        for i in range(5):
+            rows = [j for j in range(count) if j % 7 != i]
+            logits = torch.cat([(q[i] * k[i]).sum()[None], queue[rows] @ q[i]]) / 0.2
+            torch.testing.assert_close(loss[i], torch.logsumexp(logits, 0) - logits[0], rtol=1e-12, atol=1e-12)
+    assert len(graphs) == 1
+    with pytest.raises(TypeError, match="count must be an int64 tensor, got int"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, count=3)
+    with pytest.raises(TypeError, match=r"count must be an int64 tensor, got torch\.int32"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, count=torch.tensor(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"count must be 0-d on cpu, got \[1\]"):
+        kernels.queue_infonce(q, k, queue, temperature=0.2, count=torch.tensor([3]))
+
+
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_strided_inputs(impl, kernel_device):
     q, k, queue = inputs(CASES[0], torch.float32, kernel_device)

@@ -68,7 +68,15 @@ def work(rank: int, folder: str) -> None:
         dq, dk = torch.autograd.grad(loss.sum(), (q, k))
         with torch.no_grad():
             silent = kernels.queue_infonce(q, k, queue.to(dtype), temperature=T, group=dist.group.WORLD, impl=impl)
-        results[impl] = loss.detach(), dq, ranks, dk, silent[None]
+            # of the whole queue the first 25 rows count: all of the first part, 7 of the second; then 10: none of the second
+            counted = [
+                kernels.queue_infonce(
+                    q, k, queue.to(dtype), temperature=T, reduction="none", group=dist.group.WORLD, impl=impl,
+                    count=torch.tensor(count - rank * K // WORLD).clamp(0, len(queue)),
+                )
+                for count in (25, 10)
+            ]  # fmt: skip
+        results[impl] = loss.detach(), dq, ranks, dk, silent[None], *counted
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -82,9 +90,12 @@ def test_processes_that_hold_a_part_each_equal_one(tmp_path):
     k.requires_grad_()
     expected.append(torch.autograd.grad(kernels.queue_infonce(q, k, queue, temperature=T, reduction="sum", impl="reference"), k)[0])
     for impl, tolerance in (("chunked", 1e-11), ("triton", 2e-5)):
-        *got, silent = [torch.cat(parts) for parts in zip(*(share[impl] for share in shares), strict=True)]
+        *got, silent, many, few = [torch.cat(parts) for parts in zip(*(share[impl] for share in shares), strict=True)]
         for mine, true in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, true.to(mine.dtype), rtol=tolerance, atol=tolerance / 10)
+        for mine, count in ((many, 25), (few, 10)):
+            true = whole(q, k.detach(), queue[:count])[0].to(mine.dtype)
+            torch.testing.assert_close(mine, true, rtol=tolerance, atol=tolerance / 10)
         torch.testing.assert_close(silent.mean(), expected[0].mean().to(silent.dtype), rtol=tolerance, atol=0)
 
 

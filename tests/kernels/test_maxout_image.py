@@ -109,7 +109,7 @@ def test_dead_relu_gives_zeros_and_no_gradient(impl, kernel_device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_pixels_of_one_colour_are_one_winner(impl, kernel_device):
+def test_pixels_of_one_color_are_one_winner(impl, kernel_device):
     """Saturated areas tie: any of their pixels is the winner, and the gradient is the same."""
     tensors = inputs(CASES[0], torch.float32, kernel_device)
     tensors["image"] = tensors["image"].clamp(-0.5, 0.5).sign() * 0.5

@@ -144,7 +144,7 @@ def test_scale_to_unit_ranges_over_the_batch_or_each_image() -> None:
     assert torch.equal(scale_to_unit(torch.ones(2, 1, 2), "image"), torch.zeros(2, 1, 2))
 
 
-def test_grouped_mask_branch_normalises_by_part_and_scales_over_all() -> None:
+def test_grouped_mask_branch_normalizes_by_part_and_scales_over_all() -> None:
     torch.manual_seed(0)
     feature = torch.randn(6, 12, 4, 4)
     grouped = MaskBranch(12, 7, minmax="batch", groups=2)

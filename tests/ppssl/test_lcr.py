@@ -34,10 +34,12 @@ class SmallTrunk(Trunk):
         return {"layer4": F.relu(self.second(F.relu(self.first(images))))}
 
 
-def build(settings: LCRSettings = GUIDED) -> LCR:
+def build(settings: LCRSettings = GUIDED, **contrast) -> LCR:
     torch.manual_seed(1)
     network = FeatureNet(SmallTrunk(), MaskBranch(24, 32, minmax=settings.method.minmax))
-    return LCR(network, projection_head("mlp2", 24, DIM), settings=settings, dim=DIM, queue_size=QUEUE, temperature=0.2).train()
+    return LCR(
+        network, projection_head("mlp2", 24, DIM), settings=settings, dim=DIM, queue_size=QUEUE, temperature=0.2, **contrast
+    ).train()
 
 
 def batch() -> Batch:
@@ -138,6 +140,35 @@ def test_keys_are_shuffled_among_the_parts_of_the_batch_as_moco_s_are(settings: 
     keys = method(given).keys
     assert torch.equal(keys, method.keys(given.x_k))
     assert not torch.allclose(keys, method.embed_key(given.x_k), atol=1e-4)  # in the parts of their queries
+
+
+@pytest.mark.parametrize("settings", [PUBLISHED, GUIDED], ids=["published", "guided"])
+def test_the_rationale_of_a_symmetric_contrast_is_that_of_the_first_view(settings: LCRSettings) -> None:
+    given = batch()
+    one, two = build(settings)(given), build(settings, symmetric=True)(given)
+    back = build(settings)(given._replace(x_q=given.x_k, x_k=given.x_q))
+    assert torch.equal(one.terms["rationale"], two.terms["rationale"])
+    assert torch.allclose(two.terms["contrast"], (one.terms["contrast"] + back.terms["contrast"]) / 2, rtol=1e-6)
+    assert torch.equal(two.keys, torch.cat([one.keys, back.keys]))
+    assert torch.equal(two.stats["contrast_top1"], one.stats["contrast_top1"])
+
+
+@pytest.mark.parametrize(
+    "settings", [PUBLISHED, GUIDED, having(PUBLISHED, weight=0.0)], ids=["published", "guided", "no rationale"]
+)
+def test_keys_with_gradient_and_the_negatives_of_the_batch(settings: LCRSettings) -> None:
+    """The contrast written out; the query network makes both sides, and its mask's batch-norm moves as often as without."""
+    method, given = build(settings, negatives="batch", keys_with_gradient=True), batch()
+    twin = copy.deepcopy(method)
+    output = method(given)
+    q, k = (twin.encoder_q.project(twin.encoder_q.trunk(x).mean((2, 3))) for x in (given.x_q, given.x_k))
+    expected = F.cross_entropy(q @ k.T / 0.2, torch.arange(BATCH))
+    assert torch.allclose(output.terms["contrast"], expected, rtol=1e-5) and output.keys is None and method.ema_pairs() == ([], [])
+    if not settings.iadm.weight:
+        wanted = gradients(twin, expected)
+        for name, gradient in gradients(method, output.total).items():
+            assert (gradient is None) == (wanted[name] is None)
+            assert gradient is None or torch.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_published_batch_norm_moves_three_times_once_for_the_keys_map() -> None:

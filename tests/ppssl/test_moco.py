@@ -1,6 +1,8 @@
 """MoCo v2: the loss, the key network, the queue; and a method as a library."""
 
 import copy
+import itertools
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ import torch.nn.functional as F
 
 from engine import Trainer
 from engine.config import OptimConfig
+from engine.evaluation.attention_maps import attention
+from kernels import reference
 from ppssl import METHODS, Batch, MoCo
+from ppssl.batch_norm import shuffle, unshuffle
 from ppssl.encoder import FeatureNet, Trunk, projection_head
-from ppssl.moco import contrast_accuracy, ties
+from ppssl.moco import batch_infonce, contrast_accuracy, joint_infonce, ties
 from ppssl.momentum import KeyQueue, key_copy, parameter_pairs
 
 
@@ -126,6 +131,154 @@ def test_what_the_queue_remembers_follows_the_images_to_another_list() -> None:
     method.renumber(torch.tensor([2, -1, 0, 1, -1]))  # image 1 is gone, the others have moved
     assert method.queue.index.tolist() == [2, 1, -1, 0] + [-1] * 8
     build().renumber(torch.tensor([0, -1]))  # nothing is remembered
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes in float32 at least keeps float64."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else t.to(torch.float32))
+
+
+def views(size: int = 4, seed: int = 3) -> Batch:
+    x = torch.randn(2, size, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Batch(x[0], x[1], torch.arange(size))
+
+
+def plain_contrast(method: MoCo, given: Batch, negatives: str, symmetric: bool, filled: int | None = None) -> torch.Tensor:
+    """L_con written out, one image and one negative after the other, each view a pass of its own."""
+    both = method.encoder_k is None
+
+    def rows(encoder: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(encoder.head(encoder.trunk(images).mean((2, 3))), dim=1)
+
+    def direction(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        q = rows(method.encoder_q, images)
+        k = rows(method.encoder_q, others) if both else rows(method.encoder_k, others).detach()
+        losses = []
+        for i in range(len(q)):
+            scores = [torch.dot(q[i], k[i])]
+            if negatives != "queue":
+                scores += [torch.dot(q[i], k[j]) for j in range(len(k)) if j != i]
+            if negatives != "batch":
+                scores += [torch.dot(q[i], row) for row in method.queue.rows[:filled]]
+            losses.append(torch.logsumexp(torch.stack(scores) / 0.2, 0) - scores[0] / 0.2)
+        return torch.stack(losses).mean()
+
+    loss = direction(given.x_q, given.x_k)
+    return (loss + direction(given.x_k, given.x_q)) / 2 if symmetric else loss
+
+
+@pytest.mark.parametrize(
+    ("negatives", "symmetric", "gradient"),
+    list(itertools.product(("queue", "batch", "both"), (False, True), (False, True))),
+)
+@pytest.mark.usefixtures("exact")
+def test_negatives_directions_and_gradient_are_what_they_say(negatives: str, symmetric: bool, gradient: bool) -> None:
+    method = build(negatives=negatives, symmetric=symmetric, keys_with_gradient=gradient).double().train()
+    if not gradient:  # as if it had moved
+        with torch.no_grad():
+            for parameter in method.encoder_k.parameters():
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    twin, given = copy.deepcopy(method), views()
+    output, expected = method(given), plain_contrast(twin, given, negatives, symmetric)
+    torch.testing.assert_close(output.total, expected, rtol=1e-10, atol=0)
+    trained = method.trained_parameters()
+    assert len(trained) == len(list(method.encoder_q.parameters()))
+    for mine, theirs in zip(
+        torch.autograd.grad(output.total, trained), torch.autograd.grad(expected, twin.trained_parameters()), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-12)
+    # each pass moves the running statistics of its network: the views of one do not share them
+    for (name, mine), theirs in zip(method.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, msg=name)
+    assert (method.encoder_k is None) == gradient and (len(method.ema_pairs()[0]) == 0) == gradient
+    if negatives == "batch":
+        assert output.keys is None and not any(name.startswith("queue") for name in method.state_dict())
+        return
+    assert output.keys.shape == (8 if symmetric else 4, 6) and not output.keys.requires_grad
+    method.enqueue(output.keys, given.index)
+    assert torch.equal(method.queue.rows[: len(output.keys)], output.keys) and int(method.queue.pointer) == len(output.keys)
+
+
+def test_the_batch_s_negatives_are_those_of_the_reference_with_its_own_row_left_out() -> None:
+    q, k = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1).requires_grad_() for _ in range(2))
+    losses, rank = batch_infonce(q, k, 0.1)
+    index = torch.arange(7)
+    expected, expected_rank = reference.infonce(
+        q, k, k, temperature=0.1, reduction="none", return_rank=True, exclude=(index, index)
+    )
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(rank, expected_rank)
+    assert torch.autograd.gradcheck(lambda q, k: batch_infonce(q, k, 0.1)[0], (q, k))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert batch_infonce(q.float(), k.float(), 0.1)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 60.0, 3000.0])
+def test_two_sets_of_negatives_are_joined_without_overflow_or_cancellation(scale: float) -> None:
+    a, b = scale * torch.rand(2, 50, generator=torch.Generator().manual_seed(0)).double()
+    a[0], b[1], a[2] = 0.0, 0.0, b[2]  # no negative on one side; both alike
+    with localcontext(prec=60):
+        exps = [(Decimal(x).exp(), Decimal(y).exp()) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+        exact = [(x + y - 1).ln() for x, y in exps]
+        slopes = [x / (x + y - 1) for x, y in exps]
+    for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        given = a.to(dtype).requires_grad_()
+        found = joint_infonce(given, b.to(dtype))
+        (slope,) = torch.autograd.grad(found.sum(), given)
+        torch.testing.assert_close(found.double(), torch.tensor([float(x) for x in exact], dtype=torch.float64), rtol=bound, atol=0)
+        torch.testing.assert_close(
+            slope.double(), torch.tensor([float(x) for x in slopes], dtype=torch.float64), rtol=4 * bound, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("negatives", ["queue", "both"])
+@pytest.mark.usefixtures("exact")
+def test_a_queue_that_starts_empty_counts_what_was_put_in(negatives: str) -> None:
+    method = build(negatives=negatives, empty_queue=True).double().train()
+    for step, filled in enumerate((0, 4, 8, 12, 12)):
+        given = views(seed=step)
+        assert int(method.queue.count) == filled
+        expected = plain_contrast(copy.deepcopy(method), given, negatives, symmetric=False, filled=filled)
+        output = method(given)
+        torch.testing.assert_close(output.total, expected, rtol=1e-10, atol=1e-14)
+        if filled == 0 and negatives == "queue":  # nothing to tell apart
+            assert float(output.total.detach()) == 0 and all(
+                float(g.abs().max()) == 0 for g in torch.autograd.grad(output.total, method.trained_parameters(), retain_graph=True)
+            )
+        method.enqueue(output.keys, given.index, torch.tensor(True))  # a step that is skipped
+        assert int(method.queue.count) == filled
+        method.enqueue(output.keys, given.index, torch.tensor(False))
+    other = build(negatives=negatives, empty_queue=True)
+    other.load_state_dict(method.state_dict())
+    assert int(other.queue.count) == 12 and build().queue.count is None and "queue.filled" not in build().state_dict()
+
+
+@pytest.mark.usefixtures("exact")
+def test_keys_with_gradient_are_shuffled_among_parts_of_the_batch_and_reached_by_it() -> None:
+    method = build(negatives="batch", keys_with_gradient=True, bn_groups=2).double().train()
+    twin, given = copy.deepcopy(method), views()
+    output = method(given)
+    q = twin.embed_query(given.x_q)
+    k = unshuffle(twin.embed_query(shuffle(given.x_k, 2, "")), 2, "")
+    expected = F.cross_entropy(q @ k.T / 0.2, torch.arange(4))
+    assert torch.allclose(output.total, expected, rtol=1e-10)
+    mine, theirs = (torch.autograd.grad(loss, m.trained_parameters()) for loss, m in ((output.total, method), (expected, twin)))
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"negatives": "batch"}, {"negatives": "both", "symmetric": True, "keys_with_gradient": True}])
+def test_what_the_queue_of_both_views_remembers_and_maps_leave_the_method_alone(options: dict) -> None:
+    method = build(exclude_same_image=True, **options).train()
+    images = torch.randn(3, 3, 32, 32)
+    before = copy.deepcopy(method.state_dict())
+    maps = attention(method, images)
+    assert maps["cam"].shape == (3, 2, 2) and float(maps["cam"].max()) > 0 and not maps["cam"].requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in method.state_dict().items())
+    method.renumber(torch.tensor([0, -1]))
+    if method.queue is not None:
+        method.enqueue(torch.zeros(6, 6), torch.tensor([7, 8, 9]))
+        assert method.queue.index.tolist() == [7, 8, 9, 7, 8, 9] + [-1] * 6
 
 
 def test_a_method_trains_as_a_library_without_files() -> None:

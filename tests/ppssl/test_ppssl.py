@@ -21,11 +21,12 @@ def having(settings: PPSSLSettings, **switches) -> PPSSLSettings:
     """``settings`` with switches by the last part of their key; those of the text guidance and the teacher by ``ais_`` and
     ``teacher_``."""
     keys = {
-        name: f"iadm.{name}" for name in ("weight", "sources", "image", "sign", "temperature", "softmax", "cam_scale", "cam_loss")
+        name: f"iadm.{name}"
+        for name in ("weight", "sources", "image", "sign", "temperature", "cam_temperature", "softmax", "cam_scale", "cam_loss")
     }
     keys |= {name: f"iadm.{name}" for name in ("pool", "mask", "image_bn", "reduction")}
     keys |= {name: f"method.{name}" for name in ("minmax", "contrast_mask", "mask_reach")} | {"teacher_view": "teacher.view"}
-    keys |= {f"ais_{name}": f"ais.{name}" for name in ("weight", "temperature", "scale", "warmup")}
+    keys |= {f"ais_{name}": f"ais.{name}" for name in ("weight", "temperature", "scale", "warmup", "target")}
     return replace_keys(settings, {keys[name]: value for name, value in switches.items()})
 
 
@@ -56,7 +57,7 @@ def build(settings: PPSSLSettings = GUIDED, **options) -> PPSSL:
     text = torch.randn(8, 5)
     head = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, DIM))
     network = FeatureNet(SmallTrunk(), MaskBranch(CHANNELS, 32, minmax=settings.method.minmax))
-    options = {"embed": lambda x: F.normalize(x.detach().mean((2, 3)) @ torch.ones(3, 5) + 0.1, dim=1)} | options
+    options = {"embed": lambda x: F.normalize(x.detach().mean((2, 3)) @ torch.ones(3, 5) + 0.1, dim=1), "teacher_dim": 5} | options
     return PPSSL(network, head, text, settings=settings, dim=DIM, queue_size=QUEUE, temperature=0.2, **options).train()
 
 
@@ -219,12 +220,15 @@ SWITCHES = [
     ("contrast_mask", False, {"contrast", "iadm"}),
     ("sign", "plus", {"iadm"}),
     ("temperature", 1.0, {"iadm"}),
+    ("cam_temperature", 0.2, {"iadm"}),
     ("softmax", "rows", {"iadm"}),
     ("cam_scale", "none", {"iadm"}),
     ("pool", "max", {"iadm"}),
     ("mask", "image", {"iadm"}),
     ("reduction", "sum", {"iadm"}),
     ("teacher_view", "query", {"ais"}),
+    ("ais_target", "image", {"ais"}),
+    ("ais_target", "relations", {"ais"}),
 ]
 
 
@@ -319,6 +323,72 @@ def test_the_teacher_looks_at_the_view_or_not_at_all() -> None:
     assert seen == []  # the clean image's embedding came with the batch
     build(PUBLISHED, embed=embed)(given)
     assert len(seen) == 1 and seen[0] is given.x_q
+
+
+@pytest.mark.parametrize("target", ["image", "relations"])
+def test_what_is_learned_of_the_teacher_s_images(target: str) -> None:
+    """Written out in float64, from the images to the gradient of the trunk."""
+    settings = having(GUIDED, weight=0.0, ais_target=target, ais_temperature=0.1)
+    method, given = build(settings), batch()
+    other = copy.deepcopy(method).double()
+    feature = other.encoder_q.trunk(given.x_q.detach().double())
+    pooled = F.normalize((other.mask(feature).mask[:, None] * feature).mean((2, 3)), dim=1)
+    teacher = given.teacher.double()
+    if target == "image":
+        projected = F.normalize(other.to_image(pooled), dim=1)
+        expected = torch.stack([1 - torch.dot(p, t) for p, t in zip(projected, teacher, strict=True)]).mean()
+    else:
+        apart = ~torch.eye(BATCH, dtype=torch.bool)
+        z_s, z_t = ((x @ x.T)[apart].view(BATCH, BATCH - 1) / 0.1 for x in (pooled, teacher))
+        expected = (z_t.softmax(1) * (z_t.log_softmax(1) - z_s.log_softmax(1))).sum(1).mean()
+        assert method.to_image is None
+    assert method.to_text is None and method.text_features is None and method.needs_teacher_embeddings
+    output = method(given)
+    assert near(output.terms["ais"], expected)
+    mine, theirs = (
+        gradients(method, method.ais(method.masked(method.encoder_q.trunk(given.x_q)).pooled, given)),
+        gradients(other, expected),
+    )
+    for name in ("encoder_q.trunk.second.weight", "mask.conv.weight", *(["to_image.weight"] if target == "image" else [])):
+        assert near(mine[name], theirs[name], 1e-4), name
+    view = build(having(settings, teacher_view="query"))
+    assert not view.needs_teacher_embeddings and not torch.equal(view(given).terms["ais"], output.terms["ais"])
+
+
+def test_each_target_says_what_it_needs_of_the_teacher() -> None:
+    head, network = nn.Linear(CHANNELS, DIM), FeatureNet(SmallTrunk(), MaskBranch(CHANNELS, 32, minmax="image"))
+    with pytest.raises(ValueError, match=r"ais\.target: text needs"):
+        PPSSL(network, head, None, settings=GUIDED, dim=DIM)
+    with pytest.raises(ValueError, match=r"ais\.target: image needs"):
+        PPSSL(network, head, None, settings=having(GUIDED, ais_target="image"), dim=DIM)
+
+
+@pytest.mark.parametrize("settings", [PUBLISHED, GUIDED], ids=["published", "guided"])
+def test_the_guidance_of_a_symmetric_contrast_is_that_of_the_first_view(settings: PPSSLSettings) -> None:
+    given = batch()
+    one, two = build(settings)(given), build(settings, symmetric=True)(given)
+    swapped = given._replace(x_q=given.x_k.clone().requires_grad_(), x_k=given.x_q.detach())
+    back = build(settings)(swapped)
+    assert all(torch.equal(one.terms[name], two.terms[name]) for name in ("iadm", "ais"))
+    assert torch.allclose(two.terms["contrast"], (one.terms["contrast"] + back.terms["contrast"]) / 2, rtol=1e-6)
+    assert torch.equal(two.keys, torch.cat([one.keys, back.keys]))
+
+
+def test_masked_keys_with_gradient_come_from_the_query_network_and_its_mask() -> None:
+    method, given = build(having(GUIDED, weight=0.0), ais_weight=0.0, negatives="batch", keys_with_gradient=True), batch()
+    assert method.mask_k is None and method.ema_pairs() == ([], [])
+    twin = copy.deepcopy(method)
+    rows = []
+    for images in (given.x_q, given.x_k):
+        feature = twin.encoder_q.trunk(images)
+        rows.append(twin.encoder_q.project((twin.mask(feature).mask.detach()[:, None] * feature).mean((2, 3))))
+    expected = F.cross_entropy(rows[0] @ rows[1].T / 0.2, torch.arange(BATCH))
+    output = method(given)
+    assert near(output.total, expected)
+    found, wanted = gradients(method, output.total), gradients(twin, expected)
+    assert found["mask.conv.weight"] is None  # A is a constant to the contrast, on both sides
+    assert all(near(found[n], g, 1e-4) for n, g in wanted.items() if g is not None)
+    assert torch.allclose(method.mask.bn.running_mean, twin.mask.bn.running_mean, atol=1e-6)
 
 
 def test_maxout_width_and_head_are_the_configs() -> None:

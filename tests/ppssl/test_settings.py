@@ -15,6 +15,7 @@ from ppssl.settings import (
     PPSSLSettings,
     Sections,
     get_key,
+    idle_keys,
     method_settings,
     replace_keys,
     resolve_variant,
@@ -66,6 +67,41 @@ def test_settings_of_the_chosen_method() -> None:
     assert guided.uses_teacher and not replace_keys(guided, {"ais.weight": 0.0}).uses_teacher
     with pytest.raises(FrozenInstanceError):
         guided.iadm.weight = 1.0
+
+
+def idle(name: str, **values) -> dict[str, list[str]]:
+    sections = resolve_variant(Sections(method=MethodConfig(name=name)))
+    return idle_keys(replace_keys(sections, {key.replace("__", "."): value for key, value in values.items()}))
+
+
+def test_what_a_method_does_not_use_is_named_with_the_reason() -> None:
+    assert all(idle(name) == {} for name in SETTINGS)  # what nobody set is no news
+    found = idle("simclr", contrast__symmetric=True, queue__start="empty", ema__schedule="cosine", contrast__temperature=0.1)
+    assert sorted(found.values()) == [["contrast.symmetric"], ["ema.schedule"], ["queue.start"]]
+    assert any("simclr is symmetric" in why for why in found) and "method simclr has no key network" in found
+    assert idle("ldfs", contrast__negatives="batch").popitem()[1] == ["contrast.negatives"]
+    assert idle("byol", ema__schedule="cosine", ema__decay=0.9) == {}
+    assert idle("moco", contrast__negatives="batch", queue__size=8, queue__start="empty", queue__dtype="float32") == {
+        "contrast.negatives=batch keeps no queue": ["queue.size", "queue.start"]
+    }
+    assert idle("lcr", contrast__gradient="both", ema__decay=0.5) == {
+        "with contrast.gradient=both there is no key network": ["ema.decay"]
+    }
+    assert idle("moco", ais__weight=1.0, iadm__cam_temperature=0.2, teacher__image_size=96) == {
+        "method moco does not read it": ["ais.weight", "iadm.cam_temperature", "teacher.image_size"]
+    }
+
+
+def test_what_the_other_settings_of_a_method_leave_without_use_is_named() -> None:
+    assert idle("ppssl", ais__target="relations", ais__temperature=0.1, ais__prompts="dogs", ais__scale=20.0) == {
+        "ais.target=relations has no descriptions": ["ais.scale", "ais.prompts"]
+    }
+    assert idle("ppssl", ais__target="image", ais__temperature=0.1) == {"ais.target=image has no softmax": ["ais.temperature"]}
+    assert idle("ppssl", ais__weight=0.0, ais__target="image", teacher__weights="birds") == {
+        "ais.weight is 0": ["ais.target", "teacher.weights"]
+    }
+    assert idle("lcr", iadm__weight=0.0, iadm__cam_temperature=0.1) == {"iadm.weight is 0": ["iadm.cam_temperature"]}
+    assert idle("ppssl", iadm__cam_temperature=0.1) == {}
 
 
 def test_an_unknown_method_is_named_with_those_that_are_known() -> None:

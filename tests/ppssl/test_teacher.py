@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from engine.data import catalog, teacher_cache
 from engine.synthetic import dataset
 from ppssl.teacher import Teacher, load_descriptions
+from ppssl.timm_trunk import build_trunk
 
 MODEL = {
     "embed_dim": 16,
@@ -53,6 +54,27 @@ def test_a_local_file_goes_through_open_clip(files: tuple[str, str]) -> None:
     assert teacher.mean == open_clip.OPENAI_DATASET_MEAN
     assert teacher.embed(torch.randn(2, 3, 96, 96)).shape == (2, 16)  # resized to the model's size
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.train().visual.training
+
+
+def test_without_descriptions_it_is_an_image_encoder_of_any_size(files: tuple[str, str]) -> None:
+    whole, images_only = (Teacher.from_open_clip(*files, text) for text in (DESCRIPTIONS, None))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(whole.embed(images), images_only.embed(images))
+    assert images_only.text_features is None and images_only.dim == whole.dim == 16
+    larger = Teacher.from_open_clip(*files, None, 48)
+    assert larger.image_size == 48 and larger.embed(torch.randn(2, 3, 48, 48)).shape == (2, 16)
+    with pytest.raises(ValueError, match=r"width of the image embedding"):
+        Teacher(torch.nn.Identity(), None, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_the_cache_tells_models_of_timm_apart_that_have_the_same_tensors(tmp_path: Path) -> None:
+    dataset.draw(0, 0).save(tmp_path / "0.png")
+    images = catalog.load("folder", tmp_path, workers=1, progress=False).train
+    keys = set()
+    for arch in ("timm/test_resnet", "timm/test_resnet_s8"):
+        torch.manual_seed(0)
+        keys.add(teacher_cache.cache_key(Teacher.from_trunk(build_trunk(arch), "timm", 64), images))
+    assert len(keys) == 2
 
 
 def test_quick_gelu_mismatch_is_an_error_before_any_download() -> None:

@@ -36,7 +36,7 @@ class DaliLoader:
     """Loader over DALI, on a CPU or with decoding on the GPU.
 
     ``data.aug=parity``: DALI decodes, crops, resizes and flips; the fused op does the rest by torchvision's formulas, on a
-    CPU with ``data.workers`` threads. ``data.aug=dali``: DALI's own colour operators, which differ in hue, contrast and
+    CPU with ``data.workers`` threads. ``data.aug=dali``: DALI's own color operators, which differ in hue, contrast and
     order. Files that are not ``plain`` are decoded by PIL and handed over, so that every loader sees the same pictures.
     """
 
@@ -50,8 +50,8 @@ class DaliLoader:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self.name = f"dali ({'gpu' if self._gpu else 'cpu'})"
         self._workers = max(1, cores() if cfg.data.workers is None else cfg.data.workers)
-        self._dali_colour = cfg.data.aug == "dali"
-        self._threads = None if self._gpu or self._dali_colour else Threads(self._workers)
+        self._dali_color = cfg.data.aug == "dali"
+        self._threads = None if self._gpu or self._dali_color else Threads(self._workers)
         self._depth = _PREFETCH
         self._decode: dict = {"device": "cpu"}
         if self._gpu:
@@ -72,7 +72,7 @@ class DaliLoader:
 
     def batches(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         steps = self._steps(start_step, stop_step)
-        # On a GPU the pipeline itself runs ahead and colour is queued on the consumer's stream; on a CPU colour is
+        # On a GPU the pipeline itself runs ahead and color is queued on the consumer's stream; on a CPU color is
         # work.
         return steps if self._gpu else ahead(steps, _PREFETCH)
 
@@ -92,7 +92,7 @@ class DaliLoader:
             if not np.array_equal(position.numpy(), index):
                 raise RuntimeError(f"DALI gave images {position.tolist()} where step {step} has {index.tolist()}")
             original = outputs.pop().permute(0, 3, 1, 2) if self._with_clean else None
-            if self._dali_colour:
+            if self._dali_color:
                 x_q, x_k = (view.permute(0, 3, 1, 2) for view in outputs)
             elif self._gpu:
                 x_q, x_k = (
@@ -100,7 +100,7 @@ class DaliLoader:
                     for o, v in zip(outputs, values, strict=True)
                 )
             else:
-                x_q, x_k = (self._colour(o, v) for o, v in zip(outputs, values, strict=True))
+                x_q, x_k = (self._color(o, v) for o, v in zip(outputs, values, strict=True))
             self._pipeline, self._next = pipeline, step + 1
             yield Batch(
                 x_q=x_q, x_k=x_k, index=torch.from_numpy(index.copy()).to(self._device, non_blocking=True), x_clean=original
@@ -130,8 +130,8 @@ class DaliLoader:
         query, key = (view_values(self._cfg.seed, epoch, index, view, sizes, self._cfg.data.image_size) for view in (0, 1))
         return index, (query, key)
 
-    def _colour(self, pixels: Tensor, values: ViewValues) -> Tensor:
-        """Colour of one view on a CPU: uint8 [B, S, S, 3] -> [B, 3, S, S] channels_last."""
+    def _color(self, pixels: Tensor, values: ViewValues) -> Tensor:
+        """Color of one view on a CPU: uint8 [B, S, S, 3] -> [B, 3, S, S] channels_last."""
         values = to_tensors([values], self._device)
         out = torch.empty(pixels.shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
@@ -155,14 +155,14 @@ class DaliLoader:
                 pixels = [nothing if p else np.asarray(images.read(i)) for i, p in zip(index, plain, strict=True)]
                 fed += [plain, pixels]
             for view in values:
-                fed += _boxes(view) + (_twists(view) if self._dali_colour else [])
+                fed += _boxes(view) + (_twists(view) if self._dali_color else [])
             return fed + (_centers(images.sizes[index], side, self._input) if self._with_clean else [])
 
         pipeline = _pipeline(
             feed,
             side,
             all_plain,
-            self._dali_colour,
+            self._dali_color,
             self._with_clean,
             self._input,
             self._decode,
@@ -176,11 +176,11 @@ class DaliLoader:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: bool, how: ImageInput, decode: dict):
+def _pipeline(feed, side: int, all_plain: bool, dali_color: bool, with_clean: bool, how: ImageInput, decode: dict):
     """Positions [B] on the host, as they were fed; query view, key view and, if asked for, the original, each [B, side, side, 3]:
-    uint8 views where colour is still to come, else normalized, float32 on a CPU and float16 on a GPU."""
+    uint8 views where color is still to come, else normalized, float32 on a CPU and float16 on a GPU."""
     gpu = decode["device"] == "mixed"
-    view_inputs = 11 if dali_colour else 4
+    view_inputs = 11 if dali_color else 4
     count = (1 if all_plain else 3) + 2 * view_inputs + (2 if with_clean else 0)
     position, *fed = fn.external_source(source=feed, num_outputs=1 + count, batch=True)
     if all_plain or fed[1]:  # noqa: SIM108  DALI follows statements only
@@ -193,8 +193,8 @@ def _pipeline(feed, side: int, all_plain: bool, dali_colour: bool, with_clean: b
         # cut out first: a resize of the box alone would look across its borders, which torchvision's does not
         pixels = fn.slice(image, fed[first], fed[first + 1], axes=[0, 1])
         pixels = _resize(pixels, side, fed[first + 2], fed[first + 3], roi_relative=True)
-        if dali_colour:
-            pixels = _recolour(pixels, *fed[first + 4 : first + view_inputs])
+        if dali_color:
+            pixels = _recolor(pixels, *fed[first + 4 : first + view_inputs])
             pixels = _normalize(pixels, gpu, how)
         outputs.append(pixels)
     if with_clean:
@@ -244,7 +244,7 @@ def _resize(image, side: int, start, end, filter=types.INTERP_LINEAR, **options)
     )
 
 
-def _recolour(pixels, twist, brightness, contrast, saturation, hue, blur, sigma):
+def _recolor(pixels, twist, brightness, contrast, saturation, hue, blur, sigma):
     if twist:
         pixels = fn.color_twist(pixels, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
     if blur:
@@ -277,7 +277,7 @@ def _boxes(values: ViewValues) -> list[np.ndarray]:
 
 
 def _twists(values: ViewValues) -> list[np.ndarray]:
-    """What ``_recolour`` takes, [B] each. A grey image is one without saturation."""
+    """What ``_recolor`` takes, [B] each. A gray image is one without saturation."""
     brightness, contrast, saturation, hue = np.ascontiguousarray(values.factors.T)
     saturation = np.where(values.grey, np.float32(0), saturation)
     blur = values.blur_sigma > 0

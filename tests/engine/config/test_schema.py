@@ -39,8 +39,13 @@ FROZEN = {
     "queue.dtype": "auto",
     "queue.sharded": False,
     "queue.exclude_same_image": False,
+    "queue.start": "random",
     "ema.decay": 0.999,
+    "ema.schedule": "constant",
     "contrast.temperature": 0.2,
+    "contrast.negatives": "queue",
+    "contrast.symmetric": False,
+    "contrast.gradient": "query",
     "bn.groups": 1,
     "bn.sync": False,
     "bn.impl": "auto",
@@ -50,6 +55,7 @@ FROZEN = {
     "ais.warmup": 0.0,
     "ais.prompts": "birds",
     "ais.count": None,
+    "ais.target": "text",
     "iadm.weight": None,
     "iadm.sources": ("image",),
     "iadm.image": "query",
@@ -62,6 +68,7 @@ FROZEN = {
     "iadm.mask": None,
     "iadm.image_bn": None,
     "iadm.reduction": None,
+    "iadm.cam_temperature": None,
     "lcr.detach": None,
     "lcr.updates": None,
     "ldfs.reconstruction": 0.05,
@@ -72,6 +79,7 @@ FROZEN = {
     "teacher.model": "ViT-B-32-quickgelu",
     "teacher.weights": "openai",
     "teacher.view": None,
+    "teacher.image_size": None,
     "optim.lr": 0.03,
     "optim.momentum": 0.9,
     "optim.weight_decay": 1e-4,
@@ -172,6 +180,10 @@ def test_types_become_the_declared_ones():
         ("zzzzzz: 1", ["zzzzzz", "--help"]),
         ("optim: 3", ["optim", "section", "optim.lr"]),
         ("seed: {a: 1}", ["seed", "whole number"]),
+        ("queue: {size: all}", ["queue.size", "'all'", "a whole number or auto"]),
+        ("contrast: {negatives: keys}", ["contrast.negatives", "'keys'", "queue, batch or both"]),
+        ("ais: {target: logits}", ["ais.target", "'logits'", "text, image or relations"]),
+        ("batch_size: 2\nais: {target: relations}", ["batch_size", "2", "at least 3 with ais.target=relations"]),
         ("epochs: many", ["epochs", "'many'", "str", "a whole number"]),
         ("epochs: 2.5", ["epochs", "2.5", "float", "a whole number"]),
         ("epochs: true", ["epochs", "True", "a whole number"]),
@@ -224,6 +236,7 @@ def test_missing_file(tmp_path: Path):
         "encoder: {dim: 0}",
         "queue: {size: 0}",
         "queue: {size: 127}",
+        "queue: {size: 255}\ncontrast: {symmetric: true}",
         "ema: {decay: 1.0}",
         "ema: {decay: -0.1}",
         "contrast: {temperature: 0}",
@@ -235,6 +248,8 @@ def test_missing_file(tmp_path: Path):
         "ais: {count: 1}",
         "iadm: {weight: -0.5}",
         "iadm: {temperature: 0}",
+        "iadm: {cam_temperature: 0}",
+        "teacher: {image_size: 0}",
         "iadm: {sources: []}",
         "iadm: {sources: [image, image]}",
         "ldfs: {share: 1.5}",
@@ -267,6 +282,16 @@ def test_image_size_is_a_multiple_of_the_map_stride_where_maps_are_compared():
     from_yaml("data: {image_size: 100}\nmethod: {name: moco}")
     with pytest.raises(ConfigError, match="data.image_size: got 80, must be a multiple of 32"):
         from_yaml("data: {image_size: 80}")
+
+
+def test_the_keys_of_a_step_must_fit_where_there_is_a_queue():
+    from_yaml("queue: {size: 256}\ncontrast: {symmetric: true}")
+    from_yaml("queue: {size: auto}\ncontrast: {symmetric: true}")
+    from_yaml("queue: {size: 1}\ncontrast: {negatives: batch}")
+    with pytest.raises(
+        ConfigError, match=r"queue\.size: got 200, must be at least batch_size \(128\) x 2 with contrast\.symmetric"
+    ):
+        from_yaml("queue: {size: 200}\ncontrast: {symmetric: true}")
 
 
 def test_null_stands_for_a_later_choice():
@@ -335,7 +360,8 @@ def test_every_switch_of_a_variant_is_decided_before_a_run(name: str, variant: s
 
 def test_nearest_prefers_the_same_last_part():
     assert nearest("optimizer.weight_decay") == "did you mean optim.weight_decay?"
-    assert nearest("image_size") == "did you mean data.image_size?"
+    assert nearest("crop_baner") == "did you mean data.crop_banner?"
+    assert nearest("image_size") == "did you mean teacher.image_size or data.image_size?"
 
 
 def test_a_method_without_variants_is_called_by_its_name_alone() -> None:

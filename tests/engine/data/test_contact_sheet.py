@@ -11,8 +11,8 @@ from engine.data.contact_sheet import PAPER, Tile, draw, write
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
 
-def plain(height: int, width: int, colour: tuple[int, int, int]) -> np.ndarray:
-    return np.broadcast_to(np.uint8(colour), (height, width, 3)).copy()
+def plain(height: int, width: int, color: tuple[int, int, int]) -> np.ndarray:
+    return np.broadcast_to(np.uint8(color), (height, width, 3)).copy()
 
 
 def test_pictures_fill_their_cells_without_a_change_of_shape(tmp_path):
@@ -20,7 +20,7 @@ def test_pictures_fill_their_cells_without_a_change_of_shape(tmp_path):
     sheet = draw(tiles, columns=3, side=64)
     pixels = np.asarray(sheet)
     assert sheet.mode == "RGB" and pixels.shape[1] == 3 * (64 + 8) + 8
-    red, blue = ((pixels == colour).all(2) for colour in (RED, BLUE))
+    red, blue = ((pixels == color).all(2) for color in (RED, BLUE))
     assert red[8:72].sum() == 64 * 32 and blue.sum() == 32 * 64 and red[72:].sum() == 64 * 64
     write(sheet, tmp_path / "deep" / "sheet.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "deep" / "sheet.png")), pixels)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_runs import reported_run
+from made_runs import exported_run, reported_run
 
+import engine
 from engine.evaluation.source import open_source, split_overrides
+from engine.pretrained import export
 
 CPU = torch.device("cpu")
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -49,6 +51,16 @@ def test_timm_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("timm/mobilenetv3_small_050", CPU, overrides=["encoder.arch=resnet50"])
     with pytest.raises(ValueError, match="has no model"):
         open_source("timm/mobilenet_of_nobody", CPU)
+
+
+def test_a_model_folder_needs_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
+    folder = export(exported_run(tmp_path / "run", arch="resnet18", method="moco"), "huggingface", tmp_path / "model")
+    found = open_source(folder, CPU, overrides=["encoder.arch=resnet18"])
+    assert found.model == "weights"
+    torch.testing.assert_close(found.run.network.features(X), engine.load(tmp_path / "run").features(X))
+    with pytest.raises(ValueError, match=r"model is no run; .*--cfg cub\.yaml, or the architecture"):
+        open_source(folder, CPU)
 
 
 def test_what_is_refused(run: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "tar": (tarred, "a tar archive; unpack it"),
     "gzip": (lambda: gzip.compress(saved()), "compressed with gzip"),
+    "photo": (lambda: b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(300), r"an image \(JPEG\); give the weights"),
+    "photo of another kind": (lambda: b"RIFF\x24\0\0\0WEBPVP8 " + bytes(300), r"an image \(WEBP\); give the weights"),
     "other bytes": (lambda: bytes(range(1, 200)), "no weights file that is known here.*01 02 03"),
     "bomb": (lambda: zipped(**{"a/data.pkl": b"\x80\x02}.", "a/data/0": bytes(50_000_000)}), "unpacks to 50,000,004"),
 }

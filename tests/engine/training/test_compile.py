@@ -16,10 +16,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 from engine.training import precision
 from engine.training.step import Step, choose
-from ppssl import PPSSL
+from ppssl import METHODS, PPSSL
 from ppssl.encoder import BaseTrunk, FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
-from ppssl.settings import variant
+from ppssl.settings import Sections, method_settings, replace_keys, variant
 from ppssl.teacher import Teacher
 
 
@@ -136,6 +136,38 @@ def test_every_mode_computes_the_eager_step(mode: str, name: str) -> None:
                 assert error <= 2e-4 * value.abs().max() + 1e-7, f"{key}: {float(error):.2e}"
     assert "queue.pointer" not in state or int(compiled_state["queue.pointer"]) == 12
     assert compiled.state_dict()["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("moco", {"contrast.negatives": "both", "contrast.symmetric": True, "queue.start": "empty"}),
+        ("moco", {"contrast.negatives": "batch", "contrast.gradient": "both"}),
+        (
+            "lcr",
+            {"contrast.negatives": "both", "contrast.symmetric": True, "contrast.gradient": "both", "method.variant": "guided"},
+        ),
+        ("ppssl", {"contrast.symmetric": True, "contrast.gradient": "both", "ais.target": "relations", "method.variant": "guided"}),
+        ("ppssl", {"contrast.negatives": "batch", "ais.target": "image", "teacher.view": "clean"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_the_step_of_every_switch_is_one_graph_that_computes_the_eager_step(name: str, values: dict) -> None:
+    """In one graph whatever the queue holds: a break is an error (``fullgraph``), and so is a second graph."""
+    torch.manual_seed(0)
+    sections = replace_keys(
+        Sections(), {"method.name": name, "encoder.dim": DIM, "queue.size": 10, "queue.dtype": "float32"} | values
+    )
+    settings, kind = method_settings(sections, 32), METHODS[name]
+    teacher = Teacher(torch.nn.Identity(), None, image_size=32, mean=(0.0,) * 3, std=(1.0,) * 3, dim=5)
+    method = kind.from_settings(settings, kind.build_network(settings, ShallowTrunk()), teacher if settings.uses_teacher else None)
+    totals, state, _ = run(method, 4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled_totals, compiled_state, _ = run(method, 4, compile="step", backend="aot_eager")
+    assert compiled_totals == pytest.approx(totals, rel=1e-4)
+    assert state.keys() == compiled_state.keys() and ("queue.rows" in state) == (values.get("contrast.negatives") != "batch")
+    if "queue.filled" in state:
+        assert int(state["queue.filled"]) == int(compiled_state["queue.filled"]) == 10
 
 
 class OneConvolution(BaseTrunk):

@@ -215,6 +215,13 @@ def test_groups_do_not_depend_on_a_weight_decay_that_a_resumed_run_may_change() 
     assert sizes[0] == sizes[1] and len(sizes[0]) == 2
 
 
+def test_the_decay_of_the_momentum_network_rises_to_one_by_step() -> None:
+    decays = [optim.ema_decay(s, 100, base=0.99, schedule="cosine") for s in range(101)]
+    assert decays[0] == 0.99 and decays[50] == pytest.approx(0.995) and decays == sorted(decays) and decays[100] == 1.0
+    assert decays[30] == pytest.approx(1 - 0.01 * (math.cos(math.pi * 0.3) + 1) / 2)  # BYOL, section 3.2
+    assert optim.ema_decay(70, 100, base=0.99, schedule="constant") == 0.99
+
+
 def test_sgd_is_torchs_sgd() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -256,3 +263,19 @@ def test_apex_is_used_when_asked_for_and_refused_with_the_reason_otherwise(monke
     chosen = optim.sgd(parameters, **options, backend="apex")
     assert type(chosen) is stand_in and chosen.defaults["momentum"] == 0.9
     assert type(optim.sgd(parameters, **options)) is torch.optim.SGD  # auto: apex has GPU kernels only
+
+
+def test_the_log_tells_the_optimizer_and_what_does_not_fit_it() -> None:
+    method = build_by_name("moco", Trunk("resnet18_w8_s16"), 32)
+
+    def told(**options) -> list[str]:
+        config = OptimConfig(**options)
+        return optim.describe_optimizer(optim.build(method, config), config)
+
+    assert told() == ["sgd, lr 0.03, cosine, weight decay 0.0001"]
+    assert told(name="lars", lr=1.0, warmup=0.5, clip=2.0, decay_norms=False) == [
+        "lars, lr 1, cosine after a warm-up of 0.5 epochs, weight decay 0.0001 without biases and norms, gradients clipped at 2"
+    ]
+    line, remark = told(name="adamw", layer_decay=0.5)
+    assert line.startswith("adamw, lr 0.000117 to 0.03 by layer") and remark.startswith("optim.lr: 0.03 is far above")
+    assert told(decay_norms=False, weight_decay=0.0)[1] == "optim.decay_norms: does nothing with optim.weight_decay=0"

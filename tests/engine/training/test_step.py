@@ -1,6 +1,7 @@
 """One step: momentum first, gradients of the parameters only, SGD, enqueue; a step that is not finite changes nothing."""
 
 import copy
+import math
 
 import pytest
 import small_methods
@@ -71,6 +72,61 @@ def test_order_and_arithmetic_of_a_step() -> None:
     assert method.online.weight.grad is None
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"whole": True}, {"compile": "step", "backend": "aot_eager"}], ids=["eager", "graph", "step"]
+)
+def test_the_key_network_slows_down_by_the_schedule_and_does_so_after_a_checkpoint(options: dict) -> None:
+    torch._dynamo.reset()
+    method, step = contrast(decay_schedule="cosine", **options)
+    for number in range(3):
+        online, target = (copy.deepcopy(m.state_dict()) for m in (method.encoder_q, method.encoder_k))
+        step(images(number))
+        weight = 0.1 * (1 + math.cos(math.pi * number / 9)) / 2
+        for name, parameter in method.encoder_k.named_parameters():
+            assert torch.allclose(parameter, target[name] + weight * (online[name] - target[name]), atol=1e-6), name
+    other_method, other = contrast(decay_schedule="cosine", **options)
+    other_method.load_state_dict(copy.deepcopy(method.state_dict()))
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for s in (step, other):
+        s(images(3))
+    for (name, a), b in zip(method.state_dict().items(), other_method.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    torch._dynamo.reset()
+
+
+SWITCHES = {"negatives": "both", "empty_queue": True, "symmetric": True}
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["query", "both"])
+def test_a_scaled_loss_trains_both_directions_as_an_unscaled_one(gradient: bool) -> None:
+    states = []
+    for exact in (precision.resolve(None, CPU), precision.Precision(CPU, None, True, "float32, scaled as fp16 is")):
+        method, step = contrast(precision=exact, keys_with_gradient=gradient, **SWITCHES)
+        for seed in (1, 2, 3):
+            step(images(seed))
+        states.append(method.state_dict())
+    assert int(states[0]["queue.filled"]) == 10 and int(states[0]["queue.pointer"]) == 4
+    for (name, a), b in zip(states[0].items(), states[1].values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["query", "both"])
+def test_a_queue_that_is_filling_goes_on_to_the_bit_and_a_bad_step_fills_nothing(gradient: bool) -> None:
+    method, step = contrast(keys_with_gradient=gradient, **(SWITCHES | {"symmetric": False}))
+    for seed in (1, -1):
+        step(images(seed))
+    assert int(method.queue.filled) == 4
+    other_method, other = contrast(keys_with_gradient=gradient, **(SWITCHES | {"symmetric": False}))
+    other_method.load_state_dict(copy.deepcopy(method.state_dict()))
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for s in (step, other):
+        for seed in (2, 3):
+            s(images(seed))
+    assert int(other_method.queue.filled) == 10
+    for (name, a), b in zip(method.state_dict().items(), other_method.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_a_streak_is_named_by_its_first_step_and_holds_everything_still() -> None:
     torch.manual_seed(0)
     method = Toy()
@@ -102,7 +158,8 @@ class Contrast(MoCo):
 def contrast(**options) -> tuple[Contrast, Step]:
     torch.manual_seed(0)
     trunk = Trunk("resnet18_w8_s16")
-    method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10).train()
+    how = {name: options.pop(name) for name in ("negatives", "empty_queue", "symmetric", "keys_with_gradient") if name in options}
+    method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10, **how).train()
     kind = OptimConfig(name=options.pop("name", "sgd"), lr=0.1, weight_decay=0.1, decay_norms=options.pop("decay_norms", True))
     optimizer = optim.build(method, kind)
     whole = options.pop("whole", False)
