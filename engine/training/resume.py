@@ -144,6 +144,7 @@ def known_settings(
     if network is not None:
         known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
         known["encoder.weights"] = "none"
+        known["encoder.freeze"] = getattr(network.trunk, "frozen", ())
     if network is not None and network.mask is not None:
         known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
     return known
