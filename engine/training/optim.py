@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 FORMULAS = {"cosine": "lr * (1 + cos(pi * step / total_steps)) / 2", "constant": "lr"}
 """``learning_rate`` by ``optim.schedule``, in words for the log."""
+EMA_FORMULAS = {"cosine": "1 - (1 - ema.decay) * (1 + cos(pi * step / total_steps)) / 2", "constant": "ema.decay"}
+"""``ema_decay`` by ``ema.schedule``."""
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str) -> float:
