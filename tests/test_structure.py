@@ -27,7 +27,7 @@ LAYERS = (
     set(COMMANDS),
 )
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
-ROOMS = ("config", "data", "evaluation", "pretrained", "report", "synthetic", "training")
+ROOMS = ("build", "config", "data", "evaluation", "pretrained", "report", "synthetic", "training")
 
 
 def modules(*packages: str) -> dict[str, Path]:

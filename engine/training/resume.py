@@ -144,6 +144,7 @@ def known_settings(
     if network is not None:
         known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
         known["encoder.weights"] = "none"
+        known["encoder.freeze"] = getattr(network.trunk, "frozen", ())
     if network is not None and network.mask is not None:
         known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
     return known
@@ -208,6 +209,8 @@ def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], schedu
             key, formulas = keys_of[name]
             formula = formulas.get(now.get(key, ""), "")
             how = f"{key}={now.get(key)}{formula and f', {formula}'}, total_steps {total_steps:,}"
+            if key == "optim.schedule" and now.get("optim.warmup"):
+                how += f", both without the warm-up of {now['optim.warmup']:g} epochs"
             say(f"{name} of step {step + 1:,}: {value:.6g}, which was to be {before:.6g}; from here on {how}")
     if now.get("epochs") == then.get("epochs") or "steps_per_epoch" not in state:
         return

@@ -24,7 +24,7 @@ from engine.training.best import Best
 from engine.training.distributed import ALONE, World, choose_device
 from engine.training.guard import Health
 from engine.training.log import Records, RunLog, Summary
-from engine.training.optim import learning_rate, sgd
+from engine.training.optim import build, learning_rate
 from engine.training.profiling import Profile
 from engine.training.resume import (
     Found,
@@ -88,16 +88,11 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
+        warmup = min(round(optim.warmup * loader.steps_per_epoch), self.total_steps - 1)
         self.step = Step(
             method,
-            sgd(
-                method.trained_parameters(),
-                lr=optim.lr,
-                momentum=optim.momentum,
-                weight_decay=optim.weight_decay,
-                backend=optim.backend,
-            ),
-            lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule),
+            build(method, optim),
+            lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule, warmup=warmup),
             decay=ema_decay,
             precision=self.precision,
             total_steps=self.total_steps,
@@ -105,6 +100,7 @@ class Trainer:
             graph=self.execution.graph,
             max_bad_steps=run.max_bad_steps,
             decay_schedule=ema_schedule,
+            clip=optim.clip,
         )
         self.out = Path(out) if out is not None and world.first else None
         self.resume_from, self.config, self.images = resume, config, images

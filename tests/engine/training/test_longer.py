@@ -108,6 +108,17 @@ def test_with_a_cosine_the_rate_before_and_after_and_its_formula_are_said(photos
     assert "learning rate of step 10: 0.01, which was to be" in text and "optim.schedule=constant, lr, total" in text
 
 
+def test_a_warm_up_stays_as_long_as_it_was_in_epochs(photos: Path, capfd: pytest.CaptureFixture) -> None:
+    settings = "optim.schedule=cosine", "optim.warmup=1"
+    assert train("--out", "run", *settings) == 0
+    capfd.readouterr()
+    assert train("--out", "run", "epochs=4", *settings) == 0
+    rate = 0.03 * (1 + math.cos(math.pi * (6 - 3) / (12 - 3))) / 2
+    text = said(capfd)
+    assert f"learning rate of step 7: {rate:.6g}, which was to be 0;" in text
+    assert "total_steps 12, both without the warm-up of 1 epochs" in text
+
+
 def test_the_decay_of_the_momentum_network_is_said_too(photos: Path, capfd: pytest.CaptureFixture) -> None:
     assert train("--out", "run", "ema.schedule=cosine", "ema.decay=0.9") == 0
     capfd.readouterr()
