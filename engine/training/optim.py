@@ -16,7 +16,9 @@ from engine.config import OptimConfig
 from ppssl.method import Method
 
 FORMULAS = {"cosine": "lr * (1 + cos(pi * step / total_steps)) / 2", "constant": "lr"}
-"""``learning_rate`` by ``optim.schedule`` without a warm-up, in words for the log."""
+"""``learning_rate`` by ``optim.schedule``, in words for the log; step and total_steps without the warm-up."""
+EMA_FORMULAS = {"cosine": "1 - (1 - ema.decay) * (1 + cos(pi * step / total_steps)) / 2", "constant": "ema.decay"}
+"""``ema_decay`` by ``ema.schedule``."""
 
 TRUST = 0.001
 """LARS: the trust coefficient (You, Gitman and Ginsburg 2017, arXiv 1708.03888), timm's default too."""

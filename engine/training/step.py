@@ -259,6 +259,13 @@ class Step:
                 changed[name] = images.float()
         return batch._replace(**changed)
 
+    def schedules(self) -> dict[str, float]:
+        """What the next step has of what changes over the run: the learning rate and, with a momentum network, its decay."""
+        found = {"learning rate": self.lr(self.steps_done)}
+        if self.target:
+            found["ema.decay"] = optim.ema_decay(self.steps_done, self.total_steps, base=self.decay, schedule=self.decay_schedule)
+        return found
+
     def set_schedule(self) -> None:
         """Puts this step's learning rate, momentum decay, share of the run that is done and loss scale where they are read."""
         rate = self.lr(self.steps_done)

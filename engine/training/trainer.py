@@ -330,7 +330,7 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "rng": checkpoint.rng_state(self.device),
                 "best": self.best.state_dict(),
-                "next_lr": self.step.lr(self.step.steps_done),
+                "next": self.step.schedules(),
                 "steps_per_epoch": self.loader.steps_per_epoch,
                 "health": self.health.state_dict(),
                 "loader": self.loader_name,
@@ -387,4 +387,4 @@ class Trainer:
             return
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
         if not self.ended:
-            say_changes(state, path, self.settings, self.step.lr(self.step.steps_done), self.total_steps)
+            say_changes(state, path, self.settings, self.step.schedules(), self.total_steps)
