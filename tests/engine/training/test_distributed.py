@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from engine.build import spread
 from torch import Tensor
 
 from engine import run_folder
+from engine.build import spread
 from engine.config import Config, OptimConfig, from_yaml
 from engine.errors import ConfigError
 from engine.evaluation import validation
