@@ -1,4 +1,4 @@
-"""What a config builds: the image lists, the teacher, the method; and the network of a finished run."""
+"""The one place that turns a configuration into objects: lists, teacher, method, trainer; and the network of a finished run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from typing import Any
 import torch
 
 from engine.config import FILES, Config, absolute, keys_per_step
-from engine.console import counted, printable, say
+from engine.console import counted, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
-from engine.pretrained import load_run, third_party
-from engine.synthetic import dataset, teacher_files
-from engine.training import ALONE, Trainer, World
-from ppssl.encoder import FeatureNet, Trunk
+from engine.pretrained import load_run, teacher, third_party
+from engine.synthetic import dataset
+from engine.training import ALONE, Trainer, World, describe_optimizer
+from ppssl.encoder import BaseTrunk, FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
 from ppssl.settings import (
     QueueConfig,
     Settings,
-    TeacherConfig,
     get_key,
     idle_keys,
     method_settings,
@@ -39,6 +38,11 @@ from ppssl.timm_trunk import PREFIX, TimmTrunk, build_trunk, image_input
 
 HELD_OUT = 0.1
 """``eval.validation`` where ``eval.keep_best`` is set and that is not."""
+
+
+def settings_of(cfg: Config) -> Settings:
+    """What the method of ``cfg`` is told."""
+    return method_settings(cfg, cfg.data.image_size)
 
 
 def check_environment(*, writes: bool) -> None:
@@ -201,56 +205,6 @@ def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress
     return found
 
 
-def teacher(cfg: Config, device: torch.device) -> Teacher | None:
-    """The frozen model that the method listens to, where it does."""
-    settings = settings_of(cfg)
-    if not settings.uses_teacher:
-        return None
-    model, files = cfg.teacher.model, cfg.teacher.weights
-    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count) if settings.uses_text else None
-    what = (
-        f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
-    )
-    # before it is loaded: a first use downloads it
-    say(f"teacher: {model}, weights {files}; {what}")
-    if model.startswith(PREFIX):
-        return image_teacher(cfg.teacher).to(device)
-    if "birds" in (model, files):
-        if model != files:
-            raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
-        model, files = map(str, teacher_files())
-    return Teacher.from_open_clip(model, files, descriptions, cfg.teacher.image_size).to(device)
-
-
-def image_teacher(asked: TeacherConfig) -> Teacher:
-    """The frozen model of timm that ``teacher.*`` names. Raises what loading an encoder's weights does, naming these keys."""
-    if asked.weights == "none" or asked.weights == TeacherConfig.weights:
-        raise ConfigError(f"teacher.weights: got {asked.weights!r}, a teacher of timm has timm, timm:TAG or the path of a file")
-    try:
-        trunk = build_trunk(asked.model)
-        say(f"teacher: {third_party.initialize(trunk, asked.weights)}")
-        return Teacher.from_trunk(trunk, asked.weights, asked.image_size)
-    except (ValueError, RuntimeError, OSError) as error:
-        text = str(error)
-        for encoders, teachers in _TEACHERS_WORDS.items():
-            text = text.replace(encoders, teachers)
-        raise (type(error) if type(error) in (ValueError, RuntimeError, FileNotFoundError) else OSError)(text) from error
-
-
-_TEACHERS_WORDS = {
-    ", or encoder.weights=none for random weights": "",
-    "; or set encoder.weights": "; or set teacher.weights",
-    ", or encoder.partial=true to take what fits and leave the rest random": "",
-    "encoder.weights": "teacher.weights",
-    "encoder.arch": "teacher.model",
-    "data.image_size": "teacher.image_size",
-    "use none or a file": "use a file",
-    "give none, a torchvision tag, or an existing file": "give timm, timm:TAG or an existing file",
-    ", none or a file": " or a file",
-}
-"""What an error about an encoder says of a teacher."""
-
-
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
     """The method of ``cfg`` with its starting weights, in ``world``; random parts are a function of ``seed`` alone."""
     network = initial_network(cfg, world)
@@ -259,11 +213,6 @@ def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
         world.broadcast_module(method)
         method.distribute(world.group, sync_bn=cfg.bn.sync, shard_queue=cfg.queue.sharded)
     return method
-
-
-def settings_of(cfg: Config) -> Settings:
-    """What the method of ``cfg`` is told."""
-    return method_settings(cfg, cfg.data.image_size)
 
 
 def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
@@ -281,7 +230,31 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
             "bn.impl: fused: batch-norm, shortcut and ReLU are one op, which by arithmetic moves fewer bytes in fewer launches; "
             "its time has not been measured. bn.impl=torch takes torch's"
         )
+    if cfg.encoder.freeze:
+        freeze(trunk, cfg)
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
+
+
+def freeze(trunk: BaseTrunk, cfg: Config) -> None:
+    """Freezes ``encoder.freeze`` of ``trunk`` and says what is left to train. Raises ``ConfigError`` for a part that the trunk does
+    not have, and where nothing that is kept would be trained."""
+    try:
+        trunk.freeze(cfg.encoder.freeze)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    every, trained = (sum(p.numel() for p in trunk.parameters() if p.requires_grad or all_) for all_ in (True, False))
+    if not trained and not settings_of(cfg).has_mask:
+        raise ConfigError(
+            f"encoder.freeze: with {', '.join(cfg.encoder.freeze)} nothing of {trunk.arch} is trained, and {cfg.method.name} keeps "
+            f"nothing else; leave a part out"
+        )
+    say(f"encoder.freeze: {', '.join(cfg.encoder.freeze)}; {trained:,} of {every:,} weights of the trunk are trained")
+    if cfg.encoder.weights == "none":
+        say("encoder.freeze: with encoder.weights=none what is frozen stays random")
+    norms = [module for module in trunk.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for key, value in (("bn.groups", cfg.bn.groups > 1), ("bn.sync", cfg.bn.sync), ("bn.impl", cfg.bn.impl == "fused")):
+        if value and norms and not any(norm.training for norm in norms):
+            say(f"{key}: does nothing in {trunk.arch}, all of whose batch norms are frozen")
 
 
 def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
@@ -327,12 +300,6 @@ def load(
     return run.network
 
 
-def load_teacher(cfg: Config, world: World) -> Teacher | None:
-    """The method's teacher, if it has one; the first process fetches its weights where they are not available."""
-    with world.main_process_first():
-        return teacher(cfg, world.device)
-
-
 def assemble(
     cfg: Config,
     images: catalog.Catalog,
@@ -372,6 +339,10 @@ def assemble(
     for why, keys in idle_keys(cfg).items():
         say(f"{', '.join(keys)}: {'does' if len(keys) == 1 else 'do'} nothing here: {why}")
     say(f"method: {title(cfg)}, {sum(p.numel() for p in trainer.step.parameters):,} trained parameters")
+    optimizer, *remarks = describe_optimizer(trainer.step.optimizer, cfg.optim)
+    say(f"optimizer: {optimizer}")
+    for remark in remarks:
+        say(remark)
     say(f"data: {cfg.data.name}, {len(images.train)} training images, loader {loader.name}, color {cfg.data.aug}")
     say(f"precision: {trainer.precision.note}; device {device}; step: {trainer.execution.note}")
     if world.group:
@@ -379,3 +350,9 @@ def assemble(
             "batch statistics shared" if cfg.bn.sync else f"batch statistics of {cfg.bn.groups} parts"
         ) + ("; queue in parts" if cfg.queue.sharded else ""))  # fmt: skip
     return trainer
+
+
+def load_teacher(cfg: Config, world: World) -> Teacher | None:
+    """The method's teacher, if it has one; the first process fetches its weights where they are not available."""
+    with world.main_process_first():
+        return teacher(cfg, world.device)

@@ -355,13 +355,13 @@ def speed(device: torch.device) -> list[Finding]:
 
     from engine.data import cores
     from engine.training import precision as precisions
-    from engine.training import speed
+    from engine.training import profiling
 
     on_gpu = device.type == "cuda"
     dtype = precisions.resolve("bf16", device).dtype or torch.float32
-    rate = speed.convolution_tflop_s(device, dtype)
+    rate = profiling.convolution_tflop_s(device, dtype)
     if on_gpu:
-        bandwidth = speed.copy_tb_s(device)
+        bandwidth = profiling.copy_tb_s(device)
         step, limit = expected_gpu(rate, bandwidth)
         text = f"convolutions {rate:.0f} TFLOP/s, copies {bandwidth:.2f} TB/s"
     else:

@@ -1,8 +1,9 @@
-"""Batch-norm whose statistics are taken over parts of a batch, or over the batches of several processes."""
+"""Batch-norm whose statistics are taken over parts of a batch, or over the batches of several processes; fused; or frozen."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.modules._functions import SyncBatchNorm as FusedSync
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ppssl.ops import all_reduce_mean, all_to_all, batch_norm, rank, world_size
 
@@ -81,8 +83,8 @@ class SyncBatchNorm(_BatchNorm):
 
 def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """``relu(bn(x) + residual)`` in training mode by one op, [B, C, H, W] in channels_last on CUDA (``bn.impl: fused``). What the
-    op has no kernel for, statistics over processes, is computed by ``bn`` and torch."""
-    if type(bn) not in (nn.BatchNorm2d, GroupedBatchNorm):
+    op has no kernel for, statistics over processes and those of a frozen ``bn``, is computed by ``bn`` and torch."""
+    if type(bn) not in (nn.BatchNorm2d, GroupedBatchNorm) or not bn.training:
         y = bn(x) if residual is None else bn(x) + residual
         return F.relu(y) if relu else y
     groups = getattr(bn, "groups", 1)
@@ -99,6 +101,32 @@ def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = Non
     if groups == 1 and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
     return out.y
+
+
+class Fusing(nn.Module):
+    """Mixed into a block of torchvision's: where ``fused``, batch-norm takes along what follows it while training."""
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.fused and self.training):
+            return super().forward(x)
+        out, shortcut = x, x
+        for i in range(1, self.depth):
+            out = fused_batch_norm(self.get_submodule(f"bn{i}"), self.get_submodule(f"conv{i}")(out))
+        if self.downsample is not None:
+            conv, bn = self.downsample
+            shortcut = fused_batch_norm(bn, conv(x), relu=False)
+        out = self.get_submodule(f"conv{self.depth}")(out)
+        return fused_batch_norm(self.get_submodule(f"bn{self.depth}"), out, residual=shortcut)
+
+
+class FusingBasicBlock(Fusing, BasicBlock):
+    depth = 2
+
+
+class FusingBottleneck(Fusing, Bottleneck):
+    depth = 3
 
 
 def activated(bn: nn.Module, x: Tensor) -> Tensor:
@@ -150,6 +178,57 @@ def parts_here(groups: int, group: str, *, sync: bool) -> int:
             f"bn.sync=true"
         )
     return groups // world_size(group)
+
+
+class Freezable(nn.Module):
+    """A trunk of which parts can be frozen: they are not trained, and their batch-norms stay in eval mode."""
+
+    arch: str
+    sources: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    """The parts that are not trained; see ``freeze``."""
+    constant: tuple[str, ...] = ()
+    """The sources up to which no weight is trained: a gradient by such a map needs images that require one."""
+    _still: tuple[str, ...] = ()
+    """Names of the batch-norms that stay in eval mode: ``convert`` puts others in their places."""
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What ``freeze`` takes, from the image on: the names of the modules of each part, every one without those inside it. They
+        are the whole trunk; the part of a source's name ends where that map is."""
+        raise NotImplementedError(f"{type(self).__name__}.parts")
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Ends the training of ``parts``: of ``self.parts()``, and ``bn``, every batch-norm. Their parameters get no gradient;
+        their batch-norms stay in eval mode, which uses the running statistics and does not move them. To be called before the
+        trunk is handed to a method. Raises ``ValueError`` for a part that the trunk does not have."""
+        if not parts:
+            return
+        known, norms = self.parts(), [n for n, m in self.named_modules() if isinstance(m, _BatchNorm)]
+        known = known | {"bn": tuple(norms)} if norms else known
+        if unknown := [part for part in parts if part not in known]:
+            raise ValueError(f"encoder.freeze: {unknown[0]!r} is no part of {self.arch}; use {', '.join(known)}")
+        names = {name for part in parts for name in known[part]}
+        for name in names:
+            for parameter in self.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self.frozen, self._still = tuple(parts), tuple(name for name in norms if name in names)
+        trained = [part for part, inside in known.items() if part != "bn" and any(map(self._trains, inside))]
+        order = [part for part in known if part != "bn"]
+        self.constant = tuple(source for source in self.sources if source in order[: order.index(trained[0]) if trained else None])
+        self.train(self.training)
+
+    def _trains(self, name: str) -> bool:
+        return any(parameter.requires_grad for parameter in self.get_submodule(name).parameters(recurse=False))
+
+    def train(self, mode: bool = True) -> Freezable:
+        super().train(mode)
+        for norm in self.frozen_norms():
+            norm.eval()
+        return self
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """The batch-norms whose running statistics do not move."""
+        return [self.get_submodule(name) for name in self._still]
 
 
 @torch.no_grad()

@@ -14,48 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ppssl.batch_norm import fused_batch_norm, parts_here, update_running_statistics
+from ppssl.batch_norm import (
+    Freezable,
+    Fusing,
+    FusingBasicBlock,
+    FusingBottleneck,
+    fused_batch_norm,
+    parts_here,
+    update_running_statistics,
+)
 from ppssl.ops import gather, local_shard, maxout, maxout_image, world_size
 
-
-class _Fusing(nn.Module):
-    """Mixed into a block of torchvision's: where ``fused``, batch-norm takes along what follows it while training."""
-
-    fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.fused and self.training):
-            return super().forward(x)
-        out, shortcut = x, x
-        for i in range(1, self.depth):
-            out = fused_batch_norm(self.get_submodule(f"bn{i}"), self.get_submodule(f"conv{i}")(out))
-        if self.downsample is not None:
-            conv, bn = self.downsample
-            shortcut = fused_batch_norm(bn, conv(x), relu=False)
-        out = self.get_submodule(f"conv{self.depth}")(out)
-        return fused_batch_norm(self.get_submodule(f"bn{self.depth}"), out, residual=shortcut)
-
-
-class _BasicBlock(_Fusing, BasicBlock):
-    depth = 2
-
-
-class _Bottleneck(_Fusing, Bottleneck):
-    depth = 3
-
-
 RESNETS = {
-    "resnet18": (_BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (_BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (_Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (_Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (_Bottleneck, (3, 8, 36, 3)),
+    "resnet18": (FusingBasicBlock, (2, 2, 2, 2)),
+    "resnet34": (FusingBasicBlock, (3, 4, 6, 3)),
+    "resnet50": (FusingBottleneck, (3, 4, 6, 3)),
+    "resnet101": (FusingBottleneck, (3, 4, 23, 3)),
+    "resnet152": (FusingBottleneck, (3, 8, 36, 3)),
 }
 """Block and blocks a stage of every network by name."""
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+_STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
-class BaseTrunk(nn.Module):
+class BaseTrunk(Freezable):
     """What every trunk offers: images to a map, without pooling and classifier. Its state dict has the names of the project that
     the architecture is from. One of your own sets the four attributes and ``maps``; its ``arch`` is any name that is free."""
 
@@ -67,6 +49,8 @@ class BaseTrunk(nn.Module):
     """Pixels of the image per cell of the map."""
     sources: tuple[str, ...] = LAYERS
     """Names of the maps on the way, from the image on; the last is the output."""
+    watched: tuple[str, ...] = ()
+    """The sources of ``watch``."""
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, S, S] -> maps [B, c, h, w] by name, the output last; those of ``watch`` at least."""
@@ -80,6 +64,7 @@ class BaseTrunk(nn.Module):
         """Makes ``maps`` give these sources, ``image`` aside. Raises ``ValueError`` for one that the trunk does not have."""
         if unknown := [s for s in sources if s not in ("image", *self.sources)]:
             raise ValueError(f"iadm.sources: {unknown[0]!r} is no map of this trunk; use image, {', '.join(self.sources)}")
+        self.watched = tuple(sources)
 
 
 class Trunk(BaseTrunk):
@@ -129,7 +114,7 @@ class Trunk(BaseTrunk):
         """From now on, batch-norm, the sum with the shortcut and ReLU are one op while training; names and values stay. It needs
         CUDA tensors of at most 32 bits, or Triton's interpreter."""
         for module in self.modules():
-            if isinstance(module, (Trunk, _Fusing)):
+            if isinstance(module, (Trunk, Fusing)):
                 module.fused = True
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
@@ -141,6 +126,19 @@ class Trunk(BaseTrunk):
         for name in LAYERS:
             x = maps[name] = self.get_submodule(name)(x)
         return maps
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """``stem`` (``conv1``, ``bn1``) and ``layer1`` ... ``layer4``."""
+        inside = [name for name, _ in self.named_modules()]
+        return {"stem": ("conv1", "bn1")} | {part: tuple(n for n in inside if n.split(".")[0] == part) for part in LAYERS}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """timm's rule for layers with rates of their own, that of its ResNets: the stem and every block, or stage if ``coarse``."""
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """``stage1`` ... ``stage4``, as timm calls them, are other names of ``layer1`` ... ``layer4``."""
+        super().freeze([f"layer{part[5:]}" if part in _STAGES else part for part in parts])
 
 
 def _stage(block: type[nn.Module], channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:

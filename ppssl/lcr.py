@@ -40,6 +40,8 @@ class LCR(MoCo):
         if network.mask is None:
             raise ValueError("LCR needs a network with a mask branch: LCR.build_network(settings, trunk)")
         self.mask, self.settings = network.mask, settings or variant("lcr")
+        if self.settings.iadm.weight and network.trunk.constant[-1:] == network.trunk.sources[-1:]:
+            self.needs_image_grad = ("x_q",)  # F is of a frozen trunk: only so it has a gradient
 
     @classmethod
     def from_settings(cls, settings: LCRSettings, network: FeatureNet, teacher: Teacher | None = None) -> LCR:
@@ -98,6 +100,6 @@ class LCR(MoCo):
 
     def attention(self, images: Tensor) -> dict[str, Tensor]:
         """``mask``: A, by which the feature is pooled; ``cam``: the rationale that it is fitted to, whatever ``iadm.weight``."""
-        feature = self.encoder_q.trunk(images)
+        feature = self.encoder_q.trunk(images.detach().requires_grad_())  # of a frozen trunk too, F has a gradient
         losses = self.mirror_losses(self.encoder_q.project(global_average_pool(feature)), images)
         return {"mask": self.mask(feature).mask.detach(), "cam": self.cam(losses, feature).detach()}

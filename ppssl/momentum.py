@@ -19,11 +19,13 @@ def key_copy(module: nn.Module) -> nn.Module:
 
 
 def parameter_pairs(online: nn.Module, target: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters of both, paired by position. Buffers stay apart: the key network's batch statistics are its own (MoCo)."""
-    pairs = list(online.parameters()), list(target.parameters())
-    if [p.shape for p in pairs[0]] != [p.shape for p in pairs[1]]:
+    """Parameters of both, paired by position, without those that are frozen: they are equal and stay so. Buffers stay apart: the
+    key network's batch statistics are its own (MoCo)."""
+    ours, theirs = list(online.parameters()), list(target.parameters())
+    if [p.shape for p in ours] != [p.shape for p in theirs]:
         raise ValueError("online and target networks differ in structure; make the target with key_copy(online)")
-    return pairs
+    trained = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.requires_grad]
+    return [a for a, _ in trained], [b for _, b in trained]
 
 
 class KeyQueue(nn.Module):

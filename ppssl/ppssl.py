@@ -81,7 +81,7 @@ class PPSSL(MoCo):
 
         guides = iadm.weight != 0
         self.needs_clean = guides and iadm.image == "clean"
-        if guides and "image" in iadm.sources:
+        if guides and {"image", *network.trunk.constant} & set(iadm.sources):
             self.needs_image_grad = ("x_clean",) if iadm.image == "clean" else ("x_q",)
         self.needs_teacher_embeddings = ais.weight != 0 and settings.teacher.view == "clean"
         if ais.weight != 0 and settings.teacher.view == "query" and embed is None:

@@ -84,6 +84,41 @@ class TimmTrunk(BaseTrunk):
                 # a bound method: a deep copy of the trunk then keeps its own maps
                 self.get_submodule(self._places[name]).register_forward_hook(functools.partial(self._keep, name))
 
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """``stem``, what comes before the first stage, and the stages, the last with all that follows it. Found by the order in
+        which the model calls its modules. Where the first map is made by a single layer or by the stem, as in timm's ResNets,
+        both names are of all that is before it."""
+        twin = copy.deepcopy(self).to("meta").eval()
+        places = [(self._places[name], name) for name in self.sources]
+        begun: set[str] = set()
+        ended: set[str] = set()
+        first_call: dict[str, tuple[bool, int]] = {}  # module: whether the first stage had begun, and how many had ended
+
+        def enter(name: str, *_: Any) -> None:
+            begun.update(source for place, source in places if place == name)
+            first_call.setdefault(name, (self.sources[0] in begun, len(ended)))
+
+        def leave(name: str, *_: Any) -> None:
+            ended.update(source for place, source in places[:-1] if place == name)
+
+        for name, module in twin.named_modules():
+            module.register_forward_pre_hook(functools.partial(enter, name))
+            module.register_forward_hook(functools.partial(leave, name))
+        with torch.no_grad():
+            twin(torch.empty(2, 3, self.native_side, self.native_side, device="meta"))
+        found: dict[str, list[str]] = {part: [] for part in ("stem", *self.sources)}
+        for name, module in self.named_modules():
+            if [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                called = name
+                while called not in first_call:  # its tensors are used by the module that holds it
+                    called = called.rpartition(".")[0]
+                began, stage = first_call[called] if called or not name else (True, -1)  # or they are of no use here
+                found[self.sources[stage] if began else "stem"].append(name)
+        first = self.sources[0]
+        if not found["stem"] or not {*found[first]} - {places[0][0]}:
+            found["stem"] = found[first] = found["stem"] + found[first]
+        return {part: tuple(names) for part, names in found.items() if names}
+
     def map_side(self, side: int) -> int:
         """Cells of the map's side for images of ``side`` pixels. Raises ``ValueError`` for a size that the model does not take."""
         return self._probe(side)[2]

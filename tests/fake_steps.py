@@ -19,14 +19,10 @@ PRECISIONS = ("bf16", "fp16", None)
 ARCH, SIDE, IMAGES = "resnet18_w16_s16", 64, 8
 
 
-def build(name: str, amp: str | None):
-    import torch
-
+def config(name: str, amp: str | None):
+    """The config of ``METHOD[ VARIANT][@ARCH][+key=value ...]``."""
     from engine.config import Config, EncoderConfig, MethodConfig, QueueConfig
-    from ppssl import METHODS, Teacher
-    from ppssl.encoder import Trunk
-    from ppssl.settings import method_settings, replace_keys
-    from ppssl.timm_trunk import build_trunk
+    from ppssl.settings import replace_keys
 
     name, *switches = name.split("+")
     name, _, arch = name.partition("@")
@@ -37,16 +33,29 @@ def build(name: str, amp: str | None):
         encoder=EncoderConfig(arch=arch or ARCH, dim=128), queue=QueueConfig(size=512, dtype=queue),
     )  # fmt: skip
     values = dict(switch.split("=") for switch in switches)
-    cfg = replace_keys(cfg, {key: {"true": True}.get(value, value) for key, value in values.items()})
+    known = {"true": True, "false": False, "0.5": 0.5, "stem,layer1": ("stem", "layer1"), "bn": ("bn",)}
+    return replace_keys(cfg, {key: known.get(value, value) for key, value in values.items()})
+
+
+def build(name: str, amp: str | None):
+    import torch
+
+    from ppssl import METHODS, Teacher
+    from ppssl.encoder import Trunk
+    from ppssl.settings import method_settings
+    from ppssl.timm_trunk import build_trunk
+
+    cfg = config(name, amp)
     settings = method_settings(cfg, SIDE)
     teacher = None
     if settings.uses_teacher:
         visual = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 32))
         teacher = Teacher(visual, torch.randn(8, 32), logit_scale=100.0, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         fake_cuda.fake(teacher)
-    kind, trunk = METHODS[method], build_trunk(arch or ARCH)
+    kind, trunk = METHODS[cfg.method.name], build_trunk(cfg.encoder.arch)
     if isinstance(trunk, Trunk):
         trunk.fuse_batch_norm()  # bn.impl=auto on CUDA
+    trunk.freeze(cfg.encoder.freeze)
     return kind.from_settings(settings, kind.build_network(settings, trunk), teacher)
 
 
@@ -60,10 +69,11 @@ def run(name: str, amp: str | None, mode: str, device) -> None:
 
     torch._dynamo.reset()
     method = fake_cuda.built(build)(name, amp).to(device, memory_format=torch.channels_last).train()
-    optimizer = optim.sgd(method.trained_parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, backend="torch")
+    options = config(name, amp).optim
+    optimizer = optim.build(method, options)
     step = Step(
         method, optimizer, lr=lambda s: 1e-3, decay=0.99, precision=precision.resolve(amp, device), total_steps=10,
-        compile=mode, backend="aot_eager",
+        compile=mode, backend="aot_eager", clip=options.clip,
     )  # fmt: skip
     x = [torch.empty(IMAGES, 3, SIDE, SIDE, dtype=torch.float16, device=device) for _ in range(3)]
     views = [image.contiguous(memory_format=torch.channels_last) for image in x]

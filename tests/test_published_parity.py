@@ -161,7 +161,7 @@ def test_one_published_step(path: Path, impl: str, compile: str, monkeypatch: py
         optimizer.register_step_pre_hook(lambda *_: norms.update({NAMES[n]: float(names[n].grad.norm()) for n in ours}))
     output = step(Batch(case["x_q"], case["x_k"], torch.arange(expected["B"])))
     if compile == "step":  # the first momentum is the gradient and its weight decay
-        for name, buffer in zip(ours, step.buffers, strict=True):
+        for name, buffer in zip(ours, step.update.states["momentum_buffer"], strict=True):
             norms[NAMES[name]] = float((buffer - 1e-4 * names[name].detach()).norm())
         torch._dynamo.reset()
 

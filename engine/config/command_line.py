@@ -31,7 +31,8 @@ _ALIASES = {
     "lr": "optim.lr", "wd": "optim.weight_decay", "weight_decay": "optim.weight_decay", "momentum": "optim.momentum",
     "b": "batch_size", "j": "data.workers", "workers": "data.workers", "a": "encoder.arch", "arch": "encoder.arch",
     "moco_k": "queue.size", "moco_m": "ema.decay", "moco_t": "contrast.temperature", "moco_dim": "encoder.dim",
-    "c": "cfg", "config": "cfg", "device": "run.device",
+    "c": "cfg", "config": "cfg", "device": "run.device", "opt": "optim.name", "warmup_epochs": "optim.warmup",
+    "layer_decay": "optim.layer_decay", "clip_grad": "optim.clip",
 }  # fmt: skip
 _PRECISION = re.compile(r"(bf|fp|float)\w*$|null$")  # fp32 is taken too, so that the type check refuses it by name
 # Options that are no keys of the configuration, with the value they want.
@@ -49,8 +50,8 @@ usage: python -m engine.train --cfg FILE|RECIPE [--amp [bf16|fp16]] [--resume au
 --profile       profile N steady steps into the run folder (trace and table), or between the marks that Nsight waits for
 
 Overrides stand anywhere on the line, as key=value, --key=value or --key value; the last one wins. MoCo's and timm's
---lr --wd --weight-decay --momentum -b/--batch-size --epochs -a/--arch -j/--workers --moco-k --moco-m --moco-t
---moco-dim work too.
+--lr --wd --weight-decay --momentum --opt --warmup-epochs --layer-decay --clip-grad -b/--batch-size --epochs -a/--arch
+-j/--workers --moco-k --moco-m --moco-t --moco-dim work too.
 
 {keys}
 """
@@ -159,6 +160,8 @@ def _value(key: str, text: str) -> Any:
     if text in ("null", "~") and NoneType in options:
         return None
     if any(typing.get_origin(option) is tuple for option in options) and not text.startswith("["):
+        if any(float in typing.get_args(option) for option in options):
+            return _value(key, f"[{text}]")
         return [part.strip() for part in text.split(",") if part.strip()]
     number = NUMBER.match(text) and any(option in (int, float) for option in options)  # eval.every=0, not "auto"
     if not number and any(option is str or typing.get_origin(option) is Literal for option in options):

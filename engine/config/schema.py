@@ -48,18 +48,33 @@ class OneOf:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD."""
+    """The optimizer and its learning rate."""
 
     lr: Annotated[float, Ge(0), SAID] = 0.03
     """Peak learning rate for the global batch; never rescaled behind your back."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Of SGD."""
+    """Of sgd and lars."""
     weight_decay: Annotated[float, Ge(0), SAID] = 1e-4
-    """L2, on every parameter."""
+    """sgd and lars: L2, as published; adamw: decoupled from the gradient. On every parameter unless decay_norms is false."""
     schedule: Annotated[Literal["cosine", "constant"], SAID] = "cosine"
-    """cosine: half a period from lr to 0 over the whole run, by step."""
+    """cosine: half a period from lr to 0 over the whole run, by step; with a warm-up, over the rest of the run."""
     backend: Annotated[Literal["auto", "torch", "apex"], SAID] = "auto"
-    """auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
+    """Of sgd. auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    """sgd with momentum, as published; adamw wants a far lower lr, 1e-5 to 1e-3; lars, for large batches, a higher one."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw: decay of the two running averages, of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Of adamw: what is added to the root of the second."""
+    warmup: Annotated[float, Ge(0)] = 0.0
+    """Epochs over which the learning rate rises linearly to lr; may be a fraction of one."""
+    decay_norms: bool = True
+    """Weight decay on biases and norms too, as published. false leaves them out, and what timm excepts; lars then adapts no rate
+    of theirs."""
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Factor on the learning rate from each layer of the trunk to the one before it, by timm's layers; 1 is off."""
+    clip: Annotated[Annotated[float, Gt(0)] | None, SAID] = None
+    """Longest gradient, the norm over all parameters; a longer one is scaled down to it. null is off."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +229,8 @@ def expected_type(options: tuple[Any, ...]) -> str:
             for _, run in itertools.groupby(choices, key=lambda text: text.rstrip("0123456789") or text):
                 first, *rest = run
                 parts.append(f"{first} to {rest[-1]}" if len(rest) > 2 else ", ".join([first, *rest]))
+        elif option == tuple[float, float]:
+            parts.append("a list of two numbers")
         elif typing.get_origin(option) is tuple:
             parts.append(f"a list of {expected_type((typing.get_args(option)[0],))}")
         else:
@@ -311,40 +328,63 @@ def validate(config: Config) -> None:
     """
     for key, value in flatten(config).items():
         checked(key, value)
+    for refusals in (_of_data, _of_eval, _of_optim, _of_batch):
+        for key, remedy in refusals(config):
+            raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
-    def refuse(key: str, remedy: str) -> typing.NoReturn:
-        raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
+def _of_data(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, remedy) of each value that does not go with the others."""
+    data = config.data
     for key in ("data.train", "data.test"):
-        if get_key(config, key) is not None and config.data.name not in ("folder", "list"):
-            refuse(key, f"data.name={config.data.name} has a split of its own; it goes with data.name=folder and list")
-    if config.data.crop_banner and config.data.name != "aircraft":
-        refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
-    if config.data.crop_banner and config.data.extra_roots:
-        refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
-    if not (config.run.device == "auto" or _DEVICE.fullmatch(config.run.device)):
-        refuse("run.device", "must be auto, cpu, cuda, cuda:N (as cuda:1) or mps")
-    if config.eval.keep_best:
-        if config.eval.validation == 0:
-            refuse("eval.keep_best", "needs a validation part of the training images: eval.validation above 0, such as 0.1")
-        if config.eval.every == "auto":
-            refuse("eval.every", "goes by the clock, so that eval.keep_best would differ from run to run; give a number of epochs")
-    elif config.eval.patience is not None:
-        refuse("eval.patience", "needs the measure that is to improve: eval.keep_best=rank1, or another")
-    least = keys_per_step(config)
-    if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
-        twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
-        refuse("queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit")
-    if config.ais.target == "relations" and config.batch_size < 3:
-        refuse("batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others")
-    if config.bn.sync and config.bn.groups > 1:
-        refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
-    if config.batch_size % config.bn.groups:
-        refuse("bn.groups", f"must divide batch_size ({config.batch_size})")
-    if config.encoder.arch.startswith("timm/"):
-        return  # only the model knows its stride: build.check_trunk
+        if get_key(config, key) is not None and data.name not in ("folder", "list"):
+            yield key, f"data.name={data.name} has a split of its own; it goes with data.name=folder and list"
+    if data.crop_banner and data.name != "aircraft":
+        yield "data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {data.name}"
+    if data.crop_banner and data.extra_roots:
+        yield "data.crop_banner", "would cut the photos of data.extra_roots too; use one of them"
     stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)
     cell = int(stride[1]) if stride else 32
     kind = SETTINGS.get(config.method.name)
-    if kind and kind.divides_image and (cell == 0 or config.data.image_size % cell):
-        refuse("data.image_size", f"must be a multiple of {cell}, the stride of the map of {config.encoder.arch}")
+    known = not config.encoder.arch.startswith("timm/")  # only the model knows its stride: build.check_trunk
+    if known and kind and kind.divides_image and (cell == 0 or data.image_size % cell):
+        yield "data.image_size", f"must be a multiple of {cell}, the stride of the map of {config.encoder.arch}"
+
+
+def _of_eval(config: Config) -> Iterator[tuple[str, str]]:
+    if not (config.run.device == "auto" or _DEVICE.fullmatch(config.run.device)):
+        yield "run.device", "must be auto, cpu, cuda, cuda:N (as cuda:1) or mps"
+    if config.eval.keep_best:
+        if config.eval.validation == 0:
+            yield "eval.keep_best", "needs a validation part of the training images: eval.validation above 0, such as 0.1"
+        if config.eval.every == "auto":
+            yield "eval.every", "goes by the clock, so that eval.keep_best would differ from run to run; give a number of epochs"
+    elif config.eval.patience is not None:
+        yield "eval.patience", "needs the measure that is to improve: eval.keep_best=rank1, or another"
+
+
+def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
+    optim, usual = config.optim, OptimConfig()
+    for key in ("betas", "eps") if optim.name != "adamw" else ("momentum",):
+        if getattr(optim, key) != getattr(usual, key):
+            of = "sgd and lars; adamw has optim.betas" if optim.name == "adamw" else "adamw"
+            yield f"optim.{key}", f"does nothing with optim.name={optim.name}; it is a key of {of}"
+    if optim.backend == "apex" and optim.name != "sgd":
+        yield "optim.backend", f"apex is used for sgd only, not with optim.name={optim.name}; use torch"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield "optim.betas", "both must be in [0, 1)"
+    if optim.warmup and optim.warmup >= config.epochs:
+        yield "optim.warmup", f"must be below epochs ({config.epochs}), of which it is a part"
+
+
+def _of_batch(config: Config) -> Iterator[tuple[str, str]]:
+    least = keys_per_step(config)
+    if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
+        twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
+        yield "queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit"
+    if config.ais.target == "relations" and config.batch_size < 3:
+        yield "batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others"
+    if config.bn.sync and config.bn.groups > 1:
+        yield "bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part"
+    if config.batch_size % config.bn.groups:
+        yield "bn.groups", f"must divide batch_size ({config.batch_size})"

@@ -1,10 +1,10 @@
 """The training loop and one training step: gradients, optimizer, compile, checkpoints, processes."""
 
-from engine.training import checkpoint, distributed, precision, signals, speed
+from engine.training import checkpoint, distributed, precision, profiling, signals
 from engine.training.distributed import ALONE, World, add_device_option, choose_device, gather_rows, option_device
 from engine.training.log import Summary, symptoms
 from engine.training.log.symptoms import COLLAPSE, COLLAPSED
-from engine.training.optim import apex_missing
+from engine.training.optim import apex_missing, describe_optimizer
 from engine.training.resume import find_checkpoint, recorded_settings
 from engine.training.signals import Stopped
 from engine.training.step import choose, uncompiled
@@ -23,6 +23,7 @@ __all__ = [
     "checkpoint",
     "choose",
     "choose_device",
+    "describe_optimizer",
     "distributed",
     "find_checkpoint",
     "gather_rows",
@@ -30,7 +31,7 @@ __all__ = [
     "precision",
     "recorded_settings",
     "signals",
-    "speed",
+    "profiling",
     "symptoms",
     "uncompiled",
 ]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppssl.encoder import BaseTrunk
 from ppssl.method import Method, Output
 
 
@@ -42,7 +43,9 @@ class Guard:
         self.index = torch.empty(0, dtype=torch.int64, device=device)
         self.names: list[str] = []
         self.values = torch.empty(0, device=device)
-        self.statistics = [b for b in method.buffers() if b.is_floating_point() and b.dim() == 1]
+        trunks = [module for module in method.modules() if isinstance(module, BaseTrunk)]
+        frozen = {id(b) for trunk in trunks for norm in trunk.frozen_norms() for b in norm.buffers(recurse=False)}
+        self.statistics = [b for b in method.buffers() if b.is_floating_point() and b.dim() == 1 and id(b) not in frozen]
         self.sizes = [tensor.numel() for tensor in self.statistics]
 
     def keep(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from engine.data import ImageList
 from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import checkpoint
 from engine.training.distributed import ALONE, World
-from engine.training.optim import FORMULAS
+from engine.training.optim import EMA_FORMULAS, FORMULAS
 from ppssl.method import METHODS, Method
 from ppssl.settings import OF_RUN, SETTINGS
 
@@ -144,6 +144,7 @@ def known_settings(
     if network is not None:
         known["encoder.arch"] = getattr(network.trunk, "arch", type(network.trunk).__name__)
         known["encoder.weights"] = "none"
+        known["encoder.freeze"] = getattr(network.trunk, "frozen", ())
     if network is not None and network.mask is not None:
         known |= {"method.minmax": network.mask.minmax, "method.maxout_width": network.mask.conv.out_channels}
     return known
@@ -191,23 +192,26 @@ def _changed(then: dict[str, Any], now: dict[str, Any], policy: str) -> list[str
     return [key for key in differing if (key, now[key]) != ("queue.size", "auto")]  # the checkpoint's is taken (build.decide_queue)
 
 
-def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], rate: float, total_steps: int) -> None:
+def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], schedules: dict[str, float], total_steps: int) -> None:
     """Says in the log which settings that may change are other ones from here on than in the ``state`` of the checkpoint
-    ``source``, and what follows for the learning rate and for warm-ups.
+    ``source``, and what follows for the learning rate, the decay of the momentum network and warm-ups.
 
-    rate: of the next step of the run that continues it, which has ``total_steps``.
+    schedules: ``Step.schedules`` of the next step of the run that continues it, which has ``total_steps``.
     """
     then = recorded_settings(state, source)
     for key in _changed(then, now, "said"):
         say(f"{key}: {now[key]!r} from here on, {then[key]!r} until {source}")
-    step, before = state["step"], state.get("next_lr")  # absent in a checkpoint of an earlier version
-    schedule = now.get("optim.schedule")
-    if before is not None and before != rate:
-        how = FORMULAS.get(str(schedule), "")
-        say(
-            f"learning rate of step {step + 1:,}: {rate:.6g}, which was to be {before:.6g}; optim.schedule={schedule}"
-            f"{how and f', {how}'} with total_steps {total_steps:,} from here on"
-        )
+    step = state["step"]
+    keys_of = {"learning rate": ("optim.schedule", FORMULAS), "ema.decay": ("ema.schedule", EMA_FORMULAS)}
+    for name, before in state.get("next", {}).items():  # absent in a checkpoint of an earlier version
+        value = schedules.get(name, before)
+        if value != before:
+            key, formulas = keys_of[name]
+            formula = formulas.get(now.get(key, ""), "")
+            how = f"{key}={now.get(key)}{formula and f', {formula}'}, total_steps {total_steps:,}"
+            if key == "optim.schedule" and now.get("optim.warmup"):
+                how += f", both without the warm-up of {now['optim.warmup']:g} epochs"
+            say(f"{name} of step {step + 1:,}: {value:.6g}, which was to be {before:.6g}; from here on {how}")
     if now.get("epochs") == then.get("epochs") or "steps_per_epoch" not in state:
         return
     # warm-ups that are a fraction of the run

@@ -66,8 +66,9 @@ def uncompiled() -> AbstractContextManager:
 class Step:
     """Callable that trains ``method`` on one batch.
 
-    optimizer: SGD over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum update, and
-    decay_schedule how it changes (``optim.ema_decay``);
+    optimizer: of ``optim.build`` over the method's trainable parameters; lr: step -> learning rate; decay: of the momentum
+    update, and decay_schedule how it changes (``optim.ema_decay``); clip: the longest gradient, of all parameters together, None
+    for any (``grad_norm`` is that before clipping);
     total_steps: the whole run's, for warm-ups. ``steps_done`` counts the steps.
     compile: ``off`` runs eagerly; ``encoder`` compiles the method's encoders; ``step`` compiles everything from the momentum
     update to the enqueue into one graph without a break, in which the compiler drops every pass that nobody needs. backend:
@@ -91,16 +92,15 @@ class Step:
         graph: bool = False,
         max_bad_steps: int = 10,
         decay_schedule: str = "constant",
+        clip: float | None = None,
     ):
         choose(compile, "on" if graph else "off", precision, world_size(method.group))  # refuses what cannot be had
         self.method, self.optimizer, self.lr, self.decay = method, optimizer, lr, decay
-        self.precision, self.total_steps = precision, total_steps
+        self.precision, self.total_steps, self.clip = precision, total_steps, clip
         self.scaler = precision.scaler()
         self.steps_done = 0
-        (group,) = optimizer.param_groups
-        self.parameters = group["params"]
-        # kept apart: a graph that read the group would be bound to its learning rate too, and compiled anew at every step
-        self.momentum, self.weight_decay = group["momentum"], group["weight_decay"]
+        self.update = optim.Update(optimizer)
+        self.parameters = self.update.parameters
         self.online, self.target = method.ema_pairs()
         device = precision.device
         self.takes_context = "context" in inspect.signature(method.forward).parameters
@@ -114,8 +114,6 @@ class Step:
         if compile != "off":
             compiler_cache.prepare()
         self.compile = compile
-        self.buffers = [torch.zeros_like(p) for p in self.parameters]
-        self._keep_buffers()
         self.run = self._eager
         if compile == "step" or graph:
             self.run = self._compiled(backend) if compile == "step" else self._whole
@@ -176,6 +174,8 @@ class Step:
         norm = optim.gradient_norm([g for g in gradients if g is not None])
         if self.precision.scales:
             norm = norm / self.context.loss_scale
+        if self.clip is not None:
+            gradients = optim.clipped(gradients, norm, self.clip)
         output = output._replace(total=output.total.detach(), stats=output.stats | {"grad_norm": norm})
         return output, gradients
 
@@ -198,27 +198,13 @@ class Step:
             gradients = [None if g is None else next(means) for g in gradients]
         return output._replace(total=total["total"], terms=terms, stats=stats), gradients
 
-    def _keep_buffers(self) -> None:
-        """Puts the momentum buffers where the optimizer keeps them. They begin as zeros: the first update of a zero buffer is the
-        gradient itself, as in ``torch.optim.SGD``, and a first step that is skipped leaves them defined."""
-        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-            self.optimizer.state[parameter]["momentum_buffer"] = buffer
-
     def _whole(self, batch: Batch) -> Output:
         """Everything from the momentum update to the enqueue, with the learning rate read from the device."""
         kept = self.guard.keep()
         output, gradients = self.gradients(batch)
         self.check_finite(output, kept)
         with torch.no_grad():
-            used = [(p, g, b) for p, g, b in zip(self.parameters, gradients, self.buffers, strict=True) if g is not None]
-            parameters, found, buffers = map(list, zip(*used, strict=True))
-            found = torch._foreach_add(found, parameters, alpha=self.weight_decay)
-            # a bad step multiplies the buffers by one, adds zeros to them and goes nowhere
-            found = [torch.where(self.guard.bad, torch.zeros_like(g), g) for g in found]
-            torch._foreach_mul_(buffers, torch.where(self.guard.bad, 1.0, self.momentum))
-            torch._foreach_add_(buffers, found)
-            rate = torch.where(self.guard.bad, 0.0, self.rate)
-            torch._foreach_sub_(parameters, torch._foreach_mul(buffers, rate))
+            self.update(gradients, self.rate, self.guard.bad)
             self.enqueue(output, batch)
         return output
 
@@ -250,6 +236,9 @@ class Step:
 
         for module in self.method.modules():
             if isinstance(module, BaseTrunk):
+                if between := [name for name in module.watched if name in module.sources[:-1]]:
+                    # autograd sees one function of the image with several results, none of them a function of another
+                    raise ValueError(f"run.compile: encoder has no gradient by {between[0]} (iadm.sources); use step or off")
                 module.maps = compiled(module.maps)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -270,15 +259,21 @@ class Step:
                 changed[name] = images.float()
         return batch._replace(**changed)
 
+    def schedules(self) -> dict[str, float]:
+        """What the next step has of what changes over the run: the learning rate and, with a momentum network, its decay."""
+        found = {"learning rate": self.lr(self.steps_done)}
+        if self.target:
+            found["ema.decay"] = optim.ema_decay(self.steps_done, self.total_steps, base=self.decay, schedule=self.decay_schedule)
+        return found
+
     def set_schedule(self) -> None:
         """Puts this step's learning rate, momentum decay, share of the run that is done and loss scale where they are read."""
         rate = self.lr(self.steps_done)
         self.context.progress.fill_(self.steps_done / self.total_steps)
         self.rate.fill_(rate)
+        self.update.set_rate(rate)
         decay = optim.ema_decay(self.steps_done, self.total_steps, base=self.decay, schedule=self.decay_schedule)
         self.ema_weight.fill_(1.0 - decay)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         if self.precision.scales:
             self.context = self.context._replace(loss_scale=self.scaler.scale(torch.ones((), device=self.precision.device)))
 
@@ -292,12 +287,7 @@ class Step:
 
     def load_state_dict(self, state: dict) -> None:
         self.steps_done = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-            buffer.copy_(self.optimizer.state[parameter]["momentum_buffer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.weight_decay  # may be another one from here on, as the rate may
-        self._keep_buffers()  # a compiled graph holds these very tensors
+        self.update.load(state["optimizer"])
         if state["scaler"]:  # empty where nothing was scaled: amp may be another one from here on
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])

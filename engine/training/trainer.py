@@ -24,7 +24,7 @@ from engine.training.best import Best
 from engine.training.distributed import ALONE, World, choose_device
 from engine.training.guard import Health
 from engine.training.log import Records, RunLog, Summary
-from engine.training.optim import learning_rate, sgd
+from engine.training.optim import build, learning_rate
 from engine.training.profiling import Profile
 from engine.training.resume import (
     Found,
@@ -88,16 +88,11 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
+        warmup = min(round(optim.warmup * loader.steps_per_epoch), self.total_steps - 1)
         self.step = Step(
             method,
-            sgd(
-                method.trained_parameters(),
-                lr=optim.lr,
-                momentum=optim.momentum,
-                weight_decay=optim.weight_decay,
-                backend=optim.backend,
-            ),
-            lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule),
+            build(method, optim),
+            lr=lambda step: learning_rate(step, self.total_steps, peak=optim.lr, schedule=optim.schedule, warmup=warmup),
             decay=ema_decay,
             precision=self.precision,
             total_steps=self.total_steps,
@@ -105,6 +100,7 @@ class Trainer:
             graph=self.execution.graph,
             max_bad_steps=run.max_bad_steps,
             decay_schedule=ema_schedule,
+            clip=optim.clip,
         )
         self.out = Path(out) if out is not None and world.first else None
         self.resume_from, self.config, self.images = resume, config, images
@@ -334,7 +330,7 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "rng": checkpoint.rng_state(self.device),
                 "best": self.best.state_dict(),
-                "next_lr": self.step.lr(self.step.steps_done),
+                "next": self.step.schedules(),
                 "steps_per_epoch": self.loader.steps_per_epoch,
                 "health": self.health.state_dict(),
                 "loader": self.loader_name,
@@ -391,4 +387,4 @@ class Trainer:
             return
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
         if not self.ended:
-            say_changes(state, path, self.settings, self.step.lr(self.step.steps_done), self.total_steps)
+            say_changes(state, path, self.settings, self.step.schedules(), self.total_steps)

@@ -34,6 +34,7 @@ from ppssl.settings.sections import (
     EncoderConfig,
     IadmConfig,
     MethodConfig,
+    Part,
     QueueConfig,
     Resume,
     Source,
@@ -43,6 +44,6 @@ from ppssl.settings.sections import (
 __all__ = [
     "FREE", "OF_RUN", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
     "EncoderConfig", "IadmConfig", "LCRSettings", "LDFSSettings", "LcrConfig", "LdfsConfig", "MethodConfig", "MoCoSettings",
-    "PPSSLSettings", "QueueConfig", "Resume", "Sections", "Settings", "SimCLRSettings", "Source", "TeacherConfig", "get_key",
-    "idle_keys", "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",
+    "PPSSLSettings", "Part", "QueueConfig", "Resume", "Sections", "Settings", "SimCLRSettings", "Source", "TeacherConfig",
+    "get_key", "idle_keys", "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",
 ]  # fmt: skip

@@ -12,6 +12,9 @@ _SOURCES = ("image", *(f"layer{i}" for i in range(1, 5)), *(f"stage{i}" for i in
 Source: TypeAlias = Literal[_SOURCES]  # type: ignore[valid-type]
 """Where a CAM can be taken: layers are a ResNet's, stages those of a timm model. The trunk says which it has."""
 
+Part: TypeAlias = Literal[("stem", *_SOURCES[1:], "bn")]  # type: ignore[valid-type]
+"""A part of a trunk that can be frozen. The trunk says which it has."""
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -69,6 +72,9 @@ class EncoderConfig:
     """Width D of the contrastive embedding."""
     partial: Annotated[bool, FREE] = False
     """Take from weights of another network what fits, and leave the rest random; otherwise they are refused."""
+    freeze: Annotated[tuple[Part, ...], Distinct()] = ()
+    """Parts of the trunk that are not trained: stem, layer1 ... of a ResNet, stage1 ... of a timm model, bn (every batch-norm).
+    Their batch-norms use the running statistics and do not move them."""
 
 
 @dataclass(frozen=True)

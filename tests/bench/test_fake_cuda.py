@@ -58,6 +58,19 @@ def test_switches_step_without_waiting_for_the_gpu(mode: str) -> None:
     assert not {case: error for case, error in found.items() if error}
 
 
+OPTIMIZERS = (
+    "moco+optim.name=adamw+optim.clip=0.5+optim.decay_norms=false+encoder.freeze=stem,layer1",
+    "simclr+optim.name=lars+optim.clip=0.5+optim.layer_decay=0.5+encoder.freeze=bn",
+)
+
+
+@pytest.mark.parametrize("mode", ["off", "step"])
+def test_optimizers_and_frozen_parts_step_without_waiting_for_the_gpu(mode: str) -> None:
+    found = steps(mode, *OPTIMIZERS)
+    assert len(found) == 2 * (3 if mode == "off" else 2)
+    assert not {case: error for case, error in found.items() if error}
+
+
 def test_trunks_of_timm_step_eagerly_in_every_precision() -> None:
     found = steps("off", "ppssl guided@timm/convnext_atto_s16", "ppssl guided@timm/vit_tiny_patch16_224")
     assert len(found) == 6

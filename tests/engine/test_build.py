@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from engine import build
-from engine.config import from_yaml
+from engine.config import BatchNormConfig, Config, EncoderConfig, MethodConfig, from_yaml
 from engine.errors import ConfigError
 from ppssl.teacher import Teacher
 
@@ -162,3 +162,25 @@ def test_files_are_named_by_absolute_paths_and_tags_stay(tmp_path: Path, monkeyp
         assert build.with_absolute_paths(from_yaml(f"encoder: {{weights: '{text}'}}")).encoder.weights == text
     assert build.with_absolute_paths(from_yaml("encoder: {weights: plain}")).encoder.weights == str(tmp_path / "plain")
     assert build.with_absolute_paths(from_yaml("ais: {prompts: birds}")).ais.prompts == "birds"
+
+
+def test_frozen_parts_are_told_and_what_cannot_be_is_refused(capfd: pytest.CaptureFixture) -> None:
+    def network(*parts: str, name: str = "moco", **bn):
+        encoder = EncoderConfig(arch="resnet18_w8_s16", weights="none", freeze=parts)
+        return build.initial_network(Config(method=MethodConfig(name=name), encoder=encoder, bn=BatchNormConfig(**bn)))
+
+    trunk = network("stem", "stage1", "bn", groups=2).trunk
+    told = " ".join(capfd.readouterr().err.split())
+    trained = {n for n, p in trunk.named_parameters() if p.requires_grad}
+    assert trained == {
+        n for n, _ in trunk.named_parameters() if n[:6] in ("layer2", "layer3", "layer4") and ("conv" in n or "downsample.0" in n)
+    }
+    count = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+    assert f"encoder.freeze: stem, stage1, bn; {count:,} of" in told and "stays random" in told
+    assert "bn.groups: does nothing in resnet18_w8_s16" in told
+    with pytest.raises(ConfigError, match="encoder.freeze: 'stage5' is no part of resnet18_w8_s16; use stem, layer1, .*, bn"):
+        network("stage5")
+    every = ("stem", "layer1", "layer2", "layer3", "layer4")
+    with pytest.raises(ConfigError, match="encoder.freeze: with .* nothing of resnet18_w8_s16 is trained, and moco keeps"):
+        network(*every)
+    assert network(*every, name="lcr").trunk.constant == every[1:]  # its mask is kept

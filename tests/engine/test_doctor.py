@@ -13,7 +13,7 @@ import torch
 
 import engine.training
 from engine import doctor
-from engine.training import speed
+from engine.training import profiling
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 0.5)
+    monkeypatch.setattr(profiling, "convolution_tflop_s", lambda device, dtype: 0.5)
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_a_gpu(pretended_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: ["NVIDIA H200", "580.65"])
     (finding,) = doctor.gpu()
     assert finding.state == "ok" and "NVIDIA H200, 140 GiB, sm_90" in finding.text and "driver 580.65" in finding.text
-    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 500.0)
-    monkeypatch.setattr(speed, "copy_tb_s", lambda device: 4.3)
+    monkeypatch.setattr(profiling, "convolution_tflop_s", lambda device, dtype: 500.0)
+    monkeypatch.setattr(profiling, "copy_tb_s", lambda device: 4.3)
     fast, bottleneck = doctor.speed(torch.device("cuda"))
     assert "4.3" in fast.text and "images/s" in fast.text
     assert bottleneck.state == "note" and "data.loader=dali" in bottleneck.remedy
@@ -202,7 +202,7 @@ def test_expectation() -> None:
 
 
 def test_measuring() -> None:
-    rate = speed.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
+    rate = profiling.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e-4 < rate < 1e3
 
 

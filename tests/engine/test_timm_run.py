@@ -47,14 +47,21 @@ def newest(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(photos: Path, ctrl_c_at_first_save: Callable) -> None:
-    given = words(photos, "timm/convnext_atto")
+    given = words(photos, "timm/tf_efficientnet_lite0", "encoder.freeze=stem,stage1,stage2,stage3,bn")
     assert main([*given, "--out", "whole"]) == 0
     ctrl_c_at_first_save()
     assert main([*given, "--out", "parts"]) == 130
     assert main([*given, "--out", "parts"]) == 0
     whole, parts = newest(Path("whole")), newest(Path("parts"))
     assert whole.keys() == parts.keys() and [n for n in whole if not torch.equal(whole[n], parts[n])] == []
-    assert from_run(Path("whole/config.yaml")).encoder.arch == "timm/convnext_atto" and Path("whole/report.html").is_file()
+    config = from_run(Path("whole/config.yaml"))
+    assert config.encoder.arch == LITE and config.encoder.freeze == ("stem", "stage1", "stage2", "stage3", "bn")
+    assert Path("whole/report.html").is_file()
+    start = build.initial_network(config).trunk.state_dict()
+    kept = {n: tensor for n, tensor in start.items() if not n.endswith("num_batches_tracked")}
+    fixed = {n for n, tensor in kept.items() if torch.equal(tensor, whole[f"encoder_q.trunk.{n}"])}
+    assert {n for n in kept if n.startswith(("conv_stem", "blocks.0", "blocks.1", "blocks.2")) or "running" in n} <= fixed
+    assert "blocks.6.0.conv_pw.weight" not in fixed
     assert engine.load("whole").class_names == engine.load("parts").class_names == CLASSES
 
 

@@ -155,7 +155,10 @@ def test_a_run_learns_from_a_model_that_knows_no_text(target: str, recipe: Path,
     ]  # fmt: skip
     assert main(line) == 0
     shown = " ".join(capfd.readouterr().err.split())
-    assert f"teacher: timm/test_vit, weights vit.safetensors; target {target}" in shown and "descriptions" not in shown
+    assert (
+        f"teacher: timm/test_vit, weights {Path('vit.safetensors').resolve()}; target {target}" in shown
+        and "descriptions" not in shown
+    )
     records = run_folder.read_metrics(Path(target))
     assert all(0 < r["ais"] < 3 for r in records if r["kind"] == "train")
     kept = json.loads(Path(target, "evaluation.json").read_text())

@@ -199,3 +199,44 @@ def test_the_evaluation_transform_is_timm_s(name: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (15, 20, 3), np.uint8)
     photo = Image.fromarray(pixels).resize((400, 300))
     torch.testing.assert_close(Transform(160, image_input(f"timm/{name}"))(photo), theirs(photo), atol=1e-5, rtol=1e-5)
+
+
+FIRST = {  # what is frozen with stem and stage1, by the beginning of its name
+    "resnet18": ("conv1", "bn1"),
+    "tf_efficientnet_lite0": ("conv_stem", "bn1", "blocks.0"),
+    "mobilenetv3_small_050": ("conv_stem", "bn1"),
+    "regnety_002": ("stem",),
+    "convnext_atto": ("stem", "stages.0"),
+    "vit_tiny_patch16_224": ("cls_token", "pos_embed", "patch_embed", "blocks.0"),
+    "swin_tiny_patch4_window7_224": ("patch_embed", "layers.0"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_parts_of_a_model_of_timm_are_frozen_up_to_a_stage(name: str) -> None:
+    torch.manual_seed(0)
+    trunk = build_trunk(f"timm/{name}").train()
+    parts = trunk.parts()
+    assert [*parts] == ["stem", *trunk.sources]
+    with_tensors = {n.rpartition(".")[0] for n in trunk.state_dict()}
+    assert with_tensors == {n for names in parts.values() for n in names}
+    trunk.freeze(("stem", "stage1"))
+    frozen = {n for n, p in trunk.named_parameters() if not p.requires_grad}
+    first = tuple(f"{top}." for top in FIRST[name])
+    assert frozen == {n for n, _ in trunk.named_parameters() if f"{n}.".startswith(first)}
+    norms = {n: m.training for n, m in trunk.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    assert all(training != f"{n}.".startswith(first) for n, training in norms.items())
+    assert trunk.constant[0] == "stage1" and trunk.sources[1] not in trunk.constant
+    trunk.watch(("stage1", "stage2"))
+    maps = trunk.maps(torch.randn(2, 3, 64, 64))
+    assert not maps["stage1"].requires_grad and maps["stage2"].requires_grad
+
+
+def test_a_part_that_a_model_does_not_have_is_named_with_those_it_has() -> None:
+    trunk = build_trunk("timm/convnext_atto")
+    for part in ("bn", "stage5", "layer1"):
+        with pytest.raises(
+            ValueError, match=f"encoder.freeze: '{part}' is no part of timm/convnext_atto; use stem, stage1, .*, stage4$"
+        ):
+            trunk.freeze((part,))
+    assert all(p.requires_grad for p in trunk.parameters()) and trunk.frozen == ()

@@ -121,7 +121,8 @@ def gpu(properties: types.SimpleNamespace = H100) -> Iterator[Any]:
             for name, value in answers.items():
                 put(patch.object(holder, name, staticmethod(_constant(value))))
         put(patch.object(fake_tensor, "init_gpu_context", _constant(None)))  # it would allocate
-        put(patch.object(torch, "_fused_sgd_", _fused_sgd))
+        put(patch.object(torch, "_fused_sgd_", _fused_update))
+        put(patch.object(torch, "_fused_adamw_", _fused_adamw))
         put(patch.object(triton.runtime.driver, "_active", _TritonDriver(properties)))
         put(patch.object(fuse_attention, "_sfdp_init", _constant(None)))  # its patterns are traced on real tensors
         put(inductor.patch(joint_graph_constant_folding=False, compile_threads=1, fx_graph_cache=False))
@@ -197,16 +198,23 @@ def _constant(value: Any) -> Any:
     return lambda *args, **kwargs: value
 
 
-def _fused_sgd(parameters: list, gradients: list, buffers: list, **options: Any) -> None:
-    """What torch's fused SGD demands and a fake tensor's kernel does not check: one device, one type and one layout for each
-    parameter, its gradient and its buffer; scale and flag on the device."""
-    for parameter, gradient, buffer in zip(parameters, gradients, buffers, strict=True):
-        for other in (gradient, buffer):
+def _fused_update(parameters: list, gradients: list, *states: list, **options: Any) -> None:
+    """What torch's fused optimizers demand and a fake tensor's kernel does not check: one device, one type and one layout for each
+    parameter, its gradient and its state; scale and flag on the device."""
+    for parameter, *others in zip(parameters, gradients, *states, strict=True):
+        for other in others:
             assert (other.device, other.dtype) == (parameter.device, parameter.dtype), (other, parameter)
             sides = zip(parameter.shape, parameter.stride(), other.stride(), strict=True)
             assert all(ours == theirs or n == 1 for n, ours, theirs in sides), (parameter.stride(), other.stride())
     for name in ("grad_scale", "found_inf"):
         assert options.get(name) is None or options[name].device == parameters[0].device, name
+
+
+def _fused_adamw(
+    parameters: list, gradients: list, averages: list, squares: list, maxima: list, steps: list, **options: Any
+) -> None:
+    _fused_update(parameters, gradients, averages, squares, **options)
+    assert not maxima and all(step.device == parameters[0].device for step in steps)
 
 
 class _TritonDriver:

@@ -37,6 +37,11 @@ def changed(line: str) -> dict[str, object]:
         ("--cfg cub --seed 4 --out runs/x", {"seed": 4, "out": "runs/x"}),
         ("--cfg cub out=2024 encoder.weights=none", {"out": "2024", "encoder.weights": "none"}),
         ("--cfg cub run.compile=off run.cuda_graph=on", {"run.compile": "off", "run.cuda_graph": "on"}),
+        (
+            "--cfg cub --opt adamw optim.betas=0.9,0.95 --warmup-epochs 0.5 --layer-decay=0.75 --clip-grad 1",
+            {"optim.name": "adamw", "optim.betas": (0.9, 0.95), "optim.warmup": 0.5, "optim.layer_decay": 0.75, "optim.clip": 1.0},
+        ),
+        ("--cfg cub --encoder.freeze stem,layer1,bn", {"encoder.freeze": ("stem", "layer1", "bn")}),
         ("--cfg cub iadm.sources=image,layer4", {"iadm.sources": ("image", "layer4")}),
         ("--cfg cub iadm.sources=[layer4]", {"iadm.sources": ("layer4",)}),
         ("--cfg cub --queue.exclude-same-image bn.sync=true", {"queue.exclude_same_image": True, "bn.sync": True}),

@@ -34,6 +34,7 @@ FROZEN = {
     "encoder.head": "mlp2",
     "encoder.dim": 256,
     "encoder.partial": False,
+    "encoder.freeze": (),
     "queue.size": 65536,
     "queue.dtype": "auto",
     "queue.sharded": False,
@@ -84,6 +85,13 @@ FROZEN = {
     "optim.weight_decay": 1e-4,
     "optim.schedule": "cosine",
     "optim.backend": "auto",
+    "optim.name": "sgd",
+    "optim.betas": (0.9, 0.999),
+    "optim.eps": 1e-8,
+    "optim.warmup": 0.0,
+    "optim.decay_norms": True,
+    "optim.layer_decay": 1.0,
+    "optim.clip": None,
     "data.name": "cub",
     "data.root": None,
     "data.train": None,
@@ -302,7 +310,8 @@ def test_null_stands_for_a_later_choice():
 FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident",
         "data.workers", "data.allow_change", "data.classes", "data.fraction", "data.extra_roots"}  # fmt: skip
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
-SAID = {"epochs", "amp", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.backend", "queue.dtype", "bn.impl"}
+SAID = {"epochs", "amp", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.backend", "optim.clip", "queue.dtype",
+        "bn.impl"}  # fmt: skip
 """What it may change with a line in the log: its length, the remedies of a run that diverges, and what only rounds differently."""
 
 
@@ -371,3 +380,26 @@ def test_a_method_without_variants_is_called_by_its_name_alone() -> None:
     }
     assert titles.pop("ppssl") == "ppssl (guided)" and titles.pop("lcr") == "lcr (guided)"
     assert all(title == name for name, title in titles.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{betas: [0.9, 0.95]}", "optim.betas: got (0.9, 0.95), does nothing with optim.name=sgd; it is a key of adamw"),
+        ("{name: lars, eps: 1e-6}", "optim.eps: got 1e-06, does nothing with optim.name=lars"),
+        (
+            "{name: adamw, momentum: 0.8}",
+            "optim.momentum: got 0.8, does nothing with optim.name=adamw; it is a key of sgd and lars",
+        ),
+        ("{name: adamw, backend: apex}", "optim.backend: got 'apex', apex is used for sgd only"),
+        ("{name: adamw, betas: [0.9, 1.0]}", "optim.betas: got (0.9, 1.0), both must be in [0, 1)"),
+        ("{name: adamw, betas: [0.9]}", "optim.betas: got [0.9] (list), expected a list of two numbers"),
+        ("{warmup: 100}", "optim.warmup: got 100.0, must be below epochs (100), of which it is a part"),
+        ("{layer_decay: 1.1}", "optim.layer_decay: got 1.1, must be"),
+        ("{clip: 0}", "optim.clip: got 0, must be above 0"),
+    ],
+)
+def test_a_key_of_another_optimizer_is_refused(text: str, message: str):
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(f"optim: {text}")
+    assert message in str(caught.value)

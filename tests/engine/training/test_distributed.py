@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine import run_folder
 from engine.build import spread
-from engine.config import Config, from_yaml
+from engine.config import Config, OptimConfig, from_yaml
 from engine.errors import ConfigError
 from engine.evaluation import validation
 from engine.pretrained import best_of
@@ -63,12 +63,14 @@ CASES = [
     ("guided relations symmetric gradient", True, "mlp2", False),
     ("lcr guided both symmetric", False, "mlp2", True),
     ("guided image", False, "mlp2", False),
+    ("moco frozen adamw", False, "mlp3_bn", False),
+    ("moco lars", True, "mlp3_bn", False),
 ]
 SWITCHES = {
     "batch": {"negatives": "batch"}, "both": {"negatives": "both", "empty_queue": True}, "symmetric": {"symmetric": True},
-    "gradient": {"keys_with_gradient": True},
+    "gradient": {"keys_with_gradient": True}, "frozen": {}, "adamw": {}, "lars": {},
 }  # fmt: skip
-"""What further words of a case mean to the contrast."""
+"""What further words of a case mean to the contrast; ``frozen`` freezes the first stages, the optimizers clip."""
 
 
 def build(name: str, sync: bool, head: str) -> Method:
@@ -77,6 +79,7 @@ def build(name: str, sync: bool, head: str) -> Method:
     options: dict = dict(dim=D, queue_size=K, bn_groups=1 if sync else WORLD, queue_dtype=torch.float64)
     head = projection_head(head, trunk.channels, D)
     words = name.split()
+    trunk.freeze(("stem", "layer1") if "frozen" in words else ())
     name = " ".join(word for word in words if word not in SWITCHES)
     for word in words:
         options |= SWITCHES.get(word, {})
@@ -100,7 +103,7 @@ def build(name: str, sync: bool, head: str) -> Method:
         )  # fmt: skip
     look = torch.randn(3, 7, dtype=torch.float64)
     with torch.no_grad():
-        for parameter in method.parameters():  # away from the zeros that blocks begin with
+        for parameter in method.parameters() if "frozen" not in words else ():  # away from the zeros that blocks begin with
             parameter.add_(0.1 * torch.randn_like(parameter))
     return method.double().train()
 
@@ -113,11 +116,12 @@ def batch(step: int, rank: int, processes: int) -> Batch:
     return Batch(x_q, x_k, index, None, teacher)
 
 
-def train(method: Method, rank: int, processes: int) -> dict[str, Tensor]:
-    trained = method.trained_parameters()
+def train(method: Method, name: str, rank: int, processes: int) -> dict[str, Tensor]:
+    (kind,) = {"adamw", "lars"} & set(name.split()) or {"sgd"}
+    optimizer = optim.build(method, OptimConfig(name=kind, lr=0.05, decay_norms=kind == "sgd"))  # type: ignore[arg-type]
     step = Step(
-        method, optim.sgd(trained, lr=0.05, momentum=0.9, weight_decay=1e-4), lr=lambda _: 0.05, decay=0.9,
-        precision=precision.resolve(None, CPU), total_steps=STEPS,
+        method, optimizer, lr=lambda _: 0.05 if kind != "adamw" else 1e-3, decay=0.9, precision=precision.resolve(None, CPU),
+        total_steps=STEPS, clip=None if kind == "sgd" else 0.5,
     )  # fmt: skip
     seen = {}
     for number in range(STEPS):
@@ -125,7 +129,7 @@ def train(method: Method, rank: int, processes: int) -> dict[str, Tensor]:
         values = {"total": output.total} | output.terms | output.stats
         seen |= {f"step {number}: {name}": value.detach().clone() for name, value in values.items()}
     for i, state in step.optimizer.state_dict()["state"].items():
-        seen[f"momentum {i}"] = state["momentum_buffer"]
+        seen |= {f"{what} {i}": tensor for what, tensor in state.items()}
     return seen | method.state_dict()
 
 
@@ -172,9 +176,9 @@ def compare_with_one(rank: int) -> None:
     for number, (name, sync, head, sharded) in enumerate(CASES):
         method = build(name, sync, head)
         method.distribute(dist.group.WORLD.group_name, sync_bn=sync, shard_queue=sharded)
-        several = train(method, rank, WORLD)
+        several = train(method, name, rank, WORLD)
         if rank == 0:
-            torch.save((several, train(build(name, sync, head), 0, 1)), f"case{number}.pt")
+            torch.save((several, train(build(name, sync, head), name, 0, 1)), f"case{number}.pt")
     dist.destroy_process_group()
     torch.Tensor.float = cut
 

@@ -96,8 +96,8 @@ def test_with_a_cosine_the_rate_before_and_after_and_its_formula_are_said(photos
     assert train("--out", "run", "optim.schedule=cosine", "epochs=4") == 0
     text = said(capfd)
     rate = 0.03 * (1 + math.cos(math.pi * 6 / 12)) / 2
-    assert f"learning rate of step 7: {rate:.6g}, which was to be 0; optim.schedule=cosine, lr * (1 + cos(pi * step" in text
-    assert "with total_steps 12 from here on" in text
+    assert f"learning rate of step 7: {rate:.6g}, which was to be 0; from here on optim.schedule=cosine, lr * (1 + cos(pi" in text
+    assert "/ 2, total_steps 12" in text
     lines = {r["step"]: r["lr"] for r in run_folder.read_metrics(Path("run")) if r["kind"] == "train"}
     assert lines[7] == pytest.approx(rate) and lines[6] == pytest.approx(0.03 * (1 + math.cos(math.pi * 5 / 6)) / 2)
     capfd.readouterr()
@@ -105,7 +105,27 @@ def test_with_a_cosine_the_rate_before_and_after_and_its_formula_are_said(photos
     assert train("--out", "run", "optim.schedule=constant", "epochs=4", "optim.lr=0.01") == 0
     text = said(capfd)
     assert "optim.schedule: 'constant' from here on, 'cosine' until" in text and "optim.lr: 0.01 from here on" in text
-    assert "learning rate of step 10: 0.01, which was to be" in text and "optim.schedule=constant, lr with" in text
+    assert "learning rate of step 10: 0.01, which was to be" in text and "optim.schedule=constant, lr, total" in text
+
+
+def test_a_warm_up_stays_as_long_as_it_was_in_epochs(photos: Path, capfd: pytest.CaptureFixture) -> None:
+    settings = "optim.schedule=cosine", "optim.warmup=1"
+    assert train("--out", "run", *settings) == 0
+    capfd.readouterr()
+    assert train("--out", "run", "epochs=4", *settings) == 0
+    rate = 0.03 * (1 + math.cos(math.pi * (6 - 3) / (12 - 3))) / 2
+    text = said(capfd)
+    assert f"learning rate of step 7: {rate:.6g}, which was to be 0;" in text
+    assert "total_steps 12, both without the warm-up of 1 epochs" in text
+
+
+def test_the_decay_of_the_momentum_network_is_said_too(photos: Path, capfd: pytest.CaptureFixture) -> None:
+    assert train("--out", "run", "ema.schedule=cosine", "ema.decay=0.9") == 0
+    capfd.readouterr()
+    assert train("--out", "run", "ema.schedule=cosine", "ema.decay=0.9", "epochs=4") == 0
+    text = said(capfd)
+    assert "ema.decay of step 7: 0.95, which was to be 1; from here on ema.schedule=cosine, 1 - (1 - ema.decay) * (1" in text
+    assert "learning rate" not in text
 
 
 def test_fewer_epochs_than_are_done_are_refused_with_the_ways_on(photos: Path, capfd: pytest.CaptureFixture) -> None:
@@ -165,7 +185,7 @@ def test_warm_ups_that_are_a_fraction_of_the_run_are_said(capfd: pytest.CaptureF
         then = replace_keys(Config(epochs=10), values)
         now = flatten(replace_keys(then, {"epochs": epochs}))
         state = {"step": step, "steps_per_epoch": 10, "info": {"config": to_yaml(then)}}
-        say_changes(state, Path("x.pt"), now, 0.1, 10 * epochs)
+        say_changes(state, Path("x.pt"), now, {}, 10 * epochs)
         return said(capfd)
 
     text = changes(30, 40, {"ais.warmup": 0.2, "ldfs.warmup": 0.5})

@@ -8,6 +8,7 @@ import small_methods
 import torch
 from torch import nn
 
+from engine.config import OptimConfig
 from engine.training import optim, precision
 from engine.training.step import Step
 from ppssl.encoder import FeatureNet, Trunk, projection_head
@@ -159,7 +160,8 @@ def contrast(**options) -> tuple[Contrast, Step]:
     trunk = Trunk("resnet18_w8_s16")
     how = {name: options.pop(name) for name in ("negatives", "empty_queue", "symmetric", "keys_with_gradient") if name in options}
     method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10, **how).train()
-    optimizer = optim.sgd(method.trained_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    kind = OptimConfig(name=options.pop("name", "sgd"), lr=0.1, weight_decay=0.1, decay_norms=options.pop("decay_norms", True))
+    optimizer = optim.build(method, kind)
     whole = options.pop("whole", False)
     exact = precision.resolve(None, CPU)
     step = Step(method, optimizer, lr=lambda s: 0.1, decay=0.9, precision=options.pop("precision", exact), total_steps=9, **options)
@@ -183,8 +185,28 @@ def images(seed: int) -> Batch:
         ({"whole": True}, 0),
         ({"compile": "encoder", "backend": "aot_eager"}, 1),
         ({"compile": "step", "backend": "aot_eager"}, 0),
+        ({"name": "adamw"}, 0),
+        ({"name": "adamw", "clip": 0.5, "decay_norms": False}, 1),
+        ({"name": "adamw", "whole": True}, 0),
+        ({"name": "adamw", "compile": "step", "backend": "aot_eager"}, 1),
+        ({"name": "lars"}, 0),
+        ({"name": "lars", "decay_norms": False, "whole": True}, 1),
+        ({"name": "lars", "clip": 0.5, "compile": "step", "backend": "aot_eager"}, 0),
     ],
-    ids=["eager, first", "eager", "graph", "encoder", "step"],
+    ids=[
+        "eager, first",
+        "eager",
+        "graph",
+        "encoder",
+        "step",
+        "adamw, first",
+        "adamw, clipped",
+        "adamw, graph",
+        "adamw, step",
+        "lars, first",
+        "lars, graph",
+        "lars, step",
+    ],
 )
 def test_a_run_with_a_bad_step_is_the_run_without_it(options: dict, bad_at: int) -> None:
     """Weights, momentum, key network, queue and both networks' batch-norm statistics: nothing remembers the bad step."""
@@ -197,7 +219,9 @@ def test_a_run_with_a_bad_step_is_the_run_without_it(options: dict, bad_at: int)
         step.load_state_dict(start[1])
         skipped = [float(step(images(seed)).stats["skipped"]) for seed in seeds]
         assert skipped == [float(seed < 0) for seed in seeds] and step.guard.streak() is None
-        results.append(copy.deepcopy((method.state_dict(), [b.clone() for b in step.buffers])))
+        results.append(
+            copy.deepcopy((method.state_dict(), [b.clone() for tensors in step.update.states.values() for b in tensors]))
+        )
     (clean, momenta), (other, other_momenta) = results
     assert [name for name in clean if not torch.equal(clean[name], other[name])] == []
     assert all(map(torch.equal, momenta, other_momenta)) and int(step.guard.skipped) == 1 and int(method.queue.pointer) == 2
@@ -213,8 +237,9 @@ def test_a_gradient_that_is_not_finite_is_as_bad_as_a_loss() -> None:
     assert torch.equal(before["encoder_q.head.0.weight"], method.encoder_q.head[0].weight)
 
 
-def test_with_scaled_losses_the_scaler_answers_for_gradients_and_the_guard_for_losses() -> None:
-    method, step = contrast(precision=precision.Precision(CPU, None, True, "float32, scaled as fp16 is"))
+@pytest.mark.parametrize("options", [{}, {"name": "adamw", "clip": 1.0}, {"name": "lars"}], ids=str)
+def test_with_scaled_losses_the_scaler_answers_for_gradients_and_the_guard_for_losses(options: dict) -> None:
+    method, step = contrast(precision=precision.Precision(CPU, None, True, "float32, scaled as fp16 is"), **options)
     step(images(1))
     scale, weight = step.scaler.get_scale(), method.encoder_q.head[0].weight.detach().clone()
     assert float(step(images(-1)).stats["skipped"]) == 1.0  # the loss
@@ -240,6 +265,53 @@ def test_a_checkpoint_after_a_bad_step_does_not_move_the_key_network_twice() -> 
     for (name, a), b in zip(method.state_dict().items(), other_method.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert int(other.guard.skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("whole", [False, True], ids=["eager", "graph"])
+def test_a_checkpoint_continues_to_the_bit_and_the_paths_read_each_other_s(name: str, whole: bool) -> None:
+    method, step = contrast(name=name, whole=whole, decay_norms=False)
+    step(images(1))
+    kept = copy.deepcopy((method.state_dict(), step.state_dict()))
+    step(images(2))
+    other_method, other = contrast(name=name, whole=whole, decay_norms=False)
+    other_method.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    other(images(2))
+    third_method, third = contrast(name=name, whole=not whole, decay_norms=False)
+    third_method.load_state_dict(kept[0])
+    third.load_state_dict(kept[1])
+    third(images(2))
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(tensor, other_method.state_dict()[key]), key
+        torch.testing.assert_close(third_method.state_dict()[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_of_before_groups_had_rates_still_loads() -> None:
+    """It holds one group with what ``torch.optim.SGD`` itself keeps."""
+    method, step = contrast()
+    step(images(1))
+    kept = copy.deepcopy((method.state_dict(), step.state_dict()))
+    for group in kept[1]["optimizer"]["param_groups"]:
+        del group["lr_scale"], group["decays"]
+    step(images(2))
+    other_method, other = contrast()
+    other_method.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    other(images(2))
+    assert all(map(torch.equal, method.state_dict().values(), other_method.state_dict().values()))
+    assert other.optimizer.param_groups[0]["lr_scale"] == 1.0
+
+
+def test_a_clipped_step_reports_the_whole_gradient_and_moves_by_the_clipped_one() -> None:
+    moved, norms = [], []
+    for clip in (None, 1e-3):
+        torch.manual_seed(0)
+        method = Toy()
+        step, start = build(method, clip=clip), method.online.weight.detach().clone()
+        norms.append(float(step(batch()).stats["grad_norm"]))
+        moved.append((start - method.online.weight.detach()) / 0.5 - 0.1 * start)  # without rate and weight decay: the gradient
+    assert norms[0] == norms[1] > 1 and torch.allclose(moved[1], moved[0] * 1e-3 / norms[0], rtol=1e-3)
 
 
 def test_state_round_trip_continues_to_the_bit() -> None:
