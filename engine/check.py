@@ -9,14 +9,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from engine import build
 from engine.config import Config, parse
 from engine.console import console, say
 from engine.data import contact_sheet, inspection, views_sheet
 from engine.errors import command
 from engine.files import cache_folder, write_text
+from engine.training import choose_device
 
 _USAGE = "python -m engine.check --cfg FILE|RECIPE [--out SHEET.png | --views SHEET.png] [key.sub=value ...]"
 
@@ -70,7 +69,7 @@ def check(cfg: Config, out: Path) -> int:
 
 def show_views(cfg: Config, out: Path) -> int:
     """The views of the first training images, side by side as every loader makes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(cfg.run.device)
     images = build.data(cfg, cache_dir=cache_folder())
     contact_sheet.write(views_sheet.draw(images.train, cfg, device), out)
     say(f"contact sheet: {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,10 +16,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = {
@@ -54,8 +60,14 @@ class Finding(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; returns 1 if something that a run needs is broken, else 0; usage errors exit with 2."""
-    argparse.ArgumentParser("python -m engine.doctor", description="what this machine has, what a run will use").parse_args(argv)
-    findings = examine()
+    parser = argparse.ArgumentParser("python -m engine.doctor", description="what this machine has, what a run will use")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="what a run would use: auto (the first GPU, else the CPU), cpu, cuda, cuda:N or mps (default: auto)",
+    )
+    findings = examine(parser.parse_args(argv).device)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -72,22 +84,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def examine() -> list[Finding]:
-    """Every finding; a check that fails is itself one."""
+def examine(asked: str = "auto") -> list[Finding]:
+    """Every finding, for a run on the device ``asked`` (``run.device``); a check that fails is itself one."""
     checks: list[Callable[[], list[Finding]]] = [system, python, packages, names, imports, apex, machine, cache, gpu]
     findings = [finding for check in checks for finding in _guarded(check)]
     if any(f.state == "broken" and f.what in ("torch", "torchvision", "numpy", "kernels", "engine") for f in findings):
         return findings
-    for check in (precision, compilers, jpeg, speed):
-        findings += _guarded(check)
+    from engine.training import choose_device
+
+    try:
+        device = choose_device(asked, "--device")
+    except ConfigError as error:
+        return [*findings, Finding("device", "broken", str(error), "leave --device out")]
+    findings.append(Finding("device", "ok", f"{device} ({asked})"))
+    for check_on in (precision, compilers, jpeg, speed):
+        findings += _guarded(functools.partial(check_on, device), check_on.__name__)
     return findings
 
 
-def _guarded(check: Callable[[], list[Finding]]) -> list[Finding]:
+def _guarded(check: Callable[[], list[Finding]], name: str = "") -> list[Finding]:
     try:
         return check()
     except Exception as error:  # whatever is wrong with a machine, the other lines are still worth having
-        return [Finding(check.__name__, "broken", f"{type(error).__name__}: {error}")]
+        return [Finding(name or check.__name__, "broken", f"{type(error).__name__}: {error}")]
 
 
 def system() -> list[Finding]:
@@ -262,7 +281,7 @@ def gpu() -> list[Finding]:
         text = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
         text += f", CUDA {torch.version.cuda}" + (f", driver {driver[1]}" if driver else "")
         if torch.cuda.device_count() > 1:
-            text += f"; {torch.cuda.device_count()} GPUs, a run uses one"
+            text += f"; {torch.cuda.device_count()} GPUs, a run uses one (run.device=cuda:N) or torchrun all"
         if properties.major < 8:
             return [Finding("gpu", "note", text, "before Ampere there is no bf16: --amp will mean fp16")]
         return [Finding("gpu", "ok", text)]
@@ -277,27 +296,24 @@ def gpu() -> list[Finding]:
     return [Finding("gpu", "note", "none: everything runs on the CPU")]
 
 
-def precision() -> list[Finding]:
+def precision(device: torch.device) -> list[Finding]:
     import torch
 
     from engine.training import precision as precisions
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = precisions.resolve("bf16", device)
     if chosen.dtype is torch.bfloat16:
         return [Finding("--amp", "ok", chosen.note)]
     return [Finding("--amp", "note", chosen.note)]
 
 
-def compilers() -> list[Finding]:
+def compilers(device: torch.device) -> list[Finding]:
     """What run.compile and run.cuda_graph can do here."""
-    import torch
-
     from engine.training import choose
     from engine.training import precision as precisions
 
-    on_gpu = torch.cuda.is_available()
-    chosen = choose("auto", "auto", precisions.resolve("bf16", torch.device("cuda" if on_gpu else "cpu")))
+    on_gpu = device.type == "cuda"
+    chosen = choose("auto", "auto", precisions.resolve("bf16", device))
     findings = [Finding("run.compile: auto", "ok", chosen.note)]
     c = next((name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and shutil.which(name)), None)
     cxx = next((name for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and shutil.which(name)), None)
@@ -316,13 +332,11 @@ def compilers() -> list[Finding]:
     return findings
 
 
-def jpeg() -> list[Finding]:
+def jpeg(device: torch.device) -> list[Finding]:
     """Which decoder the loader uses."""
-    import torch
-
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         return [Finding("JPEG decoder", "note", "PIL in the torchvision loader", "pip install nvidia-dali-cuda130")]
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return [Finding("JPEG decoder", "ok", "DALI on the CPU")]
     from engine.data import HARDWARE_DECODER_SHARE
 
@@ -335,20 +349,19 @@ def jpeg() -> list[Finding]:
     return [Finding("JPEG decoder", "ok", f"DALI on the GPU: its JPEG engine takes {share} of a batch, its cores the rest")]
 
 
-def speed() -> list[Finding]:
+def speed(device: torch.device) -> list[Finding]:
     """Two seconds of measuring, and what they promise for ResNet-50 at 224 pixels."""
     import torch
 
     from engine.data import cores
     from engine.training import precision as precisions
-    from engine.training import speed
+    from engine.training import profiling
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    on_gpu = device.type == "cuda"
     dtype = precisions.resolve("bf16", device).dtype or torch.float32
-    rate = speed.convolution_tflop_s(device, dtype)
+    rate = profiling.convolution_tflop_s(device, dtype)
     if on_gpu:
-        bandwidth = speed.copy_tb_s(device)
+        bandwidth = profiling.copy_tb_s(device)
         step, limit = expected_gpu(rate, bandwidth)
         text = f"convolutions {rate:.0f} TFLOP/s, copies {bandwidth:.2f} TB/s"
     else:

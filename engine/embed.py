@@ -12,8 +12,8 @@ import torch
 from engine.console import console, counted, printable, say
 from engine.data import list_photos, photo_settings
 from engine.errors import ConfigError, command
-from engine.evaluation import SOURCE_HELP, embed_photos, open_source, split_overrides
-from engine.training import World, distributed
+from engine.evaluation import SOURCE_HELP, add_best_option, embed_photos, open_source, split_overrides
+from engine.training import World, add_device_option, distributed
 
 
 def embed(
@@ -26,19 +26,16 @@ def embed(
     overrides: Sequence[str] = (),
     half: bool = False,
     force: bool = False,
+    best: bool = False,
     world: World = distributed.ALONE,
 ) -> None:
     """Embeds the folder or the list (CSV, Parquet) ``photos``, or without one the data of the config, into ``out``, and says what
     was done.
 
-    source, cfg, overrides: as of ``engine.evaluation.open_source``; the others as of ``embed_photos``.
+    source, cfg, overrides, best: as of ``engine.evaluation.open_source``; the others as of ``embed_photos``.
     """
     device = world.device if device is None else device
     if device.index is not None and device != world.device:
-        if world.group:
-            raise ConfigError(
-                f"--device {device}: each of {world.size} processes has its own; CUDA_VISIBLE_DEVICES chooses among them"
-            )
         torch.cuda.set_device(device)  # which kernels go to
     given = []
     if photos is not None:
@@ -46,7 +43,7 @@ def embed(
         roots = [Path(text.partition("=")[2]) for text in overrides if text.lstrip("-").startswith("data.root=")]
         if roots and photos.is_dir() and not roots[-1].resolve().is_relative_to(photos.resolve()):
             raise ConfigError(f"data.root={roots[-1]}: {printable(str(photos))} is to be embedded; name one of them")
-    opened = open_source(source, device, cfg=cfg, overrides=[*given, *overrides])
+    opened = open_source(source, device, cfg=cfg, overrides=[*given, *overrides], best=best)
     listed = list_photos(opened.run.config.data, opened.run.config.seed)
     for note in listed.notes:
         say(note)
@@ -63,15 +60,6 @@ def embed(
 def _text(value: object) -> str:
     """A setting as it is typed."""
     return "null" if value is None else "[]" if value == () else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda or cuda:N that is here") from error
-    return device
 
 
 def _count(least: int, text: str) -> int:
@@ -100,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=lambda text: _count(0, text), metavar="N", help="threads that decode (default: the cores)"
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add_best_option(parser)
+    add_device_option(parser)
     parser.add_argument("--force", action="store_true", help="replace --out, and parts of another embedding")
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args, more = parser.parse_known_args(argv)
@@ -110,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     amp = None if args.amp is None else "null" if args.amp == "off" else args.amp
     for key, value in (("eval.batch_size", args.batch_size), ("data.workers", args.workers), ("amp", amp)):
         overrides += [] if value is None else [f"{key}={value}"]
-    world = distributed.join()
+    world = distributed.join(device=args.device, key="--device")
     try:
         embed(
-            args.source, args.photos, args.out, args.device, cfg=args.cfg, overrides=overrides, half=args.half, force=args.force,
-            world=world,
+            args.source, args.photos, args.out, cfg=args.cfg, overrides=overrides, half=args.half, force=args.force,
+            best=args.best, world=world,
         )  # fmt: skip
     except Exception:
         console.quiet = False  # an error is shown by the process that has it, which may not be the one that talks

@@ -21,11 +21,13 @@ from engine.errors import ConfigError, command
 from engine.evaluation import (
     SOURCE_HELP,
     Candidate,
+    add_best_option,
     check,
     evaluate_disjoint,
     evaluate_features,
     evaluate_gallery,
     feature_name,
+    hold_out,
     keep,
     of_run,
     of_teacher,
@@ -35,6 +37,7 @@ from engine.evaluation import (
 from engine.evaluation import retrieval as retrieval  # under this name for whoever has features of their own
 from engine.pretrained import Run, run_config
 from engine.run_folder import read_data
+from engine.training import add_device_option, option_device
 
 DISJOINT = "metric-learning"
 PROTOCOLS = ("retrieval", "knn", "linear", DISJOINT)
@@ -52,18 +55,20 @@ def evaluate(
     split: str = "test",
     baselines: bool = False,
     recall: Sequence[int] = RECALL,
+    best: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of an evaluation of a run folder, of a weights file with the recipe ``cfg`` (data, architecture, method), or of
     ``timm/NAME``.
 
     cfg: of a run, the recipe of other data than its own; overrides: ``data.x=...``, ``eval.x=...`` of the config; protocols: None
     takes ``eval.protocols``; baselines: also the untouched initial network and the teacher's own image features; recall: k of
-    Recall@K in metric-learning. Features are kept in RUN/features, those of a file in the cache folder.
+    Recall@K in metric-learning; best: of a run the weights of its best evaluation, not the last.
+    Features are kept in RUN/features, those of a file in the cache folder.
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run, no weights file, or data that cannot be evaluated.
     """
-    run, model, folder = open_source(source, device, cfg=cfg, overrides=overrides)
-    own = _own_lists(Path(source), run.config) if model == "run" else None
-    images = build.data(run.config, cache_dir=files.cache_folder(), training=False)
+    run, model, folder = open_source(source, device, cfg=cfg, overrides=overrides, best=best)
+    own = _own_lists(Path(source), run.config) if model in ("run", "best") else None
+    images = hold_out(build.data(run.config, cache_dir=files.cache_folder(), training=False), run.config, needed=False)
     named = tuple(protocols or run.config.eval.protocols)
     others = tuple(name for name in named if name != DISJOINT)
     if others:
@@ -94,10 +99,11 @@ def evaluate_query(
     overrides: Sequence[str] = (),
     baselines: bool = False,
     recall: Sequence[int] = RECALL,
+    best: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of the labelled folders or lists ``query`` and ``gallery``: every photo of the first asks for those of its
-    class in the second. source, cfg, overrides and what is raised as of ``evaluate``."""
-    run, model, folder = open_source(source, device, cfg=cfg, overrides=overrides)
+    class in the second. source, cfg, overrides, best and what is raised as of ``evaluate``."""
+    run, model, folder = open_source(source, device, cfg=cfg, overrides=overrides, best=best)
 
     def images(name: str, path: Path) -> ImageList:
         data = photo_settings(path, labelled=True)
@@ -247,9 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="k of Recall@K in metric-learning and of --query (default: 1,2,4,8)")  # fmt: skip
     parser.add_argument("--fractions", type=_fractions, default=[100.0], metavar="LIST",
                         help="percent of the training labels that linear probes see, e.g. 100,50,20 (default: 100)")  # fmt: skip
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="train: retrieval among the training images")
+    parser.add_argument("--split", choices=("test", "train", "validation"), default="test",
+                        help="train: retrieval among the training images; validation: what eval.validation held out")  # fmt: skip
     parser.add_argument("--baselines", action="store_true", help="also the untouched network and the teacher's own features")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON list that is added to (default: RUN/evaluation.json)")
+    add_best_option(parser)
+    add_device_option(parser)
     args, overrides = parser.parse_known_args(argv)
     if "--row0" in overrides:
         parser.error("--row0 is called --baselines now")
@@ -258,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.query is None) != (args.gallery is None):
         given, other = ("--query", "--gallery") if args.gallery is None else ("--gallery", "--query")
         parser.error(f"{given} goes with {other}; the same folder for both ranks its photos among themselves")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    common = {"cfg": args.cfg, "overrides": overrides, "baselines": args.baselines, "recall": args.recall}
+    device = option_device(args.device)
+    common = {"cfg": args.cfg, "overrides": overrides, "baselines": args.baselines, "recall": args.recall, "best": args.best}
     if args.query is None:
         records = evaluate(args.source, device, protocols=args.protocol, fractions=args.fractions, split=args.split, **common)
     elif args.protocol or args.split != "test" or args.fractions != [100.0]:

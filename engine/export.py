@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.console import say
 from engine.errors import ConfigError, command
-from engine.pretrained import FORMATS, SHORT, export
+from engine.pretrained import FORMATS, SHORT, export, say_which
 
 
 @command(ConfigError, RuntimeError)
@@ -31,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (default: the installed torch's own)")
     parser.add_argument("--minmax", choices=("batch", "image"), help="range over which the mask is scaled (default: the run's own)")
+    parser.add_argument("--best", action="store_true", help="the weights of the best evaluation, not the last (eval.keep_best)")
     args = parser.parse_args(argv)
+    say_which(args.run, args.best)
     path = export(
         args.run, args.to, args.out,
-        minmax=args.minmax, normalize=args.normalize, with_map=args.map, opset=args.opset,
+        minmax=args.minmax, normalize=args.normalize, with_map=args.map, opset=args.opset, best=args.best,
     )  # fmt: skip
     if path.is_dir():
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())

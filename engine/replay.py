@@ -20,8 +20,11 @@ from engine.config import from_run
 from engine.console import say
 from engine.data import teacher_cache
 from engine.errors import ConfigError, command
-from engine.training import Trainer, checkpoint
+from engine.evaluation import hold_out
+from engine.pretrained import other_kind
+from engine.training import Trainer, add_device_option, checkpoint, option_device
 from ppssl.method import Batch
+from ppssl.ops import can_run
 
 
 class Replay(NamedTuple):
@@ -45,12 +48,18 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     """Rebuilds run, weights and batch of ``bundle`` and runs its step, eagerly.
 
     root: where the data set lies now, if it has moved. On a CPU the numbers are those of a run on a CPU to the bit, unless that run
-    compiled its step.
+    compiled its step; a run with ``bn.impl: fused`` is replayed with torch's batch-norm there.
     Nothing is written but caches, wherever the bundle comes from.
     Raises ``FileNotFoundError``, or ``ValueError`` naming the bundle when it is not one, or was made by a library call without a
     config, or when the data set is not there or another one now.
     """
-    state = checkpoint.load(bundle)
+    try:
+        state = checkpoint.load(bundle)
+    except ValueError as error:
+        kind = other_kind(bundle) or "another file, or was cut short or damaged"
+        raise ValueError(
+            f"{bundle} cannot be read as a replay bundle: it is {kind}; those of engine.train lie in RUN/replay"
+        ) from error
     if not isinstance(state.get("replay"), dict) or "config" not in state.get("info", {}):
         raise ValueError(f"{bundle} is no replay bundle of a run of engine.train; they lie in RUN/replay")
     device = torch.device(device)
@@ -59,9 +68,12 @@ def replay(bundle: Path, *, root: str | None = None, device: torch.device | str 
     cfg = replace(cfg, run=replace(cfg.run, compile="off", cuda_graph="off"), encoder=replace(cfg.encoder, weights="none"))
     if root is not None:
         cfg = replace(cfg, data=replace(cfg.data, root=root))
+    if cfg.bn.impl == "fused" and not can_run(device):
+        say("bn.impl: fused needs a GPU and triton; torch's batch-norm here, whose numbers differ in their last digits")
+        cfg = replace(cfg, bn=replace(cfg.bn, impl="torch"))
     cfg = build.resolve(cfg, device)
     cache = files.cache_folder()
-    images = build.data(cfg, cache_dir=cache)
+    images = hold_out(build.data(cfg, cache_dir=cache), cfg)
     trainer = assemble(
         cfg, images, device, teacher=build.teacher(cfg, device), out=None, cache=cache,
         embed=lambda teacher: teacher_cache.embeddings(
@@ -131,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="RUN/replay/step_N.pt")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    result = replay(args.bundle, root=args.root, device=args.device)
+    result = replay(args.bundle, root=args.root, device=option_device(args.device))
     say(f"step {result.step} on {len(result.images)} images, {result.images[0]} ... {result.images[-1]}")
     for name, value in result.now.items():
         say(f"  {name:<10} then {result.then.get(name, math.nan):>12.6g}   now {value:>12.6g}")

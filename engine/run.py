@@ -18,11 +18,12 @@ from engine.build import assemble, load_teacher
 from engine.config import Config, flatten, from_run, to_yaml
 from engine.console import counted, say
 from engine.data import catalog, sampler, teacher_cache
-from engine.evaluation import Evaluator, attention_maps
+from engine.evaluation import Evaluator, Validation, attention_maps, hold_out
 from engine.files import cache_folder, remove_temporary_files, write_text
+from engine.pretrained import best_of
 from engine.run_folder import RunFolder, append_data, append_metrics, commit, read_data, read_metrics, write_classes
 from engine.synthetic import dataset
-from engine.training import ALONE, COLLAPSE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
+from engine.training import ALONE, Summary, Trainer, World, checkpoint, distributed, find_checkpoint, recorded_settings
 from ppssl.teacher import Teacher
 
 _SHOWN = ("rank1", "rank5", "mAP", "knn_top1", "linear_top1")
@@ -42,13 +43,17 @@ def train(cfg: Config, out: Path, started: float, *, profile: int = 0, world: Wo
 
 def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -> Summary:
     device, folder, cache = world.device, RunFolder(out), cache_folder()
+    open_keys = {"bn.impl"} if cfg.bn.impl == "auto" else set()
     cfg = build.resolve(cfg, device, world.size, world.local_size)
     if distributed.restarted() and checkpoint.list_checkpoints(folder.checkpoints):
         cfg = replace(cfg, resume="auto")  # a failure was restarted: `none` or a path was meant for the first start
-    found = find_checkpoint(cfg.resume, out, flatten(cfg), world)
+    fixed = {key: value for key, value in flatten(cfg).items() if key not in open_keys}
+    found = find_checkpoint(cfg.resume, out, fixed, world)
+    if found and open_keys:
+        cfg = build.keep_batch_norm(cfg, recorded_settings(found[1], found[0]).get("bn.impl"), device)
     with world.main_process_first():
         build.draw(cfg)
-        images = build.data(cfg, cache_dir=cache)
+        images = hold_out(build.data(cfg, cache_dir=cache), cfg, tell=True)
     cfg = build.decide_queue(cfg, len(images.train), found and recorded_settings(found[1], found[0]))
 
     def embed(teacher: Teacher) -> torch.Tensor:
@@ -68,8 +73,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         world=world,
     )
     trainer.begin(found)
-    ended = trainer.step.steps_done >= trainer.total_steps
-    done = world.broadcast_object(world.first and ended and is_finished(out, trainer.step.steps_done))
+    done = world.broadcast_object(world.first and trainer.ended and is_finished(out, trainer.step.steps_done))
     if world.first:
         for written in (folder.path, folder.checkpoints, folder.replay):
             remove_temporary_files(written)
@@ -81,6 +85,7 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         if text := catalog.left_out(images):
             say(f"warning: {text}; see {folder.bad_files}")
     evaluator = Evaluator(out, cfg, images, device, world)
+    validation = Validation(cfg, images, device, world) if images.validation is not None else None
     watch = attention_maps.Watch(out if world.first else None, cfg, images, device)
     opened = time.perf_counter()
     if found is not None:
@@ -88,9 +93,13 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
     else:
         with trainer.writing("the evaluation before training"):
             evaluator(trainer)
+            if validation is not None:
+                validation(trainer)
             evaluator.teacher(teacher)
             watch(trainer)
     evaluating = time.perf_counter() - opened
+    if validation is not None:
+        trainer.hooks.append(validation.after_epoch)  # the first: it says whether this epoch is the last
     if cfg.eval.every:
         trainer.hooks.append(evaluator.after_epoch)
     trainer.hooks.append(watch.after_epoch)
@@ -106,14 +115,14 @@ def _train(cfg: Config, out: Path, started: float, profile: int, world: World) -
         with trainer.writing("the evaluation after training"):
             evaluator(trainer)
             watch(trainer)
-        trainer.records.close()
+        trainer.records.finish()
         if world.first:
             now = time.perf_counter()
             evaluating += now - opened
             about = {"cold_start_seconds": cold, "evaluation_seconds": evaluating, "total_seconds": now - started}
             record = summary._asdict() | about
             append_metrics(out, {"kind": "summary", "step": trainer.step.steps_done} | record)
-            closing_lines(out, record)
+            closing_lines(out, record, trainer.records.told)
             if share := evaluator.closing(summary.seconds - evaluator.spent):
                 say(share)
     if world.first:
@@ -127,7 +136,8 @@ def note_settings(folder: RunFolder, cfg: Config, images: catalog.Catalog, step:
     ended: the config of a finished run, which stays with its images: a new one would say of the weights what they were not trained
     by. Only where the same images lie now is written down.
     """
-    lists = {"train": images.train.identity} | ({"test": images.test.identity} if images.test is not None else {})
+    parts = {"train": images.train, "test": images.test, "validation": images.validation}
+    lists = {name: part.identity for name, part in parts.items() if part is not None}
     before = read_data(folder.path)
     same = before is None or before["lists"] == lists
     if not same:
@@ -155,7 +165,7 @@ def dry_run(cfg: Config, world: World = ALONE) -> None:
             each = -(-cfg.batch_size // len(dataset.SPECIES))
             dataset.generate(Path(cfg.data.root), train_per_species=each, test_per_species=1, progress=False)
         cfg = replace(cfg, data=replace(cfg.data, resident="off"))  # one batch is decoded, not the set
-        images = build.data(cfg, cache_dir=None)
+        images = hold_out(build.data(cfg, cache_dir=None), cfg, tell=True)
         cfg = build.decide_queue(cfg, len(images.train))
         index = sampler.batch_at(cfg.seed, 0, len(images.train), cfg.batch_size)[1]
 
@@ -194,9 +204,10 @@ def environment(trainer: Trainer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def closing_lines(out: Path, record: dict[str, float]) -> None:
-    """The closing lines: before and after, and where the time went."""
-    evaluated = [r for r in read_metrics(out) if r["kind"] == "eval"]
+def closing_lines(out: Path, record: dict[str, float], told: int = 0) -> None:
+    """The closing lines: before and after, where the time went, and how many symptoms were told."""
+    records = read_metrics(out)
+    evaluated = [r for r in records if r["kind"] == "eval"]
     if evaluated:
         ends = [evaluated[0], evaluated[-1]][-len(evaluated) :]  # one of a run that began from another's last checkpoint
         epochs = " -> ".join(f"epoch {r['epoch']}" for r in ends)
@@ -205,6 +216,8 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
         for name in measured:
             values = " -> ".join(f"{100 * r[name]:5.1f} %" for r in ends)
             say(f"  {name:>11} {values}")
+    for line in best_lines(out, records):
+        say(line)
     if record["steps"]:
         steps = record["seconds"] - record["hook_seconds"] - record["checkpoint_seconds"] - record["compile_seconds"]
         say(
@@ -213,9 +226,25 @@ def closing_lines(out: Path, record: dict[str, float]) -> None:
             f"{record['checkpoint_seconds']:.1f} s, evaluation {record['evaluation_seconds'] + record['hook_seconds']:.0f} s, "
             f"cold start {record['cold_start_seconds']:.0f} s, total {record['total_seconds']:.0f} s"
         )
-    if record.get("collapsed"):
-        say(f"warning: {COLLAPSE}")
+    if told:
+        say(f"{counted(told, 'warning')} above; the report lists what people do about {'it' if told == 1 else 'them'}")
     say(f"run folder: {out}")
+
+
+def best_lines(out: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Which weights are the best, and how they do on the test split where that was evaluated then."""
+    best = best_of(out)
+    if best is None:
+        return []
+    measure, step, value = best["measure"], int(best["step"]), float(best["value"])
+    text = f"best by validation {measure}: epoch {best['epoch']}, {100 * value:.1f} %, in {RunFolder(out).best.name}"
+    tested = [r for r in records if r["kind"] == "eval" and r["step"] == step and measure in r]
+    text += f"; its {measure} on the test split {100 * tested[-1][measure]:.1f} %" if tested else ""
+    before = next((r[measure] for r in records if r["kind"] == "validation" and r["step"] == 0 and measure in r), None)
+    lines = [f"{text}; {RunFolder(out).weights.name} holds the last"]
+    if before is not None and before > value:
+        lines.append(f"warning: no epoch is better than the network before training, validation {measure} {100 * before:.1f} %")
+    return lines
 
 
 def write_report(folder: RunFolder, device: torch.device) -> None:

@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "weights.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The inference network with the best validation measure, where ``eval.keep_best`` names one."""
+        return self.path / "best.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of ``step_*.pt``: everything that training continues from."""
         return self.path / "checkpoints"
@@ -50,9 +55,19 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def metrics_csv(self) -> Path:
+        """The numbers of ``metrics`` as a flat table, where ``run.loggers`` names csv."""
+        return self.path / "metrics.csv"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard events."""
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Id, project and name of the run at Weights & Biases, where ``run.loggers`` names wandb."""
+        return self.path / "wandb.json"
 
     @property
     def evaluation(self) -> Path:

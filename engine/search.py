@@ -24,6 +24,7 @@ from engine.evaluation import (
     SOURCE_HELP,
     Embedding,
     Source,
+    add_best_option,
     description,
     embedding_file,
     features,
@@ -33,7 +34,7 @@ from engine.evaluation import (
     split_overrides,
 )
 from engine.files import write_atomically
-from engine.training import precision
+from engine.training import add_device_option, option_device, precision
 from ppssl.timm_trunk import image_input
 
 _SIDE = 160
@@ -62,16 +63,18 @@ class Match(NamedTuple):
         return image.crop((0, 0, image.width, image.height - self.cut)) if self.cut else image
 
 
-def search(folder: Path, image: Path, top: int, device: torch.device, root: str | None = None) -> list[Match]:
+def search(
+    folder: Path, image: Path, top: int, device: torch.device, root: str | None = None, *, best: bool = False
+) -> list[Match]:
     """The ``top`` images of the run's training and test lists with the largest cosine to ``image``, nearest first.
     The lists' features are kept in ``folder``, so that only the first search takes long; nothing else is written.
 
-    root: where the data set lies now, if it has moved.
+    root: where the data set lies now, if it has moved. best: by the weights of the run's best evaluation, not the last.
 
     Raises ``FileNotFoundError`` when ``folder`` is no run folder or a file is missing, ``ValueError`` for an image that cannot be
     read, ``BrokenFile`` for one of the data set that no longer opens.
     """
-    source = open_source(folder, device, overrides=[] if root is None else [f"data.root={root}"])
+    source = open_source(folder, device, overrides=[] if root is None else [f"data.root={root}"], best=best)
     return search_data(source, query_features(source, [image], device), top, device)[0]
 
 
@@ -82,7 +85,8 @@ def search_data(source: Source, query: Tensor, top: int, device: torch.device) -
     for split, images in (("train", found.train), ("test", found.test)):
         if images is None or not len(images):
             continue
-        near = most_similar(query, of_run(source.run, images, split, source.folder, device), top)
+        kept = f"best-{split}" if source.model == "best" else split
+        near = most_similar(query, of_run(source.run, images, kept, source.folder, device), top)
         for answers, index, cosine in zip(matches, near.index.tolist(), near.cosine.tolist(), strict=True):
             labels = ["" if images.labels is None else images.classes[images.labels[i]] for i in index]
             answers += [
@@ -224,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="PNG", help="contact sheet (default: RUN/search.png)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all answers as CSV")
     parser.add_argument("--root", metavar="DIR", help="the data set's folder, if it has moved")
+    add_best_option(parser)
+    add_device_option(parser)
     argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args, more = parser.parse_known_args(argv)
     overrides += more
@@ -232,10 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top < 1:
         parser.error(f"--top: got {args.top}, must be at least 1")
     out = args.out or (Path(args.source) / "search.png" if Path(args.source).is_dir() else Path("search.png"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = option_device(args.device)
     if args.root is not None and args.stored is None:
         overrides.append(f"data.root={args.root}")
-    source = open_source(args.source, device, cfg=args.cfg, overrides=overrides)
+    source = open_source(args.source, device, cfg=args.cfg, overrides=overrides, best=args.best)
     images = photographs(args.images)
     if args.stored is None:
         answers = search_data(source, query_features(source, images, device), args.top, device)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world, code = ALONE, 0
     try:
         build.check_environment(writes=not args.dry_run)
-        world = distributed.join()
+        world = distributed.join(device=args.config.run.device)
         with signals.stop_at_once():
             if args.dry_run:
                 run.dry_run(args.config, world)

@@ -14,8 +14,8 @@ launches: partial sums of tiles, and one that merges them in a fixed order befor
 from run to run.
 
 Statistics and sums are float32 (float64 for float64 inputs), under autocast too. One process: statistics over several processes
-(SyncBN) are not an option of this op; ``ppssl.batch_norm.SyncBatchNorm`` computes them. The statistics are returned; the caller
-updates the running ones.
+(SyncBN) are not an option of this op; ``ppssl.batch_norm.SyncBatchNorm`` computes them. The op changes nothing in place: it returns
+the statistics, and the running ones as they are after this batch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def batch_norm(
     relu: bool = True,
     eps: float = 1e-5,
     groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> BatchNorm:
     """Batch-norm in training mode, plus ``residual``, through a ReLU (Ioffe and Szegedy 2015, arXiv 1502.03167).
@@ -50,22 +53,31 @@ def batch_norm(
         residual: like x in shape and dtype, added before the ReLU.
         relu: whether there is a ReLU.
         groups: equal parts of the batch, in its order, with statistics of their own.
+        running_mean, running_var: [C], both or neither; what ``momentum`` moves towards the mean over the groups of their means
+            and unbiased variances. They are not changed.
         impl: ``"auto"`` is Triton on CUDA and the PyTorch path elsewhere.
 
     Returns:
-        BatchNorm(y [B, C, H, W] in the dtype of x, mean [groups, C], var [groups, C]), the last two float32 (float64 for float64
-        inputs) and without gradient; update running statistics with ``var * n / (n - 1)``, n = B H W / groups. The gradient is
-        zero where the argument of the ReLU is zero or less.
+        BatchNorm(y [B, C, H, W] in the dtype of x, mean [groups, C], var [groups, C], running_mean [C], running_var [C]): the
+        biased statistics float32 (float64 for float64 inputs), the moved running ones in their own dtype or None; all but y without
+        gradient. The gradient is zero where the argument of the ReLU is zero or less.
 
     Raises:
         TypeError: an argument is not a floating tensor, or the residual has another dtype than x.
-        ValueError: wrong rank or shape, empty batch, groups that do not divide it, a single value per channel, unknown option.
+        ValueError: wrong rank or shape, empty batch, groups that do not divide it, a single value per channel, one running
+            statistic without the other, unknown option.
         RuntimeError: second derivatives of a fused path.
     """
     check_floating("batch_norm", x=x, gamma=gamma, beta=beta)
     if x.dim() != 4 or 0 in x.shape:
         raise ValueError(f"batch_norm: x must be a non-empty [B, C, H, W], got {list(x.shape)}")
-    for name, vector in (("gamma", gamma), ("beta", beta)):
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm: running_mean and running_var go together, got one of them")
+    vectors = {"gamma": gamma, "beta": beta}
+    if running_mean is not None and running_var is not None:
+        check_floating("batch_norm", running_mean=running_mean, running_var=running_var)
+        vectors |= {"running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
         if vector.shape != x.shape[1:2]:
             raise ValueError(f"batch_norm: {name} must be [{x.shape[1]}], got {list(vector.shape)}")
     if residual is not None:
@@ -83,26 +95,46 @@ def batch_norm(
     chosen = choose("batch_norm", impl, x, fast="torch")
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.batch_norm(x, gamma, beta, residual=residual, relu=relu, eps=eps, groups=groups)
-    return BatchNorm(*torch.ops.ppssl.batch_norm(x, gamma, beta, residual, relu, float(eps), groups, chosen)[:3])
+            return reference.batch_norm(
+                x, gamma, beta, residual=residual, relu=relu, eps=eps, groups=groups,
+                running_mean=running_mean, running_var=running_var, momentum=momentum,
+            )  # fmt: skip
+    y, mean, var, _, *moved = torch.ops.ppssl.batch_norm(
+        x, gamma, beta, residual, running_mean, running_var, float(momentum), relu, float(eps), groups, chosen
+    )
+    return BatchNorm(y, mean, var, *(moved if running_mean is not None else ()))
 
 
 @torch.library.custom_op("ppssl::batch_norm", mutates_args=())
 def _batch_norm(
-    x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None, relu: bool, eps: float, groups: int, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean [G, C], var [G, C], bits [B, H, W, ceil(C / 8)] uint8, or [0] where they are not needed)."""
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    relu: bool,
+    eps: float,
+    groups: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean [G, C], var [G, C], bits [B, H, W, ceil(C / 8)] uint8, or [0] where they are not needed, the running mean and
+    variance [C] after this batch, or [0] where there are none)."""
     if impl == "triton":
         from kernels import batch_norm_triton  # here, because triton may not be installed
 
-        return batch_norm_triton.forward(x, gamma, beta, residual, relu, eps, groups)
-    return _forward(x, gamma, beta, residual, relu, eps, groups)
+        forward = batch_norm_triton.forward
+    else:
+        forward = _forward
+    return forward(x, gamma, beta, residual, running_mean, running_var, momentum, relu, eps, groups)
 
 
 @_batch_norm.register_fake
-def _(x, gamma, beta, residual, relu, eps, groups, impl):
+def _(x, gamma, beta, residual, running_mean, running_var, momentum, relu, eps, groups, impl):
     mean, var = (x.new_empty((groups, x.shape[1]), dtype=compute_dtype(x)) for _ in range(2))
-    return _like(x, impl), mean, var, new_bits(x, relu and residual is not None)
+    moved = (mean.new_empty(0) if r is None else torch.empty_like(r) for r in (running_mean, running_var))
+    return _like(x, impl), mean, var, new_bits(x, relu and residual is not None), *moved
 
 
 @torch.library.custom_op("ppssl::batch_norm_backward", mutates_args=())
@@ -117,17 +149,19 @@ def _batch_norm_backward(
     relu: bool,
     eps: float,
     impl: str,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dgamma, dbeta, and where there are bits dresidual, otherwise [0]), each in the dtype of its tensor."""
+    """(dx, dgamma, dbeta, and where there are bits dresidual, otherwise [0]), each in the dtype of its tensor. The gradient is
+    ``grad_y + other``, which a compiler may put here in place of a sum (``engine.training.inductor``)."""
     if impl == "triton":
         from kernels import batch_norm_triton  # here, because triton may not be installed
 
-        return batch_norm_triton.backward(grad_y, x, gamma, beta, mean, var, bits, relu, eps)
-    return _backward(grad_y, x, gamma, beta, mean, var, bits, relu, eps)
+        return batch_norm_triton.backward(grad_y, x, gamma, beta, mean, var, bits, relu, eps, other)
+    return _backward(grad_y if other is None else grad_y + other, x, gamma, beta, mean, var, bits, relu, eps)
 
 
 @_batch_norm_backward.register_fake
-def _(grad_y, x, gamma, beta, mean, var, bits, relu, eps, impl):
+def _(grad_y, x, gamma, beta, mean, var, bits, relu, eps, impl, other=None):
     grad_residual = _like(x, impl) if bits.numel() else x.new_empty(0)
     return _like(x, impl), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape), grad_residual
 
@@ -137,10 +171,10 @@ def _like(x: Tensor, impl: str) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    x, gamma, beta, residual, ctx.relu, ctx.eps, _, ctx.impl = inputs
-    _, mean, var, bits = output
+    x, gamma, beta, residual, _, _, _, ctx.relu, ctx.eps, _, ctx.impl = inputs
+    _, mean, var, bits, *moved = output
     ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(mean, var, bits)
+    ctx.mark_non_differentiable(mean, var, bits, *moved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gamma, beta, mean, var, bits)
 
@@ -156,6 +190,9 @@ def _autograd(ctx, grad_y, *_):
     return (
         *grads,  # x, gamma, beta
         grad_residual,
+        None,  # running_mean
+        None,  # running_var
+        None,  # momentum
         None,  # relu
         None,  # eps
         None,  # groups
@@ -176,7 +213,7 @@ def _each(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, vector.shape[-1], 1, 1)
 
 
-def _forward(x, gamma, beta, residual, relu, eps, groups):
+def _forward(x, gamma, beta, residual, running_mean, running_var, momentum, relu, eps, groups):
     parts = _parts(x, groups)
     var, mean = torch.var_mean(parts, (1, 3, 4), correction=0)
     v = _normalize(parts, gamma, beta, mean, var, eps)
@@ -184,7 +221,9 @@ def _forward(x, gamma, beta, residual, relu, eps, groups):
         v += _parts(residual, groups)
     v = v.flatten(0, 1)
     bits = _pack(v > 0) if relu and residual is not None else new_bits(x, needed=False)
-    return _copy(v.relu_() if relu else v, x), mean, var, bits
+    moved = reference.moved_statistics(mean, var, running_mean, running_var, momentum, parts[0].numel() // x.shape[1])
+    moved = [mean.new_empty(0) if tensor is None else tensor for tensor in moved]
+    return _copy(v.relu_() if relu else v, x), mean, var, bits, *moved
 
 
 def _normalize(parts, gamma, beta, mean, var, eps):

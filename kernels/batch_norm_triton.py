@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -101,12 +102,12 @@ def _bn_statistics_kernel(
 
 
 @triton.jit
-def _merge_statistics(partial_ptr, n_rows, n_channels, run, offs_c, BLOCK_C: tl.constexpr, MERGE: tl.constexpr):
-    """(mean, biased variance) of this program's group, [BLOCK_C] each: Chan's rule for all runs at once, with the means taken
-    relative to the first run's, so that nothing cancels."""
+def _merge_statistics(partial_ptr, group, n_rows, n_channels, run, offs_c, BLOCK_C: tl.constexpr, MERGE: tl.constexpr):
+    """(mean, biased variance) of a group, [BLOCK_C] each: Chan's rule for all runs at once, with the means taken relative to the
+    first run's, so that nothing cancels."""
     runs = tl.num_programs(1)
     mask_c = offs_c < n_channels
-    partial = partial_ptr + tl.program_id(2) * runs * 2 * n_channels + offs_c
+    partial = partial_ptr + group * runs * 2 * n_channels + offs_c
     origin = tl.load(partial, mask=mask_c, other=0.0)
     means = tl.zeros([MERGE, BLOCK_C], tl.float32)
     squares = tl.zeros([MERGE, BLOCK_C], tl.float32)
@@ -123,6 +124,13 @@ def _merge_statistics(partial_ptr, n_rows, n_channels, run, offs_c, BLOCK_C: tl.
 
 
 @triton.jit
+def _move(running_ptr, moved_ptr, batch, momentum, offs_c, mask_c):
+    """moved = running + momentum (batch - running), [BLOCK_C]."""
+    running = tl.load(running_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    tl.store(moved_ptr + offs_c, (running + momentum * (batch - running)).to(moved_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
 def _bn_apply_kernel(
     x_ptr,  # [G, R, C]
     residual_ptr,  # like x
@@ -133,11 +141,17 @@ def _bn_apply_kernel(
     bits_ptr,  # [G, R, ceil(C / 8)] uint8
     mean_ptr,  # [G, C]
     var_ptr,  # [G, C]
+    running_mean_ptr,  # [C]
+    running_var_ptr,  # [C]
+    moved_mean_ptr,  # [C]
+    moved_var_ptr,  # [C]
     n_rows,
     n_channels,
     n_bytes,
     run,
     eps,
+    momentum,
+    RUNNING: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -146,50 +160,45 @@ def _bn_apply_kernel(
     MERGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # 1. The statistics of the group, written down by its first program.
     first, last, start, offs_c = _run(n_rows, n_channels, run, BLOCK_C)
     mask_c = offs_c < n_channels
-    mean, var = _merge_statistics(partial_ptr, n_rows, n_channels, run, offs_c, BLOCK_C, MERGE)
+    # 1. The running statistics, by one program for each block of channels: r + momentum (s - r), s the mean over the groups of the
+    #    mean, and of the variance n / (n - 1). First, while no register holds anything else.
+    if RUNNING and tl.program_id(1) + tl.program_id(2) == 0:
+        of_mean = tl.zeros([BLOCK_C], tl.float32)
+        of_var = tl.zeros([BLOCK_C], tl.float32)
+        for group in tl.range(0, tl.num_programs(2)):
+            m, v = _merge_statistics(partial_ptr, group, n_rows, n_channels, run, offs_c, BLOCK_C, MERGE)
+            of_mean += m
+            of_var += v
+        share = 1.0 / tl.num_programs(2)
+        unbiased = share * n_rows / tl.maximum(n_rows - 1, 1)
+        _move(running_mean_ptr, moved_mean_ptr, of_mean * share, momentum, offs_c, mask_c)
+        _move(running_var_ptr, moved_var_ptr, of_var * unbiased, momentum, offs_c, mask_c)
+    # 2. The statistics of the group, written down by its first program.
+    mean, var = _merge_statistics(partial_ptr, tl.program_id(2), n_rows, n_channels, run, offs_c, BLOCK_C, MERGE)
     if tl.program_id(1) == 0:
         tl.store(mean_ptr + tl.program_id(2) * n_channels + offs_c, mean, mask=mask_c)
         tl.store(var_ptr + tl.program_id(2) * n_channels + offs_c, var, mask=mask_c)
     scale = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) / tl.sqrt(var + eps)
     beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
     for block in tl.range(0, tl.cdiv(last - first, BLOCK_R), num_stages=STAGES):
-        # 2. v = gamma (x - mean) rstd + beta [+ residual].
+        # 3. v = gamma (x - mean) rstd + beta [+ residual].
         row, inside, mask = _tile(first, block, last, start, offs_c, n_channels, EVEN_C, BLOCK_R)
         place = row * n_channels + offs_c[None, :]
         v = _normalize(tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32), mean, scale, beta)
         if RESIDUAL:
             v += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if RELU and RESIDUAL:
-            # 3. Bit c mod 8 of byte c div 8: whether v_c > 0.
+            # 4. Bit c mod 8 of byte c div 8: whether v_c > 0.
             bit = tl.where(v > 0.0, 1, 0) << (offs_c % BITS)[None, :]
             byte = tl.sum(tl.reshape(bit, [BLOCK_R, BLOCK_C // BITS, BITS]), 2)
             at, held = _bytes(row, inside, n_bytes, BLOCK_C)
             tl.store(bits_ptr + at, byte.to(tl.uint8), mask=held)
-        # 4. y = relu(v).
+        # 5. y = relu(v).
         if RELU:
             v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(y_ptr + place, v.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _masked(
-    grad_ptr, bits_ptr, row, inside, mask, x, mean, scale, beta, offs_c, n_channels, n_bytes,
-    BITWISE: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """g = dy where the argument of the ReLU was positive, otherwise 0; the argument is recomputed, or BITWISE looked up."""
-    g = tl.load(grad_ptr + row * n_channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if BITWISE:
-        place, held = _bytes(row, inside, n_bytes, BLOCK_C)
-        byte = tl.load(bits_ptr + place, mask=held, other=0)
-        # spread in registers: a load for each element costs registers, a change of layout shared memory
-        byte = tl.reshape(tl.broadcast_to(byte[:, :, None], [BLOCK_R, BLOCK_C // BITS, BITS]), [BLOCK_R, BLOCK_C])
-        g = tl.where((byte.to(tl.int32) >> (offs_c % BITS)[None, :]) & 1 != 0, g, 0.0)
-    elif RELU:
-        g = tl.where(_normalize(x, mean, scale, beta) > 0.0, g, 0.0)
-    return g
 
 
 @triton.jit
@@ -205,6 +214,7 @@ def _affine(gamma_ptr, beta_ptr, mean_ptr, var_ptr, n_channels, offs_c, eps):
 @triton.jit
 def _bn_grad_sums_kernel(
     grad_ptr,  # [G, R, C]
+    other_ptr,  # [G, R, C] what is added to it
     x_ptr,  # [G, R, C]
     bits_ptr,  # [G, R, ceil(C / 8)] uint8
     gamma_ptr,  # [C]
@@ -212,11 +222,13 @@ def _bn_grad_sums_kernel(
     mean_ptr,  # [G, C]
     var_ptr,  # [G, C]
     partial_ptr,  # [G, runs, 2, C] sum g and sum(g xhat)
+    g_ptr,  # [G, R, C]
     n_rows,
     n_channels,
     n_bytes,
     run,
     eps,
+    SUM: tl.constexpr,
     BITWISE: tl.constexpr,
     RELU: tl.constexpr,
     EVEN_C: tl.constexpr,
@@ -231,12 +243,25 @@ def _bn_grad_sums_kernel(
     of_gamma = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for block in tl.range(0, tl.cdiv(last - first, BLOCK_R), num_stages=STAGES):
         row, inside, mask = _tile(first, block, last, start, offs_c, n_channels, EVEN_C, BLOCK_R)
-        x = tl.load(x_ptr + row * n_channels + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-        g = _masked(
-            grad_ptr, bits_ptr, row, inside, mask, x, mean, scale, beta, offs_c, n_channels, n_bytes,
-            BITWISE, RELU, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
-        # 2. sum g, sum(g (x - mean)); rstd comes last.
+        place = row * n_channels + offs_c[None, :]
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        # 2. dy, rounded as a sum of its own would be.
+        if SUM:
+            g += tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            g = g.to(grad_ptr.dtype.element_ty).to(tl.float32)
+        # 3. g = dy where the argument of the ReLU was positive, otherwise 0; the argument is recomputed, or BITWISE looked up.
+        if BITWISE:
+            at, held = _bytes(row, inside, n_bytes, BLOCK_C)
+            byte = tl.load(bits_ptr + at, mask=held, other=0)
+            # spread in registers: a load for each element costs registers, a change of layout shared memory
+            byte = tl.reshape(tl.broadcast_to(byte[:, :, None], [BLOCK_R, BLOCK_C // BITS, BITS]), [BLOCK_R, BLOCK_C])
+            g = tl.where((byte.to(tl.int32) >> (offs_c % BITS)[None, :]) & 1 != 0, g, 0.0)
+        elif RELU:
+            g = tl.where(_normalize(x, mean, scale, beta) > 0.0, g, 0.0)
+        if SUM or BITWISE:
+            tl.store(g_ptr + place, g.to(g_ptr.dtype.element_ty), mask=mask)
+        # 4. sum g, sum(g (x - mean)); rstd comes last.
         of_beta += g
         of_gamma += g * (x - mean[None, :])
     out = partial_ptr + ((tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 2) * n_channels + offs_c
@@ -261,24 +286,20 @@ def _merge_sums(partial_ptr, group, n_channels, offs_c, BLOCK_C: tl.constexpr, M
 
 @triton.jit
 def _bn_grad_apply_kernel(
-    grad_ptr,  # [G, R, C]
+    grad_ptr,  # [G, R, C] dy, or where RELU is false g
     x_ptr,  # [G, R, C]
-    bits_ptr,  # [G, R, ceil(C / 8)] uint8
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
     mean_ptr,  # [G, C]
     var_ptr,  # [G, C]
     partial_ptr,  # [G, runs, 2, C]
     dx_ptr,  # [G, R, C]
-    dresidual_ptr,  # [G, R, C]
     dgamma_ptr,  # [C]
     dbeta_ptr,  # [C]
     n_rows,
     n_channels,
-    n_bytes,
     run,
     eps,
-    BITWISE: tl.constexpr,
     RELU: tl.constexpr,
     EVEN_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -306,15 +327,11 @@ def _bn_grad_apply_kernel(
         row, inside, mask = _tile(first, block, last, start, offs_c, n_channels, EVEN_C, BLOCK_R)
         place = row * n_channels + offs_c[None, :]
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        g = _masked(
-            grad_ptr, bits_ptr, row, inside, mask, x, mean, scale, beta, offs_c, n_channels, n_bytes,
-            BITWISE, RELU, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
+        g = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            g = tl.where(_normalize(x, mean, scale, beta) > 0.0, g, 0.0)
         dx = scale[None, :] * (g - shift[None, :] - (x - mean[None, :]) * slope[None, :])
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        # 3. dresidual = g.
-        if BITWISE:
-            tl.store(dresidual_ptr + place, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
 
 
 def _config(kernel: str, x: Tensor) -> Config:
@@ -332,150 +349,135 @@ def _runs(x: Tensor, groups: int, config: Config) -> tuple[int, int, int]:
     return n_rows, run, triton.cdiv(n_rows, run)
 
 
+def _launch(kernel: Any, config: Config, channels: int, runs: int, groups: int, *arguments: Any, **switches: Any) -> None:
+    """One program for each block of channels, run and group."""
+    if "MERGE" in kernel.arg_names:
+        switches["MERGE"] = MERGE_RUNS
+    kernel[(triton.cdiv(channels, config.cols), runs, groups)](
+        *arguments,
+        **switches,
+        EVEN_C=channels % config.cols == 0,
+        BLOCK_R=config.rows,
+        BLOCK_C=config.cols,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _partial(x: Tensor, groups: int, runs: int) -> Tensor:
+    return torch.empty((groups, runs, 2, x.shape[1]), dtype=torch.float32, device=x.device)
+
+
 def forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None, relu: bool, eps: float, groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, mean [G, C], var [G, C], bits)."""
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    relu: bool,
+    eps: float,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean [G, C], var [G, C], bits, the two running statistics [C], or [0] without them)."""
     x, channels = _rows(x), x.shape[1]
     has_residual = residual is not None
     residual = _rows(residual) if has_residual else x
     y, bits = torch.empty_like(x), new_bits(x, relu and has_residual)
     config = _config("statistics", x)
     n_rows, run, runs = _runs(x, groups, config)
-    partial = torch.empty((groups, runs, 2, channels), dtype=torch.float32, device=x.device)
+    partial = _partial(x, groups, runs)
     mean, var = (torch.empty((groups, channels), dtype=torch.float32, device=x.device) for _ in range(2))
+    has_running = running_mean is not None
+    running = (running_mean, running_var) if has_running else (mean, var)
+    moved = [torch.empty_like(r) if has_running else mean.new_empty(0) for r in running]
     with torch.cuda.device_of(x):
-        _bn_statistics_kernel[(triton.cdiv(channels, config.cols), runs, groups)](
-            x,
-            partial,
-            n_rows,
-            channels,
-            run,
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_R=config.rows,
-            BLOCK_C=config.cols,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
-        config = _config("apply", x)
-        _bn_apply_kernel[(triton.cdiv(channels, config.cols), runs, groups)](
-            x,
-            residual,
-            gamma,
-            beta,
-            partial,
-            y,
-            bits,
-            mean,
-            var,
-            n_rows,
-            channels,
-            triton.cdiv(channels, MASK_BITS),
-            run,
-            eps,
-            RESIDUAL=has_residual,
-            RELU=relu,
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_R=config.rows,
-            BLOCK_C=config.cols,
-            MERGE=MERGE_RUNS,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
-    return y, mean, var, bits
+        _launch(_bn_statistics_kernel, config, channels, runs, groups, x, partial, n_rows, channels, run)
+        _launch(
+            _bn_apply_kernel, _config("apply", x), channels, runs, groups,
+            x, residual, gamma, beta, partial, y, bits, mean, var, *running, *moved,
+            n_rows, channels, triton.cdiv(channels, MASK_BITS), run, eps, momentum,
+            RUNNING=has_running, RESIDUAL=has_residual, RELU=relu,
+        )  # fmt: skip
+    return y, mean, var, bits, *moved
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, bits: Tensor, relu: bool, eps: float
+    grad_y: Tensor,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bits: Tensor,
+    relu: bool,
+    eps: float,
+    other: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dgamma, dbeta, dresidual or [0])."""
     x, grad_y = _rows(x), _rows(grad_y)
+    has_other, bitwise = other is not None, bits.numel() > 0
+    other = _rows(other) if has_other else grad_y
     groups, channels = mean.shape
-    bitwise = bits.numel() > 0
     dx, dgamma, dbeta = torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
-    dresidual = torch.empty_like(x) if bitwise else x.new_empty(0)
+    g = torch.empty_like(x) if has_other or bitwise else grad_y
     config = _config("grad_sums", x)
     n_rows, run, runs = _runs(x, groups, config)
-    partial = torch.empty((groups, runs, 2, channels), dtype=torch.float32, device=x.device)
-    shared = (n_rows, channels, triton.cdiv(channels, MASK_BITS), run, eps)
+    partial = _partial(x, groups, runs)
+    affine = (gamma, beta, mean, var, partial)
     with torch.cuda.device_of(x):
-        _bn_grad_sums_kernel[(triton.cdiv(channels, config.cols), runs, groups)](
-            grad_y,
-            x,
-            bits,
-            gamma,
-            beta,
-            mean,
-            var,
-            partial,
-            *shared,
-            BITWISE=bitwise,
-            RELU=relu,
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_R=config.rows,
-            BLOCK_C=config.cols,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
-        config = _config("grad_apply", x)
-        _bn_grad_apply_kernel[(triton.cdiv(channels, config.cols), runs, groups)](
-            grad_y,
-            x,
-            bits,
-            gamma,
-            beta,
-            mean,
-            var,
-            partial,
-            dx,
-            dresidual,
-            dgamma,
-            dbeta,
-            *shared,
-            BITWISE=bitwise,
-            RELU=relu,
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_R=config.rows,
-            BLOCK_C=config.cols,
-            MERGE=MERGE_RUNS,
-            STAGES=config.stages,
-            num_warps=config.warps,
-        )
-    return dx, dgamma, dbeta, dresidual
+        _launch(
+            _bn_grad_sums_kernel, config, channels, runs, groups,
+            grad_y, other, x, bits, *affine, g, n_rows, channels, triton.cdiv(channels, MASK_BITS), run, eps,
+            SUM=has_other, BITWISE=bitwise, RELU=relu,
+        )  # fmt: skip
+        _launch(
+            _bn_grad_apply_kernel, _config("grad_apply", x), channels, runs, groups,
+            g, x, *affine, dx, dgamma, dbeta, n_rows, channels, run, eps,
+            RELU=relu and g is grad_y,
+        )  # fmt: skip
+    return dx, dgamma, dbeta, g if bitwise else x.new_empty(0)
 
 
 def variants(arch: str) -> list[Variant]:
-    """The forms that a ResNet calls: with ReLU, with residual and ReLU, and with neither (the shortcut's)."""
+    """The forms that a ResNet calls: with ReLU, with residual and ReLU, and with neither (the shortcut's); a gradient that is a sum
+    of two where the next block begins."""
     fp32 = "*fp32"
-    types = dict(
-        gamma_ptr=fp32, beta_ptr=fp32, mean_ptr=fp32, var_ptr=fp32, partial_ptr=fp32, dgamma_ptr=fp32, dbeta_ptr=fp32,
-        bits_ptr="*u8", n_rows="i32", n_channels="i32", n_bytes="i32", run="i32", eps="fp32",
+    types = dict.fromkeys(
+        (
+            "gamma_ptr", "beta_ptr", "mean_ptr", "var_ptr", "partial_ptr", "dgamma_ptr", "dbeta_ptr",
+            "running_mean_ptr", "running_var_ptr", "moved_mean_ptr", "moved_var_ptr",
+        ),
+        fp32,
     )  # fmt: skip
+    types |= dict(bits_ptr="*u8", n_rows="i32", n_channels="i32", n_bytes="i32", run="i32", eps="fp32", momentum="fp32")
     kernels = {
         "statistics": (_bn_statistics_kernel, [("", {})]),
         "apply": (_bn_apply_kernel, [
-            (" relu", dict(RESIDUAL=False, RELU=True)),
-            (" residual", dict(RESIDUAL=True, RELU=True)),
-            (" plain", dict(RESIDUAL=False, RELU=False)),
+            (" relu", dict(RUNNING=True, RESIDUAL=False, RELU=True)),
+            (" residual", dict(RUNNING=True, RESIDUAL=True, RELU=True)),
+            (" plain", dict(RUNNING=True, RESIDUAL=False, RELU=False)),
         ]),
+        "grad_sums": (_bn_grad_sums_kernel, [
+            (" relu", dict(SUM=False, BITWISE=False, RELU=True)),
+            (" residual", dict(SUM=False, BITWISE=True, RELU=True)),
+            (" residual sum", dict(SUM=True, BITWISE=True, RELU=True)),
+            (" plain", dict(SUM=False, BITWISE=False, RELU=False)),
+        ]),
+        "grad_apply": (_bn_grad_apply_kernel, [(" relu", dict(RELU=True)), (" plain", dict(RELU=False))]),
     }  # fmt: skip
-    uses = [
-        (" relu", dict(BITWISE=False, RELU=True)),
-        (" residual", dict(BITWISE=True, RELU=True)),
-        (" plain", dict(BITWISE=False, RELU=False)),
-    ]
-    kernels |= {"grad_sums": (_bn_grad_sums_kernel, uses), "grad_apply": (_bn_grad_apply_kernel, uses)}
     found = []
     for name, (kernel, forms) in kernels.items():
         for width, by_batch in table()[arch][f"batch_norm {name}"]["any"].items():
             config = Config(**by_batch["0"])
             tile = dict(EVEN_C=True, BLOCK_R=config.rows, BLOCK_C=config.cols, MERGE=MERGE_RUNS, STAGES=config.stages)
             for pixel in ("bf16", "fp16", "fp32"):
-                streams = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "dx_ptr", "dresidual_ptr"), f"*{pixel}")
+                streams = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "other_ptr", "g_ptr", "dx_ptr"), f"*{pixel}")
                 for form, switches in forms:
                     constants = {arg: value for arg, value in (tile | switches).items() if arg in kernel.arg_names}
                     given = {arg: (types | streams)[arg] for arg in kernel.arg_names if arg not in constants}

@@ -519,71 +519,28 @@ def forward(
     with torch.cuda.device_of(image):
         config = _config("moments", image.device, cell)
         _moments_kernel[(batch, bands)](
-            image,
-            partial,
-            width,
-            cell,
-            *image.stride(),
-            ROWS=config.rows,
-            BLOCK_W=block_w,
-            num_warps=config.warps,
-        )
+            image, partial, width, cell, *image.stride(),
+            ROWS=config.rows, BLOCK_W=block_w, num_warps=config.warps,
+        )  # fmt: skip
         partial = gather(partial, group)
         _affine_kernel[(1,)](
-            partial,
-            weight,
-            gamma,
-            beta,
-            mean,
-            var,
-            moments,
-            slope,
-            partial.shape[0],
-            batch * world_size(group) * height * width,
-            n_proj,
-            *weight.stride(),
-            eps,
-            TRAINING=training,
-            BLOCK_P=16 * BLOCK,
-            BLOCK_M=_block_m(n_proj),
-            num_warps=4,
-        )
+            partial, weight, gamma, beta, mean, var, moments, slope, partial.shape[0],
+            batch * world_size(group) * height * width, n_proj, *weight.stride(), eps,
+            TRAINING=training, BLOCK_P=16 * BLOCK, BLOCK_M=_block_m(n_proj), num_warps=4,
+        )  # fmt: skip
         config = _config("search", image.device, cell)
         _search_kernel[(batch, bands)](
-            image,
-            slope,
-            value,
-            winners,
-            low,
-            lowest,
-            width,
-            columns,
-            n_proj,
-            *image.stride(),
-            WITH_LOW=bool(minmax),
-            CELL=cell,
-            ROWS=config.rows,
-            BLOCK_W=block_w,
-            num_warps=config.warps,
-        )
+            image, slope, value, winners, low, lowest, width, columns, n_proj, *image.stride(),
+            WITH_LOW=bool(minmax), CELL=cell, ROWS=config.rows, BLOCK_W=block_w, num_warps=config.warps,
+        )  # fmt: skip
         if minmax:
             if minmax == "batch":  # every process scales all masks, which costs less than a second collective
                 value, low, lowest = (gather(tensor, group) for tensor in (value, low, lowest))
                 mask = torch.empty_like(value)
             _scale_kernel[(value.shape[0],)](
-                value,
-                low,
-                lowest,
-                mask,
-                den,
-                lowest_out,
-                value.shape[0],
-                bands * columns,
-                bands,
-                BATCH=minmax == "batch",
-                BLOCK_N=4 * BLOCK,
-                num_warps=4,
-            )
+                value, low, lowest, mask, den, lowest_out, value.shape[0], bands * columns, bands,
+                BATCH=minmax == "batch", BLOCK_N=4 * BLOCK, num_warps=4,
+            )  # fmt: skip
     if minmax == "batch" and group:
         mask = local_shard(mask, group).clone()
     return mask, mean, var, winners, lowest_out, den, moments
@@ -618,47 +575,15 @@ def backward(
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     with torch.cuda.device_of(mask):
         _grad_cells_kernel[(batch,)](
-            grad_mask,
-            mask,
-            winners,
-            lowest,
-            den,
-            weight,
-            gamma,
-            beta,
-            mean,
-            var,
-            partial,
-            batch,
-            cells,
-            n_proj,
-            *weight.stride(),
-            eps,
-            MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
-            BLOCK_N=BLOCK,
-            BLOCK_M=_block_m(n_proj),
-            num_warps=4,
-        )
+            grad_mask, mask, winners, lowest, den, weight, gamma, beta, mean, var, partial, batch, cells, n_proj,
+            *weight.stride(), eps,
+            MINMAX={"": 0, "image": 1, "batch": 2}[minmax], BLOCK_N=BLOCK, BLOCK_M=_block_m(n_proj), num_warps=4,
+        )  # fmt: skip
         partial = local_shard(partial, shared)
         _grad_affine_kernel[(1,)](
-            partial,
-            weight,
-            gamma,
-            mean,
-            var,
-            moments,
-            dweight,
-            dgamma,
-            dbeta,
-            partial.shape[0],
-            n_proj,
-            *weight.stride(),
-            eps,
-            TRAINING=training,
-            BLOCK_N=16,
-            BLOCK_M=_block_m(n_proj),
-            num_warps=4,
-        )
+            partial, weight, gamma, mean, var, moments, dweight, dgamma, dbeta, partial.shape[0], n_proj, *weight.stride(), eps,
+            TRAINING=training, BLOCK_N=16, BLOCK_M=_block_m(n_proj), num_warps=4,
+        )  # fmt: skip
     return dweight, dgamma, dbeta
 
 

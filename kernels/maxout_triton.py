@@ -508,82 +508,33 @@ def forward(
     with torch.cuda.device_of(feature):
         config = configs["project"]
         _project_kernel[(tiles,)](
-            x,
-            weight,
-            u,
-            partial,
-            positions,
-            channels,
-            n_proj,
-            tiles_per_image,
-            *x.stride(),
-            *weight.stride(),
-            EVEN_C=channels % config.cols == 0,
-            UPCAST=interpreting(),
-            BLOCK_S=rows,
-            BLOCK_M=block_m,
-            BLOCK_C=config.cols,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+            x, weight, u, partial, positions, channels, n_proj, tiles_per_image, *x.stride(), *weight.stride(),
+            EVEN_C=channels % config.cols == 0, UPCAST=interpreting(), BLOCK_S=rows, BLOCK_M=block_m, BLOCK_C=config.cols,
+            STAGES=config.stages, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
         if training:
             _statistics_kernel[(1,)](
-                partial,
-                mean,
-                var,
-                tiles,
-                positions,
-                n_proj,
-                tiles_per_image,
-                TILE_ROWS=rows,
-                BLOCK_T=MERGE_TILES,
-                BLOCK_M=block_m,
-                num_warps=4,
-            )
+                partial, mean, var, tiles, positions, n_proj, tiles_per_image,
+                TILE_ROWS=rows, BLOCK_T=MERGE_TILES, BLOCK_M=block_m, num_warps=4,
+            )  # fmt: skip
             mean, var = merge_statistics(mean, var, group)
         else:
             mean.copy_(running_mean)
             var.copy_(running_var)
         _activate_kernel[(batch,)](
-            u,
-            gamma,
-            beta,
-            mean,
-            var,
-            a,
-            extent,
-            batch,
-            positions,
-            n_proj,
-            eps,
-            BLOCK_S=rows,
-            BLOCK_M=block_m,
-            num_warps=4,
-        )
+            u, gamma, beta, mean, var, a, extent, batch, positions, n_proj, eps,
+            BLOCK_S=rows, BLOCK_M=block_m, num_warps=4,
+        )  # fmt: skip
         images = batch
         if minmax == "batch" and group:
             extent = gather(extent.T, group).T.contiguous()  # [2, images of all processes]
             images = extent.shape[1]
         config = configs["pool"]
         _pool_kernel[(batch, triton.cdiv(channels, config.cols))](
-            x,
-            a,
-            extent,
-            mask,
-            den,
-            pooled,
-            images,
-            positions,
-            channels,
-            *x.stride(),
-            MINMAX={"": 0, "image": 1, "batch": 2}[minmax],
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_S=rows,
-            BLOCK_C=config.cols,
-            BLOCK_R=MERGE_TILES,
-            num_warps=config.warps,
-        )
+            x, a, extent, mask, den, pooled, images, positions, channels, *x.stride(),
+            MINMAX={"": 0, "image": 1, "batch": 2}[minmax], EVEN_C=channels % config.cols == 0, BLOCK_S=rows,
+            BLOCK_C=config.cols, BLOCK_R=MERGE_TILES, num_warps=config.warps,
+        )  # fmt: skip
     return mask.view(batch, height, width), pooled, mean, var, u, den
 
 
@@ -629,52 +580,19 @@ def backward(
     with torch.cuda.device_of(feature):
         config = configs["grad_mask"]
         _grad_mask_kernel[(tiles,)](
-            x,
-            t if grad_mask is None else grad_mask,
-            pooled,
-            mask,
-            t,
-            tile_sums,
-            positions,
-            channels,
-            tiles_per_image,
-            *x.stride(),
-            *pooled.stride(),
-            HAS_MASK=grad_mask is not None,
-            HAS_POOLED=grad_pooled is not None,
-            MINMAX=minmax_code,
-            EVEN_C=channels % config.cols == 0,
-            BLOCK_S=rows,
-            BLOCK_C=config.cols,
-            STAGES=config.stages,
-            num_warps=config.warps,
+            x, t if grad_mask is None else grad_mask, pooled, mask, t, tile_sums, positions, channels, tiles_per_image,
+            *x.stride(), *pooled.stride(),
+            HAS_MASK=grad_mask is not None, HAS_POOLED=grad_pooled is not None, MINMAX=minmax_code,
+            EVEN_C=channels % config.cols == 0, BLOCK_S=rows, BLOCK_C=config.cols, STAGES=config.stages, num_warps=config.warps,
             num_stages=config.stages,
-        )
+        )  # fmt: skip
         if minmax == "batch":
             tile_sums = gather(tile_sums, group)
         _grad_projection_kernel[(tiles,)](
-            u,
-            gamma,
-            beta,
-            mean,
-            var,
-            mask,
-            den,
-            t,
-            tile_sums,
-            dv,
-            partial,
-            tile_sums.shape[0],
-            positions,
-            n_proj,
-            tiles_per_image,
-            eps,
-            MINMAX=minmax_code,
-            BLOCK_S=rows,
-            BLOCK_M=block_m,
-            BLOCK_T=MERGE_TILES,
-            num_warps=4,
-        )
+            u, gamma, beta, mean, var, mask, den, t, tile_sums, dv, partial, tile_sums.shape[0], positions, n_proj,
+            tiles_per_image, eps,
+            MINMAX=minmax_code, BLOCK_S=rows, BLOCK_M=block_m, BLOCK_T=MERGE_TILES, num_warps=4,
+        )  # fmt: skip
         sums = partial.sum(0)  # [2, M]
         shared = gather(sums[None], group).sum(0) / world_size(group)  # the kernel divides by this process's rows
         config = configs["grad_feature"]
@@ -684,41 +602,12 @@ def backward(
         splits = triton.cdiv(tiles, per_program)
         weight_parts = new(splits, n_proj, channels)
         _grad_feature_kernel[(parts, splits)](
-            x,
-            weight,
-            u,
-            gamma,
-            beta,
-            mean,
-            var,
-            mask,
-            dv,
-            shared,
-            pooled,
-            dx,
-            weight_parts,
-            tiles,
-            per_program,
-            positions,
-            channels,
-            n_proj,
-            tiles_per_image,
-            *x.stride(),
-            *weight.stride(),
-            *pooled.stride(),
-            *dx.stride(),
-            eps,
-            TRAINING=training,
-            HAS_POOLED=grad_pooled is not None,
-            WITH_DX=need_feature,
-            EVEN_C=channels % config.cols == 0,
-            UPCAST=interpreting(),
-            BLOCK_S=rows,
-            BLOCK_M=block_m,
-            BLOCK_C=config.cols,
-            num_warps=config.warps,
+            x, weight, u, gamma, beta, mean, var, mask, dv, shared, pooled, dx, weight_parts, tiles, per_program, positions,
+            channels, n_proj, tiles_per_image, *x.stride(), *weight.stride(), *pooled.stride(), *dx.stride(), eps,
+            TRAINING=training, HAS_POOLED=grad_pooled is not None, WITH_DX=need_feature, EVEN_C=channels % config.cols == 0,
+            UPCAST=interpreting(), BLOCK_S=rows, BLOCK_M=block_m, BLOCK_C=config.cols, num_warps=config.warps,
             num_stages=config.stages,
-        )
+        )  # fmt: skip
     dweight = weight_parts.sum(0)
     if need_feature and dx.data_ptr() != grad_feature.data_ptr():
         grad_feature.copy_(dx.view_as(feature))

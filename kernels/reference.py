@@ -31,6 +31,10 @@ class BatchNorm(NamedTuple):
     """[groups, C] means of the parts of the batch."""
     var: Tensor
     """[groups, C] biased variances of the parts."""
+    running_mean: Tensor | None = None
+    """[C] after this batch, where one was given."""
+    running_var: Tensor | None = None
+    """[C] likewise."""
 
 
 class MaxOut(NamedTuple):
@@ -133,13 +137,16 @@ def batch_norm(
     relu: bool = True,
     eps: float = 1e-5,
     groups: int = 1,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
 ) -> BatchNorm:
     """``y = relu(gamma (x - mean) / sqrt(var + eps) + beta [+ residual])`` with the statistics of each of ``groups`` parts of the
     batch, in float32 at least and rounded once.
 
     Args:
         x, residual: [B, C, H, W].
-        gamma, beta: [C].
+        gamma, beta, running_mean, running_var: [C].
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     ys, means, variances = [], [], []
@@ -154,7 +161,23 @@ def batch_norm(
     v = torch.cat(ys)
     if residual is not None:
         v = v + residual.to(dtype)
-    return BatchNorm((torch.relu(v) if relu else v).to(x.dtype), torch.stack(means), torch.stack(variances))
+    mean, var = torch.stack(means), torch.stack(variances)
+    moved = moved_statistics(mean, var, running_mean, running_var, momentum, x.numel() // x.shape[1] // groups)
+    return BatchNorm((torch.relu(v) if relu else v).to(x.dtype), mean, var, *moved)
+
+
+def moved_statistics(
+    mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, count: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics [C], moved by ``momentum`` towards the mean over the groups of ``mean`` and of the unbiased variance,
+    from ``mean`` and biased ``var`` [groups, C] of ``count`` values each; (None, None) without them."""
+    if running_mean is None or running_var is None:
+        return None, None
+    unbiased = var.mean(0) * (count / max(1, count - 1))
+    return (
+        running_mean.lerp(mean.mean(0).to(running_mean.dtype), momentum),
+        running_var.lerp(unbiased.to(running_var.dtype), momentum),
+    )
 
 
 def maxout(

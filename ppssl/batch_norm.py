@@ -89,8 +89,15 @@ def fused_batch_norm(bn: _BatchNorm, x: Tensor, *, residual: Tensor | None = Non
         return F.relu(y) if relu else y
     groups = getattr(bn, "groups", 1)
     groups = groups if x.shape[0] >= groups else 1
-    out = batch_norm(x, bn.weight, bn.bias, residual=residual, relu=relu, eps=bn.eps, groups=groups, impl="triton")
-    update_running_statistics(bn, out.mean.mean(0), out.var.mean(0), x.numel() // x.shape[1] // groups)
+    moves = bn.training and bn.track_running_stats
+    out = batch_norm(
+        x, bn.weight, bn.bias, residual=residual, relu=relu, eps=bn.eps, groups=groups, impl="triton",
+        running_mean=bn.running_mean if moves else None, running_var=bn.running_var if moves else None, momentum=bn.momentum,
+    )  # fmt: skip
+    if moves:
+        with torch.no_grad():
+            bn.running_mean.copy_(out.running_mean)
+            bn.running_var.copy_(out.running_var)
     if groups == 1 and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
     return out.y

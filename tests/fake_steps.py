@@ -41,6 +41,7 @@ def build(name: str, amp: str | None):
     import torch
 
     from ppssl import METHODS, Teacher
+    from ppssl.encoder import Trunk
     from ppssl.settings import method_settings
     from ppssl.timm_trunk import build_trunk
 
@@ -52,6 +53,8 @@ def build(name: str, amp: str | None):
         teacher = Teacher(visual, torch.randn(8, 32), logit_scale=100.0, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
         fake_cuda.fake(teacher)
     kind, trunk = METHODS[cfg.method.name], build_trunk(cfg.encoder.arch)
+    if isinstance(trunk, Trunk):
+        trunk.fuse_batch_norm()  # bn.impl=auto on CUDA
     trunk.freeze(cfg.encoder.freeze)
     return kind.from_settings(settings, kind.build_network(settings, trunk), teacher)
 
@@ -117,7 +120,8 @@ def launched(name: str, variant: str, dim: int) -> list[tuple[str, dict, int]]:
     with fake_cuda.benchmark() as bench_step:
         settings = bench_step.variant
         with patch.object(bench_step, "variant", lambda method, _, values: settings(method, variant, values)):
-            step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), bench_step.RUNGS[name])
+            rung = bench_step.RUNGS[name]._replace(compile="off")
+            step = bench_step.build_step(bench_step.size_of("full")._replace(dim=dim), rung)
     with Watch():
         step()
     return found
@@ -130,7 +134,7 @@ def differences(kernel: str, values: dict, warps: int) -> list[str]:
     from kernels import registry
 
     short = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+             torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
     closest = [f"{kernel} is not compiled ahead of time"]
     for number, variant in enumerate(v for v in registry.variants("sm_90") if v.kernel.fn.__name__ == kernel):
         wrong = [] if warps == variant.warps else [f"warps {warps}, {variant.name} has {variant.warps}"]
@@ -145,7 +149,7 @@ def differences(kernel: str, values: dict, warps: int) -> list[str]:
 
 
 def forms() -> dict[str, list[str]]:
-    steps = (("teacher cached", "published"), ("teacher cached", "guided"), ("moco", ""), ("lcr", ""), ("ldfs", ""))
+    steps = (("compiled", "published"), ("compiled", "guided"), *((f"{name} compiled", "") for name in ("moco", "lcr", "ldfs")))
     found = {}
     for name, variant in steps:
         for dim in (128, 256):

@@ -16,10 +16,23 @@ class Cell(NamedTuple):
     overrides: dict[str, Any]
     """Config keys beside those of synthetic.yaml."""
     kind: str = "train"
-    """train, untrained (the starting network), or teacher (the image-text model's own image features)."""
+    """train, untrained (the starting network), untouched (the same where its weights are given: no seed changes it), teacher (the
+    image-text model's own image features), or lightly (trained by that library)."""
     teacher: str = "true"
     """The cached embeddings that a method gets: true, shuffled (each image has another's), constant (their mean), or species (an
     oracle that knows the labels)."""
+    budget: float = 1.0
+    """The part of the study's images that a run sees."""
+
+    @property
+    def has_seed(self) -> bool:
+        """Whether another seed gives another result."""
+        return self.kind != "untouched"
+
+    @property
+    def trains(self) -> bool:
+        """Whether a run sees images."""
+        return self.kind in ("train", "lightly")
 
 
 class Study(NamedTuple):
@@ -30,6 +43,10 @@ class Study(NamedTuple):
     cells: list[Cell]
     budget_fraction: float = 0.5
     """Of the images that --budget allows a run."""
+    seeds: int | None = None
+    """How many were fixed before the first was looked at; None where none were."""
+    floor: str | None = None
+    """The row without training, by which half-trained seeds are counted."""
 
 
 def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
@@ -38,10 +55,10 @@ def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sectio
     return Cell(name, {"method.name": "ppssl", "method.variant": variant} | values, teacher=teacher)
 
 
-def plain(name: str, variant: str | None = None, **overrides: Any) -> Cell:
-    """Another method, in ``variant`` where it has two."""
+def plain(name: str, variant: str | None = None, *, method: str | None = None, **overrides: Any) -> Cell:
+    """Another method, in ``variant`` where it has two; ``method`` where the row is called otherwise."""
     label = f"{name} {variant}" if variant else name
-    return Cell(label, {"method.name": name, "method.variant": variant or "published"} | overrides)
+    return Cell(label, {"method.name": method or name, "method.variant": variant or "published"} | overrides)
 
 
 OFF = {"weight": 0.0}
@@ -138,5 +155,26 @@ STUDIES = {
         # the softmax is certain of the category; a higher temperature lets it say more about the rest
         + [ppssl(f"{kind} teacher, tau 4", teacher=kind, ais={"temperature": 4.0}) for kind in ("true", "species")]
         + [ppssl("no teacher", ais=OFF)],
+    ),
+    "stability": Study(
+        "What leaves a seed half trained",
+        "moco",
+        [
+            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
+            plain("moco"),
+            plain("moco, queue starts empty", method="moco", **{"queue.start": "empty"}),
+            plain("moco, warm-up of 2 epochs", method="moco", **{"optim.warmup": 2.0}),
+            plain("moco, decay rises to 1", method="moco", **{"ema.schedule": "cosine"}),
+            plain("moco, decay 0.9", method="moco", **{"ema.decay": 0.9}),
+            plain("moco, head mlp2", method="moco", **{"encoder.head": "mlp2"}),
+            plain("moco, batch", method="moco", **{"contrast.negatives": "batch"}),
+            ppssl("ppssl guided"),
+            ppssl("ppssl guided, queue starts empty", queue={"start": "empty"}),
+            ppssl("ppssl guided, warm-up of 2 epochs", optim={"warmup": 2.0}),
+            plain("simclr"),
+        ],
+        budget_fraction=1.0,
+        seeds=20,
+        floor="untrained",
     ),
 }

@@ -1,15 +1,15 @@
-"""Where a trained network looks, compared with where the bird of a synthetic image is."""
+"""Where a trained network looks, compared with where the bird is: its outline in a synthetic image, its box in a photo of CUB."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from engine.config import Config
@@ -17,7 +17,6 @@ from engine.data import contact_sheet
 from engine.data.catalog import ImageList
 from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.torch_loader import clean_view
-from engine.data.views import clean_resize
 from engine.evaluation import attention_maps
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
@@ -28,23 +27,65 @@ from engine.report.sections import MAP_NAMES
 from engine.synthetic import dataset
 from ppssl.encoder import masked_average_pool
 from ppssl.method import Method
+from ppssl.timm_trunk import IMAGENET, image_input
 
+BOXES = "bounding_boxes.txt"
+"""Of CUB-200-2011: number of the photo, x, y, width, height."""
+LONGER_SIDE = 500
+"""Of its photos, in pixels."""
 EVERY = 5
 """The maps of every fifth test image are looked at."""
 
 
-def coverage(images: ImageList, image_size: int, cache: Path) -> Tensor | None:
-    """[N, S, S] in [0, 1]: how much of each pixel of the clean views is bird, kept in ``cache``; None where the images are not
-    those of a synthetic dataset."""
-    path = cache / f"silhouettes-{images.fingerprint[:16]}-{image_size}.safetensors"
+def coverage(images: ImageList, cfg: Config, cache: Path) -> Tensor | None:
+    """[N, S, S] in [0, 1]: how much of each pixel of the clean views is bird, or inside its box, kept in ``cache``; None where
+    neither is known."""
+    name, draw = outlines(images)
+    if draw is None:
+        return None
+    how, side = image_input(cfg.encoder.arch, cfg.encoder.weights), cfg.data.image_size
+    shape = f"{side}" if how == IMAGENET else f"{side}-{how.resize(side)}"
+    path = cache / f"{name}-{images.fingerprint[:16]}-{shape}.safetensors"
     if not path.is_file():
-        try:
-            drawn = dataset.silhouettes(images.root, images.names)
-        except ValueError:
-            return None
-        views = [clean_view(one, clean_resize(image_size), image_size, Image.Resampling.BILINEAR) for one in drawn]
+        views = [clean_view(one, how.resize(side), side, Image.Resampling.BILINEAR) for one in draw()]
         save_weights(path, {"coverage": torch.from_numpy(np.stack([np.asarray(view) for view in views]))}, {})
     return load_weights(path)["coverage"].float() / 255
+
+
+def outlines(images: ImageList) -> tuple[str, Callable[[], list[Image.Image]] | None]:
+    """What is known of where the birds are, ``silhouettes`` or ``boxes``, and what draws it as 8-bit images of the photos' size."""
+    if (images.root / dataset.STAMP).is_file():
+        return "silhouettes", lambda: dataset.silhouettes(images.root, images.names)
+    if (images.root / BOXES).is_file():
+        return "boxes", lambda: boxes(images)
+    return "", None
+
+
+def boxes(images: ImageList) -> list[Image.Image]:
+    """The boxes of CUB-200-2011's photos, white on black.
+
+    They are in pixels of the published photos, whose longer side is 500 in all but a few. A copy of smaller photos is known by
+    boxes that do not fit: then every box is scaled by its photo's longer side. Raises ``ValueError`` for a photo without a box.
+    """
+
+    def rows(file: str) -> dict[str, list[str]]:
+        lines = (images.root / file).read_text(encoding="utf-8").splitlines()
+        return {number: rest for number, *rest in map(str.split, lines)}
+
+    by_number = rows(BOXES)
+    found = {f"images/{name}": by_number.get(number) for number, (name,) in rows("images.txt").items()}
+    if unknown := [name for name in images.names if not found.get(name)]:
+        raise ValueError(f"{images.root / BOXES} has no box of {unknown[0]}")
+    values = np.array([found[name] for name in images.names], float)  # x, y, width, height
+    size = images.sizes[:, ::-1].astype(float)
+    if ((values[:, :2] + values[:, 2:]) > size + 1).any():
+        values *= size.max(1, keepdims=True) / LONGER_SIDE
+    drawn = []
+    for (x, y, width, height), (w, h) in zip(values, images.sizes[:, ::-1].tolist(), strict=True):
+        picture = Image.new("L", (w, h))
+        ImageDraw.Draw(picture).rectangle((x, y, x + width - 1, y + height - 1), fill=255)
+        drawn.append(picture)
+    return drawn
 
 
 def relative_mass_on_bird(maps: Tensor, covered: Tensor) -> float:
@@ -92,17 +133,19 @@ def picture(cells: Sequence[tuple[str, Path]], title: str, path: Path) -> None:
 
 
 def look(method: Method, cfg: Config, images: ImageList, labels: Tensor, device: torch.device, cache: Path) -> dict[str, Any]:
-    """``silhouette_rank1`` (``SilhouettePool``), and ``relative_mass_on_bird`` of the maps, as ``feature_on_bird``,
-    ``mask_on_bird`` and ``cam_on_bird``; empty where the images are not synthetic."""
-    covered = coverage(images, cfg.data.image_size, cache)
+    """``silhouette_rank1`` or ``box_rank1`` (``SilhouettePool``), and ``relative_mass_on_bird`` of the maps, as
+    ``feature_on_bird``, ``mask_on_bird`` and ``cam_on_bird``; empty where ``coverage`` is not known."""
+    covered = coverage(images, cfg, cache)
     if covered is None:
         return {}
     features = extract(SilhouettePool(method.network.trunk, covered), images, cfg, device)
-    found = {"silhouette_rank1": retrieval(features, labels).rank1}
+    measure = "box_rank1" if outlines(images)[0] == "boxes" else "silhouette_rank1"
+    found = {measure: retrieval(features, labels).rank1}
+    how = image_input(cfg.encoder.arch, cfg.encoder.weights)
     maps: dict[str, list[Tensor]] = {}
     views = clean_batches(
-        images, resize=clean_resize(cfg.data.image_size), crop=cfg.data.image_size, batch_size=cfg.eval.batch_size,
-        workers=cfg.data.workers, device=device,
+        images, resize=how.resize(cfg.data.image_size), crop=cfg.data.image_size, mean=how.mean, std=how.std,
+        interpolation=how.interpolation, batch_size=cfg.eval.batch_size, workers=cfg.data.workers, device=device,
     )  # fmt: skip
     for x, index in views:
         for name, values in attention_maps.attention(method, x[index % EVERY == 0]).items():

@@ -7,56 +7,36 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import platform
-import resource
-import subprocess
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bench.methods.cells import STUDIES, Cell, Study
-from bench.methods.maps import coverage, look, picture
+from bench.methods import records
+from bench.methods.cells import Cell, Study
+from bench.methods.maps import coverage, picture
+from bench.methods.run_cell import HELD_OUT, images_of, run_cell
+from bench.methods.settings import FILE_KEYS, SETTINGS, WEIGHTS, weights_file, weights_sha256
 from bench.methods.table import markdown, summarize
-from engine import build
-from engine.build import assemble
-from engine.config import Config, flatten, read, resolve, to_yaml
-from engine.console import say
-from engine.data import sampler, teacher_cache
-from engine.data.catalog import Catalog, ImageList
-from engine.evaluation import attention_maps, linear
-from engine.evaluation.features import extract
-from engine.evaluation.retrieval import retrieval
+from engine.config import Config, flatten, read, resolve
+from engine.console import counted, say
+from engine.data import sampler
+from engine.data.catalog import Catalog
+from engine.errors import ConfigError
 from engine.files import cache_folder, write_text
 from engine.synthetic import dataset
-from ppssl.encoder import FeatureNet
-from ppssl.method import Method
-from ppssl.teacher import Teacher
-
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = Path(__file__).with_name("synthetic.yaml")
-"""What every cell starts from. It is pinned here, so that committed studies keep their meaning when the demo changes."""
-PERCENTS = (100, 50, 20)
-"""Of the training labels that the linear probes see."""
-NOTE = """Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
-number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
-pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
-bird" is the fraction of a map's mass that lies on the bird over the fraction of the image that is bird: 1 is chance. The
-synthetic dataset shows how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained
-weights or hundreds of epochs.
-"""
+from ppssl.settings import resolve_variant
 
 
 def configure(cell: Cell, args: argparse.Namespace, seed: int, root: Path) -> Config:
-    """The pinned recipe with the cell's keys, then the command line's."""
-    values = read(RECIPE.read_bytes(), str(RECIPE)) | cell.overrides | args.overrides
+    """The setting's pinned recipe with the cell's keys, then the command line's."""
+    setting = SETTINGS[args.setting]
+    values = read(setting.recipe.read_bytes(), str(setting.recipe)) | cell.overrides | args.overrides
     values |= {"seed": seed, "data.root": str(root), "amp": None if args.amp == "off" else args.amp}
     values |= {"run.log_every": 10**6, "run.save_every_steps": 10**9}
+    values |= {key: str(weights_file()) for key in FILE_KEYS if values.get(key) == WEIGHTS}
     if args.jobs > 1:
         values |= {"data.workers": 0}  # a cell that has one core of several decodes in its own process
     return resolve(values, f"cell {cell.name!r}")
@@ -67,175 +47,105 @@ def epochs_of(budget: float, train_images: int, batch_size: int) -> int:
     return max(1, round(budget / (batch_size * sampler.steps_per_epoch(train_images, batch_size))))
 
 
-def specification(cell: Cell, cfg: Config) -> dict[str, Any]:
-    """What a cell's result depends on; its hash is in the name of the record. ``world`` is the stamp of the synthetic dataset."""
+def specification(cell: Cell, cfg: Config, images: Catalog | None = None, tune: bool = False) -> dict[str, Any]:
+    """What a cell's result depends on; its hash is in the name of the record.
+
+    ``world`` is the stamp of the synthetic dataset, ``images`` the photographs, ``variant`` the value of what the config leaves to
+    the method's variant, ``weights`` the sha256 of a weights file that the recipe names, ``validation`` what is evaluated on.
+    """
     free = ("out", "resume", "data.root", "data.workers")
     keys = {key: value for key, value in flatten(cfg).items() if key not in free and not key.startswith("run.")}
-    stamp = Path(cfg.data.root, "birds.json")
-    world = json.loads(stamp.read_text()) if stamp.is_file() else None
-    return keys | {"kind": cell.kind, "embeddings": cell.teacher, "world": world}
-
-
-def run_cell(cell: Cell, cfg: Config, spec: dict[str, Any], record: Path, folder: Path | None, threads: int) -> None:
-    """Trains and measures one cell and writes its record; in a separate process, so that memory and CPU time are the cell's."""
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = build.resolve(cfg, device)
-    images = build.data(cfg, cache_dir=cache_folder(), progress=False)
-    found: dict[str, Any] = {"cell": cell.name, "seed": cfg.seed, "specification": spec}
-    cache = dict(device=device, cache_dir=cache_folder(), workers=cfg.data.workers)
-    if cell.kind == "teacher":
-        teacher = build.teacher(cfg, device)
-        rows = [teacher_cache.embeddings(teacher, part, **cache).float() for part in (images.train, images.test)]
-        found |= measure_features(*rows, images)
-    elif cell.kind == "untrained":
-        found |= measure(build.method(cfg, None).to(device), cfg, images, device)
-    else:
-
-        def embed(teacher: Teacher) -> Tensor:
-            rows = teacher_cache.embeddings(teacher, images.train, **cache)
-            return altered(rows, cell.teacher, cfg.seed, labels_of(images.train, device))
-
-        teacher = build.teacher(cfg, device)
-        trainer = assemble(cfg, images, device, teacher=teacher, out=folder, cache=cache_folder(), embed=embed)
-        if folder is not None:
-            trainer.begin(None)
-            write_text(folder / "config.yaml", to_yaml(cfg))
-            watch = attention_maps.Watch(folder, cfg, images, device)
-            trainer.hooks.append(watch.after_epoch)
-        before = cpu_seconds()
-        try:
-            summary = trainer.fit()
-            trainer.loader.close()
-            found["cpu_seconds_per_epoch"] = (cpu_seconds() - before) / cfg.epochs
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _usage(resource.RUSAGE_SELF).ru_maxrss
-            found |= {"peak_memory_mib": peak / 2**20, "steps": summary.steps, "images": summary.steps * cfg.batch_size}
-            if folder is not None:
-                watch(trainer)
-            found |= measure(trainer.method, cfg, images, device)
-        except FloatingPointError as error:
-            found["failed"] = str(error)
-    write_text(record, json.dumps(found | provenance(), indent=1) + "\n")
-
-
-def altered(rows: Tensor, how: str, seed: int, labels: Tensor) -> Tensor:
-    """Teacher embeddings [N, E]: as they are (``true``), each image with another's (``shuffled``), their mean (``constant``), or
-    that mean and a random direction for each of the ``labels`` [N] (``species``), which no teacher without labels could give."""
-    if how == "true":
-        return rows
-    generator = torch.Generator().manual_seed(seed)
-    if how == "shuffled":
-        return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
-    found = F.normalize(rows.float().mean(0, keepdim=True), dim=1).expand(len(rows), -1)
-    if how == "species":
-        directions = F.normalize(torch.randn(int(labels.max()) + 1, rows.shape[1], generator=generator), dim=1).to(rows.device)
-        # 0.8: between species the logits then differ by a standard deviation of 1.4 (of the demo's teacher: 0.1)
-        found = F.normalize(found + 0.8 * directions[labels], dim=1)
-    return found.to(rows.dtype).contiguous()
-
-
-def measure(method: Method, cfg: Config, images: Catalog, device: torch.device) -> dict[str, Any]:
-    """Retrieval and linear probes of the method's network, retrieval without its mask, and, on a synthetic dataset, where it looks
-    (``bench.methods.maps``). Raises ``FloatingPointError``."""
-    network = method.network
-    train, test = (extract(network, part, cfg, device) for part in (images.train, images.test))
-    if not all(torch.isfinite(features).all() for features in (train, test)):
-        raise FloatingPointError("the features are not finite: the network has diverged")
-    labels = labels_of(images.test, device)
-    found = measure_features(train, test, images)
-    plain = test if network.mask is None else extract(FeatureNet(network.trunk), images.test, cfg, device)
-    unmasked = retrieval(plain, labels)
-    found |= {"plain_rank1": unmasked.rank1, "plain_mAP": unmasked.mAP}
-    return found | look(method, cfg, images.test, labels, device, cache_folder())
-
-
-def measure_features(train: Tensor, test: Tensor, images: Catalog) -> dict[str, float]:
-    """rank1, rank5, mAP inside the test split; accuracy of linear probes on ``PERCENTS`` of the training labels; in [0, 1]."""
-    of_train, of_test = (labels_of(part, test.device) for part in (images.train, images.test))
-    ranked = retrieval(test, of_test)
-    found = {"rank1": ranked.rank1, "rank5": ranked.rank5, "mAP": ranked.mAP}
-    classes = int(of_train.max()) + 1
-    for percent in PERCENTS:
-        some = linear.fraction(of_train, percent, seed=0)
-        if int(torch.bincount(of_train[some]).max()) < 2:
-            continue  # nothing to hold out for the choice of the penalty
-        found[f"linear_{percent}"] = linear.convex(train[some], of_train[some], classes).probe.accuracy(test, of_test)
-    return found
-
-
-def labels_of(images: ImageList, device: torch.device) -> Tensor:
-    return torch.as_tensor(images.labels, dtype=torch.int64, device=device)
-
-
-def _usage(who: int) -> resource.struct_rusage:
-    return resource.getrusage(who)
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process, its threads and the children it has waited for, in seconds."""
-    return sum(u.ru_utime + u.ru_stime for u in map(_usage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-
-
-def provenance() -> dict[str, str]:
-    """Where and with what a cell was run."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "commit": commit or "unknown", "torch": torch.__version__, "device": device, "threads": str(torch.get_num_threads()),
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    of_variant = flatten(resolve_variant(cfg))
+    found = keys | {"kind": cell.kind, "embeddings": cell.teacher, "variant": {k: of_variant[k] for k in keys if keys[k] is None}}
+    for key in FILE_KEYS:
+        if Path(str(keys[key])).name == WEIGHTS:
+            found |= {key: WEIGHTS, "weights": weights_sha256()}
+    if not cell.has_seed:
+        found["seed"] = None
+    if images is None:
+        stamp = Path(cfg.data.root, "birds.json")
+        return found | {"world": json.loads(stamp.read_text()) if stamp.is_file() else None}
+    splits = {"train": images.train, "test": images.test}
+    found["images"] = {name: {"count": len(of), "identity": of.identity} for name, of in splits.items() if of is not None}
+    return found | ({"validation": f"{HELD_OUT:g} of each class of the training photos, drawn by seed 0"} if tune else {})
 
 
 def dataset_root(args: argparse.Namespace) -> Path:
-    """``data.root`` from the command line, or the synthetic dataset of --dataset-seed, drawn where it is missing."""
+    """``data.root`` from the command line, the photographs of the setting, or the synthetic dataset of --dataset-seed, drawn where
+    it is missing. Raises ``ConfigError`` where photographs are missing."""
     if root := args.overrides.get("data.root"):
         return Path(root)
+    if SETTINGS[args.setting].folder is not None:
+        return SETTINGS[args.setting].root(args.data)
     root = cache_folder() / f"birds-{args.dataset_seed}"
     return dataset.generate(root, seed=args.dataset_seed) if dataset.is_missing(root) else root
 
 
-def tabulate(study_name: str, study: Study, records: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
+def tabulate(study_name: str, study: Study, found: list[dict[str, Any]], args: argparse.Namespace, command: str) -> None:
     """Writes STUDY.json and STUDY.md."""
-    rows = summarize(records, [cell.name for cell in study.cells], study.reference)
-    images = sorted({r["images"] for r in records if "images" in r})  # whole epochs, the nearest to the budget
+    rows = summarize(found, [cell.name for cell in study.cells], study.reference, study.floor)
+    images = sorted({r["images"] for r in found if "images" in r})  # whole epochs, the nearest to the budget
     table = {"study": study_name, "command": command, "images": images, "reference": study.reference}
-    table |= {"rows": rows, "records": records}
-    write_text(args.out / f"{study_name}.json", one_record_per_line(table))
-    write_text(args.out / f"{study_name}.md", page(table))
+    if args.setting != "synthetic":
+        table |= {"setting": args.setting, "tuning": args.tune}
+    table |= {"rows": rows} | records.compact(found)
+    path = table_path(study_name, args)
+    write_text(path, records.one_record_per_line(table))
+    write_text(path.with_suffix(".md"), page(table))
+
+
+def table_path(study_name: str, args: argparse.Namespace) -> Path:
+    """STUDY.json, or STUDY-tuning.json of --tune."""
+    return args.out / SETTINGS[args.setting].results / f"{study_name}{'-tuning' if args.tune else ''}.json"
 
 
 def page(table: dict[str, Any]) -> str:
     """The Markdown of what STUDY.json holds."""
+    setting = SETTINGS[table.get("setting", "synthetic")]
+    study, photographs = setting.studies[table["study"]], setting.folder is not None
     commits = ", ".join(sorted({r["commit"] for r in table["records"]}))
     seen = " or ".join(f"{count:,}" for count in table["images"]) or "no"
-    head = f"# {STUDIES[table['study']].title}\n\n`{table['command']}`\n\n{seen} images per run; commit {commits}.\n\n"
-    return head + markdown(table["rows"], table["reference"]) + "\n" + NOTE
+    title = f"{study.title}, {setting.name}" if photographs else study.title
+    head = f"# {title}\n\n`{table['command']}`\n\n{seen} images per run; commit {commits}.\n\n"
+    if photographs:
+        head += _planned(table, study) + "\n\n"
+    return head + markdown(table["rows"], table["reference"], photographs) + "\n" + setting.note
 
 
-def one_record_per_line(table: dict[str, Any]) -> str:
-    """JSON in which a list has a line for each of its entries, so that a change of one record is a change of one line."""
-    lines = []
-    for key, value in table.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        else:
-            value = json.dumps(value)
-        lines.append(f" {json.dumps(key)}: {value}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def _planned(table: dict[str, Any], study: Study) -> str:
+    """What the table may be read for."""
+    if table["tuning"]:
+        return "Tuning: evaluated on training photos that were held out, with seeds that no other table has. It chose settings."
+    done = min((len(row["seeds"]) + len(row["failed"]) for row in table["rows"] if row["seeds"] or row["failed"]), default=0)
+    rows = {row["cell"] for row in table["rows"]}
+    if study.seeds is None or (done >= study.seeds and rows >= {cell.name for cell in study.cells}):
+        return f"Complete: the {study.seeds} seeds that were planned, on test photos that chose nothing."
+    return (
+        f"**Incomplete:** {len(rows)} of {len(study.cells)} rows, the shortest with {done} of the {study.seeds} seeds that were "
+        f"planned. The p values mean nothing before all are there."
+    )
 
 
 def run_study(name: str, args: argparse.Namespace, command: str) -> None:
-    """Runs every cell without a record, ``args.jobs`` at a time, seed by seed, so that a table is balanced at any time."""
-    study = STUDIES[name]
-    root = dataset_root(args)
+    """Runs every cell without a record, ``args.jobs`` at a time, seed by seed, so that a table is balanced at any time. A record is
+    a file in ``args.work`` or a line of the table in ``args.out``, which also keeps its other seeds.
+
+    Raises ``ConfigError`` where that table has records of another specification, ``RuntimeError`` naming cells that failed.
+    """
+    setting = SETTINGS[args.setting]
+    study, root = setting.studies[name], dataset_root(args)
     some = configure(study.cells[0], args, args.first_seed, root)
-    images = build.data(some, cache_dir=cache_folder())
-    coverage(images.test, some.data.image_size, cache_folder())  # once, before several cells need it
+    images = images_of(some, args.tune)
+    coverage(images.test, some, cache_folder())  # once, before several cells need it
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    plans = [planned(name, cell, args, seed, root, len(images.train)) for seed in seeds for cell in study.cells]
+    plans = [
+        planned(name, cell, args, seed, root, images) for seed in seeds for cell in study.cells if cell.has_seed or seed == seeds[0]
+    ]
+    committed = records.read(table_path(name, args))
+    kept = of_this_study(committed, name, args, root, images)
     asked = [plan for plan in plans if not args.only or plan.cell.name in args.only]
-    done = [plan for plan in asked if plan.record.is_file()]
-    say(f"{name}: {len(asked)} cells, {len(done)} of them done before; {args.jobs} at a time")
+    done = [plan for plan in asked if record_of(plan, kept) is not None]
+    say(f"{name}: {counted(len(asked), 'cell')}, {len(done)} of them done before; {args.jobs} at a time")
     failures: list[str] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {pool.submit(run_apart, plan, args): plan for plan in asked if plan not in done}
@@ -250,17 +160,18 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
                     continue
                 done.append(plan)
                 say(f"{name} {len(done)}/{len(asked)}: {plan.cell.name}, seed {plan.cfg.seed}: {shown(plan.record)}")
-                tabulate(name, study, records_of(plans), args, command)
+                tabulate(name, study, records_of(plans, kept), args, command)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failures:
         raise RuntimeError("; ".join(failures))
-    tabulate(name, study, records_of(plans), args, command)
+    tabulate(name, study, records_of(plans, kept), args, command)
+    path = table_path(name, args)
     if args.keep:
         of_first = [(p.cell.name, p.record.with_suffix("")) for p in plans if p.cfg.seed == args.first_seed]
-        picture(of_first, f"{study.title}: last epoch, seed {args.first_seed}", args.out / f"{name}.jpg")
-    say(f"written: {args.out / name}.md")
+        picture(of_first, f"{study.title}: last epoch, seed {args.first_seed}", path.with_suffix(".jpg"))
+    say(f"written: {path.with_suffix('.md')}")
 
 
 class Plan(NamedTuple):
@@ -272,15 +183,40 @@ class Plan(NamedTuple):
     record: Path
 
 
-def planned(study_name: str, cell: Cell, args: argparse.Namespace, seed: int, root: Path, train_images: int) -> Plan:
+def planned(study_name: str, cell: Cell, args: argparse.Namespace, seed: int, root: Path, images: Catalog | int) -> Plan:
+    """The plan of a cell. images: of a synthetic dataset, the number of training images will do."""
+    setting = SETTINGS[args.setting]
     cfg = configure(cell, args, seed, root)
-    if cell.kind == "train":
-        budget = STUDIES[study_name].budget_fraction * args.budget
+    if cell.trains:
+        budget = setting.studies[study_name].budget_fraction * cell.budget * args.budget
+        train_images = images if isinstance(images, int) else len(images.train)
         cfg = dataclasses.replace(cfg, epochs=epochs_of(budget, train_images, cfg.batch_size))
-    spec = specification(cell, cfg)
+    photographs = None if isinstance(images, int) or setting.folder is None else images
+    spec = json.loads(json.dumps(specification(cell, cfg, photographs, args.tune)))
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
-    label = f"{cell.name.replace(' ', '_').replace(',', '')}-{seed}"
-    return Plan(cell, cfg, spec, args.work / study_name / f"{label}-{key}.json")
+    label = f"{cell.name.replace(' ', '_').replace(',', '')}-{seed if cell.has_seed else 'any'}"
+    return Plan(cell, cfg, spec, args.work / setting.results / study_name / f"{label}-{key}.json")
+
+
+def of_this_study(
+    found: list[dict[str, Any]], name: str, args: argparse.Namespace, root: Path, images: Catalog
+) -> list[dict[str, Any]]:
+    """The records of a committed table, all of which must be of today's specification, whatever their seeds. Raises ``ConfigError``
+    naming what differs."""
+    cells = {cell.name: cell for cell in SETTINGS[args.setting].studies[name].cells}
+    for record in found:
+        if record["cell"] not in cells:
+            raise ConfigError(f"{table_path(name, args)} has a cell {record['cell']!r}, which study {name} has not; {_ELSEWHERE}")
+        seed = args.first_seed if record["seed"] is None else record["seed"]
+        wanted = planned(name, cells[record["cell"]], args, seed, root, images).specification
+        if differs := next(records.differences(record["specification"], wanted), None):
+            raise ConfigError(
+                f"{table_path(name, args)} holds records of another specification: of {record['cell']!r}, {differs}; {_ELSEWHERE}"
+            )
+    return found
+
+
+_ELSEWHERE = "name another folder for this table (--out DIR), or move that file away"
 
 
 def run_apart(plan: Plan, args: argparse.Namespace) -> int:
@@ -293,8 +229,20 @@ def run_apart(plan: Plan, args: argparse.Namespace) -> int:
     return process.exitcode
 
 
-def records_of(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    return [json.loads(plan.record.read_text()) for plan in plans if plan.record.is_file()]
+def record_of(plan: Plan, kept: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What is known of a plan: its file, or its record among those ``kept`` of the table."""
+    if plan.record.is_file():
+        return json.loads(plan.record.read_text())
+    return next((record for record in kept if records.is_of(record, plan.cell.name, plan.specification)), None)
+
+
+def records_of(plans: Sequence[Plan], kept: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The records of ``plans``, and those that the table had beside them, by seed and in the order of the plans."""
+    found = [record for plan in plans if (record := record_of(plan, kept)) is not None]
+    known = {(record["cell"], record["seed"]) for record in found}
+    order = {name: place for place, name in enumerate(dict.fromkeys(plan.cell.name for plan in plans))}
+    found += [record for record in kept if (record["cell"], record["seed"]) not in known]
+    return sorted(found, key=lambda r: (-1 if r["seed"] is None else r["seed"], order[r["cell"]]))
 
 
 def shown(record: Path) -> str:

@@ -1,6 +1,7 @@
 """The configuration: its schema, its text as YAML, and the command line. Importing it loads no torch."""
 
 from engine.config.command_line import RECIPES, Arguments, find_recipe, parse, recipe_names
+from engine.config.paths import FILES, absolute
 from engine.config.recipe import YamlLoader, from_run, from_yaml, nearest, read, resolve, to_yaml
 from engine.config.schema import Config, DataConfig, EvalConfig, Key, OptimConfig, RunConfig, flatten, keys, keys_per_step, validate
 from engine.errors import ConfigError
@@ -19,6 +20,7 @@ from ppssl.settings import (
 )
 
 __all__ = [
+    "FILES",
     "AisConfig",
     "Arguments",
     "BatchNormConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "RunConfig",
     "TeacherConfig",
     "YamlLoader",
+    "absolute",
     "find_recipe",
     "flatten",
     "from_run",

@@ -31,8 +31,8 @@ _ALIASES = {
     "lr": "optim.lr", "wd": "optim.weight_decay", "weight_decay": "optim.weight_decay", "momentum": "optim.momentum",
     "b": "batch_size", "j": "data.workers", "workers": "data.workers", "a": "encoder.arch", "arch": "encoder.arch",
     "moco_k": "queue.size", "moco_m": "ema.decay", "moco_t": "contrast.temperature", "moco_dim": "encoder.dim",
-    "opt": "optim.name", "warmup_epochs": "optim.warmup",
-    "layer_decay": "optim.layer_decay", "clip_grad": "optim.clip", "c": "cfg", "config": "cfg",
+    "c": "cfg", "config": "cfg", "device": "run.device", "opt": "optim.name", "warmup_epochs": "optim.warmup",
+    "layer_decay": "optim.layer_decay", "clip_grad": "optim.clip",
 }  # fmt: skip
 _PRECISION = re.compile(r"(bf|fp|float)\w*$|null$")  # fp32 is taken too, so that the type check refuses it by name
 # Options that are no keys of the configuration, with the value they want.

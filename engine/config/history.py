@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 KEYS = {"method.form": "method.variant", "queue.mask_own": "queue.exclude_same_image"}
 VALUES = {("iadm.image", "orig"): "clean", ("iadm.image_bn", "own"): "separate"}
 
-ABSENT = {"bn.impl": "torch"}
+ABSENT = {"bn.impl": "torch", "eval.validation": 0.0}
 """Keys that older runs do not name, with what they computed."""
 
 _PUBLISHED = {

@@ -26,6 +26,8 @@ from engine.errors import ConfigError
 from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
 
 Protocol = Literal["retrieval", "knn", "linear"]
+Measure = Literal["rank1", "rank5", "mAP", "knn_top1", "linear_top1"]
+LoggerName = Literal["tensorboard", "csv", "wandb"]
 RECIPES = Path(__file__).parent / "recipes"
 """Folder of the shipped recipes."""
 
@@ -54,9 +56,9 @@ class OptimConfig:
     """Of sgd and lars."""
     weight_decay: Annotated[float, Ge(0), SAID] = 1e-4
     """sgd and lars: L2, as published; adamw: decoupled from the gradient. On every parameter unless decay_norms is false."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "constant"], SAID] = "cosine"
     """cosine: half a period from lr to 0 over the whole run, by step; with a warm-up, over the rest of the run."""
-    backend: Literal["auto", "torch", "apex"] = "auto"
+    backend: Annotated[Literal["auto", "torch", "apex"], SAID] = "auto"
     """Of sgd. auto: NVIDIA apex's FusedSGD when it is importable, torch's fused SGD otherwise."""
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     """sgd with momentum, as published; adamw wants a far lower lr, 1e-5 to 1e-3; lars, for large batches, a higher one."""
@@ -87,8 +89,8 @@ class DataConfig:
     """Folder of the training photos below data.root, found by the usual names if null; with data.name=list, the CSV file."""
     test: Annotated[str | None, FREE] = None
     """The same of the test photos; with data.train set, null means none."""
-    loader: Annotated[Literal["auto", "dali", "torch"], FREE] = "auto"
-    """auto: DALI when it is importable."""
+    loader: Annotated[Literal["auto", "dali", "nvjpeg", "torch"], FREE] = "auto"
+    """auto: DALI when it is importable, else torch. nvjpeg: torchvision decodes on the GPU; not measured yet, and never by auto."""
     resident: Annotated[Literal["auto", "device", "host", "off"], FREE] = "auto"
     """Keep the decoded set on the device or in host memory, made smaller if it must be; auto: where it fits as it is, else off."""
     aug: Literal["parity", "dali"] = "parity"
@@ -125,11 +127,15 @@ class RunConfig:
     """Checkpoints kept."""
     max_bad_steps: Annotated[int, Ge(1), FREE] = 10
     """Steps with a non-finite loss or gradient in a row (each is skipped) that stop the run and write a replay bundle."""
+    loggers: Annotated[tuple[LoggerName, ...], Distinct(), FREE] = ("tensorboard",)
+    """Where the numbers go beside metrics.jsonl: tensorboard, csv (metrics.csv), wandb (Weights & Biases); [] is nowhere."""
+    device: Annotated[str, FREE] = "auto"
+    """auto is the first CUDA GPU, else the CPU; cpu, cuda, cuda:N or mps (not tested). Several processes take a GPU each."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the labelled test split."""
+    """Evaluation on the labelled test split, and on a validation part of the training images that chooses the best weights."""
 
     every: Annotated[Annotated[int, Ge(0)] | Literal["auto"], FREE] = 0
     """Epochs between evaluations during training; 0 is before and after only, auto as often as 2 % of the time allows."""
@@ -137,6 +143,12 @@ class EvalConfig:
     """Images per batch; part of the result in the published variant, whose mask is scaled over the batch."""
     protocols: Annotated[tuple[Protocol, ...], MinLen(1), Distinct(), FREE] = ("retrieval",)
     """What is measured; knn and linear need the features of the training images too."""
+    keep_best: Annotated[Measure | None, FREE] = None
+    """Measure on the validation part (eval.validation) by which best.safetensors is kept; never of the test split."""
+    validation: Annotated[float, Ge(0), Le(0.5)] | None = None
+    """Part of each class's labelled training images that is held out, drawn by seed; null is 0.1 with eval.keep_best, else 0."""
+    patience: Annotated[Annotated[int, Ge(1)] | None, FREE] = None
+    """Evaluations without a better eval.keep_best after which the run ends; null never ends it early."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +157,11 @@ class General:
 
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """One seed for weights, order and views."""
-    epochs: Annotated[int, Ge(1)] = 100
-    """Passes over the training images."""
+    epochs: Annotated[int, Ge(1), SAID] = 100
+    """Passes over the training images; a run may be continued with more of them, or with fewer that are not done yet."""
     batch_size: Annotated[int, Ge(1)] = 128
     """Images per step, over all processes."""
-    amp: Literal["bf16", "fp16"] | None = None
+    amp: Annotated[Literal["bf16", "fp16"] | None, SAID] = None
     """Automatic mixed precision."""
     out: Annotated[str | None, FREE] = None
     """Run folder; null is runs/<recipe>."""
@@ -277,6 +289,7 @@ def checked(key: str, value: Any) -> Any:
     return found
 
 
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps")
 _OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "string_too_short"}
 
 
@@ -315,42 +328,63 @@ def validate(config: Config) -> None:
     """
     for key, value in flatten(config).items():
         checked(key, value)
+    for refusals in (_of_data, _of_eval, _of_optim, _of_batch):
+        for key, remedy in refusals(config):
+            raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
-    def refuse(key: str, remedy: str) -> typing.NoReturn:
-        raise ConfigError(f"{key}: got {get_key(config, key)!r}, {remedy}")
 
+def _of_data(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, remedy) of each value that does not go with the others."""
+    data = config.data
     for key in ("data.train", "data.test"):
-        if get_key(config, key) is not None and config.data.name not in ("folder", "list"):
-            refuse(key, f"data.name={config.data.name} has a split of its own; it goes with data.name=folder and list")
-    if config.data.crop_banner and config.data.name != "aircraft":
-        refuse("data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {config.data.name}")
-    if config.data.crop_banner and config.data.extra_roots:
-        refuse("data.crop_banner", "would cut the photos of data.extra_roots too; use one of them")
+        if get_key(config, key) is not None and data.name not in ("folder", "list"):
+            yield key, f"data.name={data.name} has a split of its own; it goes with data.name=folder and list"
+    if data.crop_banner and data.name != "aircraft":
+        yield "data.crop_banner", f"only images of data.name=aircraft have a banner, not those of {data.name}"
+    if data.crop_banner and data.extra_roots:
+        yield "data.crop_banner", "would cut the photos of data.extra_roots too; use one of them"
+    stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)
+    cell = int(stride[1]) if stride else 32
+    kind = SETTINGS.get(config.method.name)
+    known = not config.encoder.arch.startswith("timm/")  # only the model knows its stride: build.check_trunk
+    if known and kind and kind.divides_image and (cell == 0 or data.image_size % cell):
+        yield "data.image_size", f"must be a multiple of {cell}, the stride of the map of {config.encoder.arch}"
+
+
+def _of_eval(config: Config) -> Iterator[tuple[str, str]]:
+    if not (config.run.device == "auto" or _DEVICE.fullmatch(config.run.device)):
+        yield "run.device", "must be auto, cpu, cuda, cuda:N (as cuda:1) or mps"
+    if config.eval.keep_best:
+        if config.eval.validation == 0:
+            yield "eval.keep_best", "needs a validation part of the training images: eval.validation above 0, such as 0.1"
+        if config.eval.every == "auto":
+            yield "eval.every", "goes by the clock, so that eval.keep_best would differ from run to run; give a number of epochs"
+    elif config.eval.patience is not None:
+        yield "eval.patience", "needs the measure that is to improve: eval.keep_best=rank1, or another"
+
+
+def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
     optim, usual = config.optim, OptimConfig()
     for key in ("betas", "eps") if optim.name != "adamw" else ("momentum",):
         if getattr(optim, key) != getattr(usual, key):
             of = "sgd and lars; adamw has optim.betas" if optim.name == "adamw" else "adamw"
-            refuse(f"optim.{key}", f"does nothing with optim.name={optim.name}; it is a key of {of}")
+            yield f"optim.{key}", f"does nothing with optim.name={optim.name}; it is a key of {of}"
     if optim.backend == "apex" and optim.name != "sgd":
-        refuse("optim.backend", f"apex is used for sgd only, not with optim.name={optim.name}; use torch")
+        yield "optim.backend", f"apex is used for sgd only, not with optim.name={optim.name}; use torch"
     if not all(0 <= beta < 1 for beta in optim.betas):
-        refuse("optim.betas", "both must be in [0, 1)")
+        yield "optim.betas", "both must be in [0, 1)"
     if optim.warmup and optim.warmup >= config.epochs:
-        refuse("optim.warmup", f"must be below epochs ({config.epochs}), of which it is a part")
+        yield "optim.warmup", f"must be below epochs ({config.epochs}), of which it is a part"
+
+
+def _of_batch(config: Config) -> Iterator[tuple[str, str]]:
     least = keys_per_step(config)
     if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
         twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
-        refuse("queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit")
+        yield "queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit"
     if config.ais.target == "relations" and config.batch_size < 3:
-        refuse("batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others")
+        yield "batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others"
     if config.bn.sync and config.bn.groups > 1:
-        refuse("bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part")
+        yield "bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part"
     if config.batch_size % config.bn.groups:
-        refuse("bn.groups", f"must divide batch_size ({config.batch_size})")
-    if config.encoder.arch.startswith("timm/"):
-        return  # only the model knows its stride: build.check_trunk
-    stride = re.search(r"_s(\d+)(?:_|$)", config.encoder.arch)
-    cell = int(stride[1]) if stride else 32
-    kind = SETTINGS.get(config.method.name)
-    if kind and kind.divides_image and (cell == 0 or config.data.image_size % cell):
-        refuse("data.image_size", f"must be a multiple of {cell}, the stride of the map of {config.encoder.arch}")
+        yield "bn.groups", f"must divide batch_size ({config.batch_size})"

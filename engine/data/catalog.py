@@ -104,6 +104,8 @@ class Catalog(NamedTuple):
     """What was understood, a line each: the splits, then what somebody should know of them."""
     labelled_part: ImageList | None = None
     """The training images that have labels, where others have none; then ``train`` has no labels."""
+    validation: ImageList | None = None
+    """Labelled images that were held out of training, where ``eval.validation`` says so (engine/evaluation/validation.py)."""
 
     @property
     def labelled(self) -> ImageList:

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import catalog, contact_sheet, sampler, views
 from engine.data.loaders import choose
+from ppssl.method import Batch
 from ppssl.timm_trunk import IMAGENET, ImageInput, image_input
 
 IMAGES = 5
@@ -37,6 +38,8 @@ def backends(device: torch.device) -> list[Backend]:
             Backend("DALI", {"loader": "dali", "resident": "off", "aug": "parity"}),
             Backend("DALI's own colour", {"loader": "dali", "resident": "off", "aug": "dali"}),
         ]
+    if device.type == "cuda":
+        found.append(Backend("nvJPEG", {"loader": "nvjpeg", "resident": "off", "aug": "parity"}))
     places = ("host", "device") if device.type == "cuda" else ("host",)
     return found + [Backend(f"resident, {where}", {"loader": "auto", "resident": where, "aug": "parity"}) for where in places]
 
@@ -75,6 +78,16 @@ def draw(images: catalog.ImageList, cfg: Config, device: torch.device) -> Image.
                 tiles.append(contact_sheet.Tile(ours[view][b].round().byte().numpy(), f"{title}: {name}\n{note}"))
     title = f"{cfg.data.name}: the same values executed by every loader that runs here ({device})"
     return contact_sheet.draw(tiles, columns=1 + 2 * len(made), side=160, title=title)
+
+
+def of_batch(batch: Batch, how: ImageInput = IMAGENET) -> Image.Image:
+    """The views of the first images of a batch as the networks get them, a row per image: clean where the method asks for it,
+    query, key."""
+    shown = {"clean": batch.x_clean, "query": batch.x_q, "key": batch.x_k}
+    made = {name: levels(x[:IMAGES].detach(), how).round().byte().numpy() for name, x in shown.items() if x is not None}
+    tiles = [contact_sheet.Tile(pixels[b], name) for b in range(len(made["query"])) for name, pixels in made.items()]
+    side = min(160, batch.x_q.shape[-1])
+    return contact_sheet.draw(tiles, columns=len(made), side=side)
 
 
 def levels(x: Tensor, how: ImageInput = IMAGENET) -> Tensor:

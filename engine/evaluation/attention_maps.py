@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.config import Config
 from engine.data import Catalog, Normalize, input_view
+from engine.evaluation import overlays
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder
@@ -62,6 +63,7 @@ class Watch:
         self.split, self.images = ("train", images.train) if images.test is None else ("test", images.test)
         self.chosen = sorted({(2 * i + 1) * len(self.images) // (2 * COUNT) for i in range(COUNT)})
         self.loaded: Tensor | None = None
+        self.pictures: npt.NDArray[np.uint8] = np.zeros((0, SIDE, SIDE, 3), np.uint8)
 
     def __call__(self, trainer: Trainer) -> None:
         if not has_maps(trainer.method):
@@ -76,9 +78,12 @@ class Watch:
                 path.unlink()
         about = {"step": str(step), "epoch": str(trainer.epoch)}
         weights_file.save_weights(RunFolder(self.out).maps / f"step_{step:09d}.safetensors", maps, about)
+        if trainer.records.takes_pictures:
+            values = {name: tensor.cpu().numpy() for name, tensor in maps.items()}
+            trainer.records.picture("attention", overlays.sheet(self.pictures, values), step)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        if trainer.epoch < trainer.epochs and self.is_due(trainer.epoch, trainer.epochs):
+        if not trainer.ended and self.is_due(trainer.epoch, trainer.epochs):
             self(trainer)
 
     def is_due(self, epoch: int, epochs: int) -> bool:
@@ -93,6 +98,7 @@ class Watch:
         read = [self.images.read(i) for i in self.chosen]
         if self.out is not None:
             pictures = torch.stack([_view(image, SIDE, how) for image in read])
+            self.pictures = pictures.numpy()
             about = {"names": json.dumps([self.images.names[i] for i in self.chosen]), "split": self.split}
             weights_file.save_weights(RunFolder(self.out).maps / "images.safetensors", {"pictures": pictures}, about)
         pixels = torch.stack([_view(image, self.cfg.data.image_size, how) for image in read])

@@ -102,7 +102,7 @@ def description(source: Source, root: Path, device: torch.device, weights: str, 
         "engine": engine_version(),
         "torch": torch.__version__,
     }
-    return about | ({"epoch": source.run.epoch, "step": source.run.step} if source.model == "run" else {})
+    return about | ({"epoch": source.run.epoch, "step": source.run.step} if source.model in ("run", "best") else {})
 
 
 def engine_version() -> str:

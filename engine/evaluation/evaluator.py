@@ -78,6 +78,10 @@ def check(images: Catalog, protocols: Sequence[str], split: str = "test") -> Non
         if tuple(protocols) != ("retrieval",):
             raise ValueError("--split train: only --protocol retrieval leaves the asked image out; knn and linear learn from it")
         return
+    if split == "validation":
+        if images.validation is None:
+            raise ValueError("--split validation: the run held no part of its training images out; see eval.validation")
+        return
     if not in_test:
         raise ValueError(
             f"data.root: {root} has no labelled test split; for folders put one in {root}/test/<class>/*.jpg (or val/). "
@@ -117,6 +121,7 @@ def evaluate_features(
     solvers: Sequence[str] = ("convex",),
     split: str = "test",
     own: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """One plain record for every number of every protocol, each naming protocol, feature, data, split, epoch and step.
 
@@ -124,15 +129,17 @@ def evaluate_features(
     no evaluated class has training images, knn and linear do not apply; where the evaluated images are of a single class, which
     every answer hits, no protocol does: one record each, whose ``top1`` is None.
     own: {split: identity} of the lists that are the run's own, so that ``own_data`` tells them from others; None: these are.
+    quiet: whoever keeps the records tells of a collapse, once per run.
     Raises ``ValueError`` for data that they cannot evaluate.
     """
     check(images, protocols, split)
-    evaluated = images.test if split == "test" else images.labelled
+    evaluated = {"test": images.test, "validation": images.validation}.get(split, images.labelled)
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     labels = torch.from_numpy(evaluated.labels).to(device)
     started = time.perf_counter()
-    features = candidate.features(evaluated, split)
+    features = candidate.features(evaluated, split).to(device)
     apart = spread(F.normalize(features.float(), dim=1)).get("spread", 1.0)
-    if apart < COLLAPSED:
+    if apart < COLLAPSED and not quiet:
         say(f"warning: {candidate.model}, {split} split: {COLLAPSE}; ranks are those of ties, which the order of the files decides")
     about = {
         "model": candidate.model,
@@ -147,6 +154,7 @@ def evaluate_features(
         "image_size": cfg.data.image_size,
         "batch_size": cfg.eval.batch_size,
         "amp": cfg.amp,
+        "spread": float(apart),
     }
     identities = {"train": images.train.identity, split: evaluated.identity}
     records: list[dict[str, Any]] = []
@@ -171,7 +179,7 @@ def evaluate_features(
     if "retrieval" in protocols:
         add("retrieval", f"leave-one-out inside the {split} split, cosine", retrieval(features, labels)._asdict())
     if learned := [name for name in protocols if name in _LEARNED]:
-        bank, known = candidate.features(images.labelled, "train"), torch.from_numpy(images.labelled.labels).to(device)
+        bank, known = candidate.features(images.labelled, "train").to(device), torch.from_numpy(images.labelled.labels).to(device)
         unseen = int((~torch.isin(labels, known)).sum())  # images of classes without a training image: they cannot be right
         if unseen == len(labels):  # an open-set split: nothing that is learned from the training labels can be right
             return not_applicable(learned, f"no {split} class has a training image", unseen=unseen)
@@ -267,7 +275,9 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, until: int | None = N
 
 
 # Of the first record, into the line of the log.
-_ABOUT = ("feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size")
+_ABOUT = (
+    "feature", "data", "fingerprint", "split", "images", "classes", "queries", "excluded", "image_size", "batch_size", "spread",
+)  # fmt: skip
 
 
 class Evaluator:
@@ -301,7 +311,7 @@ class Evaluator:
             "initial" if step == 0 else "run", feature_name(network), epoch, step,
             lambda images, split: extract(network, images, self.cfg, self.device, self.world.group),
         )  # fmt: skip
-        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols)
+        records = evaluate_features(candidate, self.images, self.cfg, self.device, protocols=self.protocols, quiet=True)
         if not records or not self.world.first:  # nothing but a probe, which has said why it was left out
             return
         shown = headline(records)
@@ -334,7 +344,7 @@ class Evaluator:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """A hook of the trainer; the last epoch is evaluated after training."""
-        if not self.possible or trainer.epoch >= trainer.epochs:
+        if not self.possible or trainer.ended:
             return
         trained = time.perf_counter() - trainer.log.opened - self.spent
         if self.world.broadcast_object(self.is_due(trainer.epoch, trained)):  # it depends on the clock

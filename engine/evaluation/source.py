@@ -3,6 +3,7 @@ it and where its data lie. The one resolver of every command that takes RUN|WEIG
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from engine import build, files
 from engine.config import Config, from_run, parse
 from engine.console import say
-from engine.pretrained import Run, is_model_folder, load_run, third_party, weights_file
+from engine.pretrained import Run, is_model_folder, load_run, say_which, third_party, weights_file
 from ppssl.encoder import FeatureNet
 from ppssl.method import METHODS
 from ppssl.timm_trunk import PREFIX, TimmTrunk, build_trunk
@@ -32,21 +33,26 @@ class Source(NamedTuple):
 
     run: Run
     model: str
-    """run, or weights where no training of ours is known."""
+    """run; best for the best weights of one (``eval.keep_best``); weights where no training of ours is known."""
     folder: Path
     """Where its features are kept, in ``features/``."""
 
 
-def open_source(source: str | Path, device: torch.device, *, cfg: str | None = None, overrides: Sequence[str] = ()) -> Source:
+def open_source(
+    source: str | Path, device: torch.device, *, cfg: str | None = None, overrides: Sequence[str] = (), best: bool = False
+) -> Source:
     """The network of a run folder, a weights file, a model folder of timm's or ``timm/NAME``, in eval mode on ``device``.
 
     cfg: of a weights file, the recipe of its architecture, method and data; of a run, the recipe of other data than its own.
-    overrides: ``data.x=...``, ``eval.x=...`` and ``amp=...`` of the config; of what is no run, any key.
+    overrides: ``data.x=...``, ``eval.x=...`` and ``amp=...`` of the config; of what is no run, any key. best: of a run, the weights
+    of its best evaluation (``eval.keep_best``), not the last.
     Raises ``FileNotFoundError`` and ``ValueError`` for what is no run and no weights file, and a setting that a run does not take.
     """
     path = Path(source)
     if path.is_dir() and not is_model_folder(path):
-        return _of_run(path, device, cfg, overrides)
+        return _of_run(path, device, cfg, overrides, best)
+    if best:
+        raise ValueError(f"--best: {source} is not a run folder, which may keep best weights beside the last; leave --best out")
     if str(source).startswith(PREFIX):
         return _of_timm(str(source), device, cfg, overrides)
     if not path.exists():
@@ -67,17 +73,25 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return [text for text in argv if text not in found], found
 
 
-def _of_run(path: Path, device: torch.device, cfg: str | None, overrides: Sequence[str]) -> Source:
+def add_best_option(parser: argparse.ArgumentParser) -> None:
+    """``--best``, for ``open_source``."""
+    parser.add_argument(
+        "--best", action="store_true", help="of a run the weights of its best evaluation, not the last (eval.keep_best)"
+    )
+
+
+def _of_run(path: Path, device: torch.device, cfg: str | None, overrides: Sequence[str], best: bool) -> Source:
     if foreign := [text for text in overrides if not text.lstrip("-").startswith(_FREE_SECTIONS)]:
         raise ValueError(f"{foreign[0]}: a run is evaluated as it was trained; only data.* and eval.* and amp can be set")
-    run = load_run(path, device)
+    run = load_run(path, device, best=best)
+    say_which(path, best)
     config = parse(["--cfg", str(path / "config.yaml"), *overrides]).config
     if cfg is not None:
         config = _with_data_of(config, cfg, overrides)
         say(f"data: {config.data.name} of --cfg {cfg}; all else is the run's own, images of {config.data.image_size} px")
     elif config.data.root == from_run(path / "config.yaml").data.root:
         config = replace(config, data=replace(config.data, root=run.config.data.root))  # where it lies now
-    return Source(run._replace(config=config), "run", path)
+    return Source(run._replace(config=config), "best" if best else "run", path)
 
 
 def _with_data_of(config: Config, cfg: str, overrides: Sequence[str]) -> Config:

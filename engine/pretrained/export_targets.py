@@ -107,6 +107,7 @@ def export(
     with_map: bool = False,
     opset: int | None = None,
     network: FeatureNet | None = None,
+    best: bool = False,
 ) -> Path:
     """Writes the network of the run ``folder`` as ``to`` and its card (FILE.json, FILE.md) beside it; returns the file, or the
     folder of ``huggingface``, in which the card is README.md.
@@ -118,6 +119,7 @@ def export(
     normalize: the graph takes RGB in [0, 1] and normalizes it. with_map: its second output is the map that is pooled. opset: of
     ONNX.
     network: takes the weights of a method or a trunk of your own, as in ``engine.load``.
+    best: the weights of the run's best evaluation (``eval.keep_best``), not the last.
     Raises ``FileNotFoundError`` for a folder that is no run, ``ValueError`` for a request that cannot be met, ``ImportError``
     without ONNX, ``RuntimeError`` when what was written does not give the run's features.
     """
@@ -125,7 +127,7 @@ def export(
     if to not in FORMATS:
         raise ValueError(f"--to {to}: not known; use {', '.join(FORMATS)}")
     target, options = FORMATS[to], Options(normalize, with_map, opset)
-    run = load_run(folder, network=network)
+    run = load_run(folder, network=network, best=best)
     arch, mask = model_card.arch_of(run), run.network.mask
     run.network.to(memory_format=torch.contiguous_format)
     timm = run.network.trunk if isinstance(run.network.trunk, TimmTrunk) else None

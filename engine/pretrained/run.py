@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from engine.config import Config, from_run
+from engine.console import say
 from engine.files import read_metadata
 from engine.pretrained import weights_file
 from engine.run_folder import RunFolder, find_root, read_classes
@@ -40,19 +42,45 @@ def run_config(folder: str | Path) -> Config:
     return replace(cfg, data=replace(cfg.data, root=find_root(Path(folder), cfg.data.root)))
 
 
-def load_run(folder: str | Path, device: torch.device | str = "cpu", network: FeatureNet | None = None) -> Run:
+def best_of(folder: Path) -> dict[str, str] | None:
+    """What the run's best weights are: ``step``, ``epoch``, ``measure`` and ``value`` as text; None where none are kept, or the
+    file is damaged, of which whoever reads it is told."""
+    path = RunFolder(folder).best
+    try:
+        return read_metadata(path) if path.is_file() else None
+    except SafetensorError:
+        return None
+
+
+def say_which(folder: Path, best: bool) -> None:
+    """Says which weights of the run ``folder`` a command takes, where there are best ones and they are not the last."""
+    kept, last = best_of(folder), read_metadata(RunFolder(folder).weights) if RunFolder(folder).weights.is_file() else {}
+    if kept is None or kept["step"] == last.get("step"):
+        return
+    ends = f"the last weights, of epoch {last.get('epoch')}"
+    top = f"those with the best validation {kept['measure']}, of epoch {kept['epoch']}"
+    say(f"{folder}: {top}, not {ends}" if best else f"{folder}: {ends}; --best takes {top}")
+
+
+def load_run(
+    folder: str | Path, device: torch.device | str = "cpu", network: FeatureNet | None = None, *, best: bool = False
+) -> Run:
     """The config and the trained network of a run folder, in eval mode.
 
     network: takes the weights; None builds it, which needs a registered method and a trunk that is known by name.
+    best: the weights of the best evaluation (``eval.keep_best``); else those of the newest checkpoint.
     Raises ``FileNotFoundError`` when ``folder`` is not a run folder or has no weights yet, ``ValueError`` when its files do not
     belong together.
     """
     folder = Path(folder)
     files = RunFolder(folder)
     cfg = run_config(folder)
-    path = files.weights
+    path = files.best if best else files.weights
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no weights.safetensors yet: the run has not reached its first checkpoint")
+        why = " yet: the run has not reached its first checkpoint"
+        if best:
+            why = ": the run was trained without eval.keep_best, or is not evaluated yet; leave --best out"
+        raise FileNotFoundError(f"{folder} has no {path.name}{why}")
     if network is None:
         if cfg.method.name not in METHODS:
             raise ValueError(

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from engine.config import flatten
 from engine.console import counted
+from engine.pretrained import best_of
 from engine.report.run import Run
-from engine.training import COLLAPSE
+from engine.training import symptoms
 
 SCORES = {"rank1": "rank-1", "rank5": "rank-5", "mAP": "mAP", "knn_top1": "kNN top-1", "linear_top1": "linear top-1"}
 """Of the lines of the log."""
@@ -38,11 +39,11 @@ class Headline(NamedTuple):
 
 
 def headline(run: Run) -> Headline | str:
-    """The first and the last evaluation of the log, and a warning where the network has collapsed."""
+    """The first and the last evaluation of the log."""
     evaluated = run.of_kind("eval")
-    warning = f" Warning: {COLLAPSE}." if any(r.get("collapsed") for r in run.of_kind("train")[-1:]) else ""
+    best = best_line(run)
     if not evaluated:
-        return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split." + warning
+        return "Nothing was evaluated: the log holds no evaluation, as is the case without a labelled test split." + best
     first, last = evaluated[0], evaluated[-1]
     before = first if len(evaluated) > 1 else {}
     changes = [Change(text, before.get(name), last[name]) for name, text in SCORES.items() if name in last]
@@ -57,7 +58,55 @@ def headline(run: Run) -> Headline | str:
         f"epoch {first['epoch']} → {last['epoch']}" if before else f"epoch {last['epoch']}",
         f"seed {run.config.seed}",
     ]
-    return Headline(changes, "; ".join(part for part in parts if part) + "." + warning)
+    return Headline(changes, "; ".join(part for part in parts if part) + "." + best)
+
+
+class Found(NamedTuple):
+    """A symptom of a run."""
+
+    run: str
+    finding: symptoms.Finding
+    epoch: str
+    """When it showed; the step where the log does not tell the epoch."""
+
+
+def findings(runs: Sequence[Run]) -> list[Found] | str:
+    """What the numbers of the runs show to be wrong, by the table that the log is written by."""
+    found = []
+    for run in runs:
+        per_epoch = steps_per_epoch(run)
+        about = symptoms.facts(flatten(run.config), steps_per_epoch=per_epoch)
+        for one in symptoms.found(run.records, about):
+            when = f"epoch {one.step / per_epoch:.3g}" if per_epoch else f"step {one.step}"
+            found.append(Found(run.name, one, when))
+    if found:
+        return found
+    lines = sum(len(run.of_kind("train")) for run in runs)
+    if not lines:
+        return "Nothing was looked for: the log holds no line of training."
+    names = ", ".join(symptom.name for symptom in symptoms.SYMPTOMS)
+    return f"None. Looked for in {counted(lines, 'training line')}: {names}."
+
+
+def steps_per_epoch(run: Run) -> int:
+    """0 where the log does not tell."""
+    return next((int(r["steps_per_epoch"]) for r in run.records if r.get("steps_per_epoch")), 0)
+
+
+def best_line(run: Run) -> str:
+    """Which weights are the best by the validation part, with what they reach on the test split; empty where none were kept.
+    It follows another sentence."""
+    if (best := best_of(run.folder)) is None:
+        return ""
+    measure, name = best["measure"], SCORES.get(best["measure"], best["measure"])
+    tested = [r[measure] for r in run.of_kind("eval") if str(r["step"]) == best["step"] and measure in r]
+    there = f", {100 * tested[-1]:.1f} % on the test split" if tested else ""
+    early = any(r.get("ended_early") for r in run.of_kind("summary")[-1:])
+    ended = " The run ended early (eval.patience), as no later epoch was better." if early else ""
+    return (
+        f" Best weights by validation {name}: epoch {best['epoch']}, {100 * float(best['value']):.1f} % on the validation part"
+        f"{there}; they are in best.safetensors, and this page shows the last weights.{ended}"
+    )
 
 
 def protocols(run: Run) -> Table | None:

@@ -50,6 +50,7 @@ def render(runs: Sequence[Run], *, quick: bool = False) -> str:
         runs=runs,
         method=title(lead.config),
         headline=numbers.headline(lead),
+        findings=numbers.findings(runs),
         protocols=numbers.protocols(lead),
         curves=sections.curves(runs),
         attention=sections.attention(runs),

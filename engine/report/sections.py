@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.console import counted
-from engine.evaluation import ClassScore, Confusion, Neighbours, neighbours
+from engine.evaluation import MAP_NAMES, ClassScore, Confusion, Neighbours, neighbours, overlay
 from engine.report import charts, embedding, pictures
 from engine.report.charts import Chart
-from engine.report.numbers import SCORES
+from engine.report.numbers import SCORES, steps_per_epoch
 from engine.report.pictures import Thumbnails
 from engine.report.run import Run
 
-MAP_NAMES = {"mask": "mask A", "feature": "feature map", "cam": "CAM"}
 MOMENTS = 5
 """Columns of attention maps at most."""
 QUERIES = 8
@@ -49,7 +48,7 @@ def class_name(text: str) -> str:
 def curves(runs: Sequence[Run]) -> list[Chart] | str:
     """Losses, rates and, where it was measured more than twice or there is nothing else, retrieval over the training."""
     trained = {run.name: run.of_kind("train") for run in runs}
-    per_epoch = {run.name: _steps_per_epoch(run) for run in runs}
+    per_epoch = {run.name: steps_per_epoch(run) for run in runs}
     x_name = "epoch" if all(per_epoch.values()) else "step"
 
     def series(kind: str, key: str) -> dict[str, list[charts.Point]]:
@@ -63,6 +62,10 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
     terms = list(dict.fromkeys(key for records in trained.values() for r in records for key in r if key not in own))
     shares = [key for key in terms if "_top" in key]
     evaluated = [charts.line_chart(text, series("eval", key), x_name=x_name, percent=True) for key, text in SCORES.items()]
+    evaluated += [
+        charts.line_chart(f"validation {text}", series("validation", key), x_name=x_name, percent=True)
+        for key, text in SCORES.items()
+    ]
     made = []
     for key in [*[k for k in terms if k not in shares], *shares, "lr", "grad_norm", "images_per_s", "data_wait"]:
         title = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_s": "images per second", "data_wait": "data wait",
@@ -72,19 +75,11 @@ def curves(runs: Sequence[Run]) -> list[Chart] | str:
         if any(value for line in lines.values() for _, value in line):  # what stayed 0 throughout needs no picture
             chart = charts.line_chart(title, lines, x_name=x_name, percent=key in shares or key in ("data_wait", "contrast_ties"))
             made += [chart] if chart else []
-    if not made or any(len(run.of_kind("eval")) > 2 for run in runs):
+    if not made or any(len(run.of_kind(kind)) > 2 for run in runs for kind in ("eval", "validation")):
         made = [chart for chart in evaluated if chart] + made
     lines, points = (max(len(run.of_kind(kind)) for run in runs) for kind in ("train", "eval"))
     logged = f"{counted(lines, 'training line')} and {counted(points, 'evaluation')}"
     return made or f"No curves: each needs two points, and the log holds {logged}."
-
-
-def _steps_per_epoch(run: Run) -> int:
-    """0 where the log does not tell."""
-    for record in run.records:
-        if record.get("steps_per_epoch"):
-            return int(record["steps_per_epoch"])
-    return 0
 
 
 class Watched(NamedTuple):
@@ -123,7 +118,7 @@ def attention(runs: Sequence[Run]) -> AttentionPart | str:
                 label = MAP_NAMES.get(kind, kind)
                 row = []
                 for look in looks[run.name]:
-                    source = pictures.address(pictures.overlay(run.attention.pictures[i], look.maps[kind][i]))
+                    source = pictures.address(overlay(run.attention.pictures[i], look.maps[kind][i]))
                     where = f" of run {run.name}" if several else ""
                     row.append(Picture(source, f"{label}{where} at epoch {look.epoch} over {name}", f"{look.epoch}"))
                 rows.append((f"{label} · {run.name}" if several else label, row))

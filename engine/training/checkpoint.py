@@ -186,10 +186,17 @@ class Saver:
             self.thread.join()  # what ends the run is more important than an error in here
 
     def save(
-        self, state: dict[str, Any], weights: dict[str, Tensor] | None, metadata: dict[str, str], *, doubt: str | None = None
+        self,
+        state: dict[str, Any],
+        weights: dict[str, Tensor] | None,
+        metadata: dict[str, str] | None,
+        *,
+        doubt: str | None = None,
+        best: dict[str, str] | None = None,
     ) -> None:
-        """Begins to write ``checkpoints/step_<state["step"]>.pt``, then ``weights.safetensors`` unless None; both may be changed at
-        once. doubt: what speaks against this state."""
+        """Begins to write ``checkpoints/step_<state["step"]>.pt``, then ``weights`` as ``weights.safetensors`` with ``metadata``
+        and as ``best.safetensors`` with ``best``, each unless that is None; state and weights may be changed at once. doubt: what
+        speaks against this state."""
         self.wait()
         if doubt and not self.doubt:
             say(f"step {state['step']}: {doubt}: the run may be diverging; {self.last_good()} stays the last good checkpoint")
@@ -197,11 +204,12 @@ class Saver:
         about = {"doubt": doubt, "good": self.good and self.good.name, "good_step": self.good_step}
         copies, on_gpu = self._copy({"state": state | about, "weights": weights})
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        thread = threading.Thread(target=self._write, args=(copies, metadata, copied), name="checkpoint")
+        files = {RunFolder(self.out).weights: metadata, RunFolder(self.out).best: best} if weights is not None else {}
+        thread = threading.Thread(target=self._write, args=(copies, files, copied), name="checkpoint")
         try:
             thread.start()
         except RuntimeError:  # a limit on threads: training waits for the disk then
-            self._write(copies, metadata, copied)
+            self._write(copies, files, copied)
         else:
             self.thread = thread
 
@@ -241,7 +249,7 @@ class Saver:
             error, self.error = self.error, None
             raise error
 
-    def _write(self, copies: dict[str, Any], metadata: dict[str, str], copied: torch.cuda.Event | None) -> None:
+    def _write(self, copies: dict[str, Any], files: dict[Path, dict[str, str] | None], copied: torch.cuda.Event | None) -> None:
         state = copies["state"]
         try:
             if copied is not None:
@@ -250,8 +258,9 @@ class Saver:
             self.saved = save(RunFolder(self.out).checkpoints, state, keep=self.keep, good=good)
             if state["doubt"] is None:
                 self.good, self.good_step = self.saved, state["step"]
-            if copies["weights"] is not None:
-                save_weights(RunFolder(self.out).weights, copies["weights"], metadata)
+            for path, metadata in files.items():
+                if metadata is not None:
+                    save_weights(path, copies["weights"], metadata)
         except OSError as error:
             remedy = ""
             if error.errno in NO_ROOM:
@@ -290,12 +299,13 @@ class Saver:
         return walk(tree), any(key[-1].type == "cuda" for key in copies)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of torch's generators, for ``load_rng_state``."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's generators, for ``load_rng_state``; those of the GPUs for a run that uses one (a run on the CPU leaves
+    them alone, their memory too)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if device.type == "cuda" else []}
 
 
-def load_rng_state(state: dict[str, Any]) -> None:
+def load_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

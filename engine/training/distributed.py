@@ -6,6 +6,7 @@ the same averaged gradient, and SGD is a function of the two.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import re
@@ -26,8 +27,64 @@ from engine.console import console, say
 from engine.errors import ConfigError
 from ppssl.ops import all_reduce_mean, gather, group_name
 
+DEVICE = re.compile(r"cpu|cuda(?::(\d+))?|mps")
+"""How a device is named, beside ``auto``."""
 TIMEOUT = timedelta(hours=2)
 """How long processes wait for each other: the first may be checking or drawing a data set."""
+
+
+def choose_device(asked: str = "auto", key: str = "run.device") -> torch.device:
+    """The device that ``asked`` names: ``auto`` is the first CUDA GPU, else the CPU; ``cpu``, ``cuda``, ``cuda:N``, ``mps``.
+
+    key: what the error names, a key of the config or an option.
+    Raises ``ConfigError`` naming the devices that are there for one that is not, or that is no device.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    match = DEVICE.fullmatch(asked)
+    if match and (asked == "cpu" or asked.startswith("cuda") and int(match[1] or 0) < gpus):
+        return torch.device(asked)
+    if asked == "mps" and torch.backends.mps.is_available():
+        say(
+            "device mps: not tested by this project; amp does nothing on it, and evaluation uses the CPU for what needs float64. "
+            "Where an operation is missing, PYTORCH_ENABLE_MPS_FALLBACK=1 lets torch run it on the CPU; device cpu runs everything"
+        )
+        return torch.device("mps")
+    there = ["cpu", *(f"cuda:{n} ({torch.cuda.get_device_name(n)})" for n in range(gpus))]
+    there += ["mps"] * torch.backends.mps.is_available()
+    reason = "is not there" if match else "is no device; write auto, cpu, cuda, cuda:N or mps"
+    raise ConfigError(f"{key}: {asked!r} {reason}; this machine has {', '.join(there)}{_why_no_gpu() * (not gpus)}")
+
+
+def _why_no_gpu() -> str:
+    """What stands in the way of a GPU as far as torch can tell."""
+    if torch.version.cuda is None:
+        return f"; torch {torch.__version__} is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "; no GPU is visible" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden!r})") + ", see engine.doctor"
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """``--device``, for ``option_device``."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto (the first GPU, else the CPU), cpu, cuda, cuda:N or mps (default: auto)",
+    )
+
+
+def option_device(asked: str) -> torch.device:
+    """``choose_device`` for the option ``--device``; a GPU becomes the current one, which kernels and streams go to."""
+    device = choose_device(asked, "--device")
+    _make_current(device)
+    return device
+
+
+def _make_current(device: torch.device) -> None:
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 @dataclass
@@ -39,7 +96,7 @@ class World:
     local_rank: int = 0
     """Position on this machine."""
     local_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=lambda: choose_device())
     group: str = ""
     """Name for the ops of kernels/group.py; "" when this process is alone."""
     _asked: tuple[Tensor, Any] | None = None
@@ -107,21 +164,30 @@ class World:
 ALONE = World()
 
 
-def join(environment: Mapping[str, str] = os.environ) -> World:
+def join(environment: Mapping[str, str] = os.environ, device: str = "auto", key: str = "run.device") -> World:
     """The world that torchrun's or SLURM's variables describe, joined; one process without them.
 
-    Raises ``ConfigError`` naming the variable that is missing or does not fit this machine.
+    device: ``run.device``, or the option that an error is to name as ``key``.
+    Of several processes, each takes the GPU of its place on the machine (``auto``, ``cuda``), or all
+    compute on the CPU.
+    Raises ``ConfigError`` naming the variable that is missing or does not fit this machine, or a device that is not there.
     """
     found = described(environment)
     if found is None:
-        return ALONE
+        alone = World(device=choose_device(device, key))
+        _make_current(alone.device)
+        return alone
     world, address, port = found
     end_with_parent()
-    if torch.cuda.is_available():
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"{key}: {device} names one device, and there are {world.size} processes: use auto, cuda (each takes the GPU of "
+            f"its local rank) or cpu; CUDA_VISIBLE_DEVICES chooses among the GPUs"
+        )
+    world.device = choose_device(device, key)
+    if world.device.type == "cuda":
         world.device = torch.device("cuda", gpu_of(world.local_rank, torch.cuda.device_count(), environment))
         torch.cuda.set_device(world.device)
-    else:
-        world.device = torch.device("cpu")
     method = "env://" if "TORCHELASTIC_RUN_ID" in environment else f"tcp://{address}:{port}"
     store, _, _ = next(dist.rendezvous(method, world.rank, world.size, timeout=TIMEOUT))
     # torchrun's store outlives a restart: processes would look for each other at the addresses of the dead

@@ -64,9 +64,15 @@ class Guard:
     @torch.no_grad()
     def restore(self, kept: Tensor | None) -> None:
         """Puts the statistics of ``keep`` back where the step is bad."""
-        if kept is not None:
-            chosen = torch.where(self.bad, kept, torch.cat(self.statistics))
-            torch._foreach_copy_(self.statistics, list(chosen.split(self.sizes)))
+        if kept is None:
+            return
+        if torch.compiler.is_compiling():
+            # fused into the copies: a concatenation of what hundreds of kernels made is a kernel for each of them
+            parts = zip(kept.split(self.sizes), self.statistics, strict=True)
+            chosen = [torch.where(self.bad, before, after) for before, after in parts]
+        else:
+            chosen = list(torch.where(self.bad, kept, torch.cat(self.statistics)).split(self.sizes))
+        torch._foreach_copy_(self.statistics, chosen)
 
     @torch.no_grad()
     def count(self, step: int, output: Output, index: Tensor) -> None:

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from engine.config import OptimConfig
 from ppssl.method import Method
 
+FORMULAS = {"cosine": "lr * (1 + cos(pi * step / total_steps)) / 2", "constant": "lr"}
+"""``learning_rate`` by ``optim.schedule``, in words for the log; step and total_steps without the warm-up."""
+EMA_FORMULAS = {"cosine": "1 - (1 - ema.decay) * (1 + cos(pi * step / total_steps)) / 2", "constant": "ema.decay"}
+"""``ema_decay`` by ``ema.schedule``."""
+
 TRUST = 0.001
 """LARS: the trust coefficient (You, Gitman and Ginsburg 2017, arXiv 1708.03888), timm's default too."""
 _TRUST_EPS = 1e-8
@@ -319,8 +324,10 @@ def move_towards(target: list[Tensor], online: list[Tensor], weight: Tensor) -> 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """The Euclidean norm of all ``gradients`` together, 0-d float32. An op of its own because a compiler that looks into it stacks
     the norms of hundreds of tensors one by one."""
-    norms = torch._foreach_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    norms = []
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # one launch for tensors of one type
+        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @gradient_norm.register_fake

@@ -43,6 +43,8 @@ def resolve(amp: str | None, device: torch.device) -> Precision:
             return Precision(device, torch.bfloat16, False, "bf16 autocast")
         why = "on request" if amp == "fp16" else "this GPU has no bf16"
         return Precision(device, torch.float16, True, f"fp16 autocast with loss scaling ({why})")
+    if device.type == "mps":
+        return Precision(device, None, False, "float32: amp is not used on mps")
     if not cpu_has_bf16():
         return Precision(device, None, False, "float32: this CPU has no native bf16, and emulated bf16 is slower")
     why = "" if amp == "bf16" else " (fp16 needs a GPU)"

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError, OptimConfig, RunConfig, flatten, from_run, keys
+from engine.config import FILES, ConfigError, OptimConfig, RunConfig, absolute, flatten, from_run, keys
 from engine.console import printable, say
 from engine.data import ImageList
 from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import checkpoint
 from engine.training.distributed import ALONE, World
+from engine.training.optim import EMA_FORMULAS, FORMULAS
 from ppssl.method import METHODS, Method
+from ppssl.settings import OF_RUN, SETTINGS
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint and its state."""
@@ -36,7 +38,9 @@ def find_checkpoint(resume: str, out: Path, settings: dict[str, Any], world: Wor
     """
     found = None
     if world.first and (found := _find(resume, out)):
-        refuse_change(recorded_settings(found[1], found[0]), settings, found[0], world.size)
+        then = recorded_settings(found[1], found[0])
+        refuse_shorter(then, settings, found[1], found[0])
+        refuse_change(then, settings, found[0], world.size)
     source = world.broadcast_object(found and found[0])
     return found or (source and (source, checkpoint.load(source)))
 
@@ -147,24 +151,79 @@ def known_settings(
 
 
 def refuse_change(then: dict[str, Any], now: dict[str, Any], source: Path, processes: int = 1) -> None:
-    """Compares the settings of a checkpoint with those of the run that continues it (``Key.resume``): says in the log what may
-    change and did. Raises ``ConfigError`` naming the first key that must not change and did."""
-    for key, value in now.items():
-        if key not in then or then[key] == value or keys()[key].resume == "free":
-            continue
-        if (key, value) == ("queue.size", "auto"):  # the checkpoint's is taken (build.decide_queue)
-            continue
-        if keys()[key].resume == "said":
-            say(f"{key}: {value!r} from here on, {then[key]!r} until {source}")
-            continue
+    """Compares the settings of a checkpoint with those of the run that continues it (``Key.resume``). Raises ``ConfigError`` naming
+    the first key that must not change and did, and the ways on."""
+    for key in _changed(then, now, "refused"):
+        value = now[key]
         way = f"give {key}={then[key]} to continue it"
         if key == "bn.groups" and then[key] % processes:  # as many parts as processes at least
             fits = [str(n) for n in range(1, then[key] + 1) if then[key] % n == 0]
             way = f"{processes} processes cannot share those parts of the batch: start {' or '.join(fits)} to continue it"
         raise ConfigError(
-            f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}; {way}, or --out DIR (or "
-            f"--resume none) starts afresh"
+            f"{key}: the checkpoint {source} was made with {then[key]!r}, this run has {value!r}, which changes what is learned; "
+            f"{way}, or --out DIR (or --resume none) starts afresh{_from_its_weights(source)}"
         )
+
+
+def refuse_shorter(then: dict[str, Any], now: dict[str, Any], state: dict[str, Any], source: Path) -> None:
+    """Raises ``ConfigError`` where ``epochs`` of the run that continues the ``state`` of ``source`` is below what was done."""
+    if "epochs" not in now or now["epochs"] >= then.get("epochs", 0):
+        return
+    done = -(-state["step"] // state["steps_per_epoch"]) if "steps_per_epoch" in state else state.get("epoch", 0)
+    if now["epochs"] < done:
+        raise ConfigError(
+            f"epochs: {now['epochs']}, but {source} has trained {state['step']:,} steps, into epoch {done}; give epochs={done} or "
+            f"more to continue it, an earlier checkpoint by --resume CHECKPOINT, or --out DIR (or --resume none) starts "
+            f"afresh{_from_its_weights(source)}"
+        )
+
+
+def _from_its_weights(source: Path) -> str:
+    """How a new run begins with what was learned."""
+    weights = RunFolder(source.parent.parent).weights
+    return f", from its weights with encoder.weights={weights}" if weights.is_file() else ""
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any], policy: str) -> list[str]:
+    """The keys of that ``Key.resume`` whose value is another one now; a file that an earlier version recorded by a relative path is
+    the same one."""
+    known = {key: absolute(key, then[key]) if key in FILES else then[key] for key in now if key in then}
+    differing = [key for key, value in known.items() if keys()[key].resume == policy and value != now[key]]
+    return [key for key in differing if (key, now[key]) != ("queue.size", "auto")]  # the checkpoint's is taken (build.decide_queue)
+
+
+def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], schedules: dict[str, float], total_steps: int) -> None:
+    """Says in the log which settings that may change are other ones from here on than in the ``state`` of the checkpoint
+    ``source``, and what follows for the learning rate, the decay of the momentum network and warm-ups.
+
+    schedules: ``Step.schedules`` of the next step of the run that continues it, which has ``total_steps``.
+    """
+    then = recorded_settings(state, source)
+    for key in _changed(then, now, "said"):
+        say(f"{key}: {now[key]!r} from here on, {then[key]!r} until {source}")
+    step = state["step"]
+    keys_of = {"learning rate": ("optim.schedule", FORMULAS), "ema.decay": ("ema.schedule", EMA_FORMULAS)}
+    for name, before in state.get("next", {}).items():  # absent in a checkpoint of an earlier version
+        value = schedules.get(name, before)
+        if value != before:
+            key, formulas = keys_of[name]
+            formula = formulas.get(now.get(key, ""), "")
+            how = f"{key}={now.get(key)}{formula and f', {formula}'}, total_steps {total_steps:,}"
+            if key == "optim.schedule" and now.get("optim.warmup"):
+                how += f", both without the warm-up of {now['optim.warmup']:g} epochs"
+            say(f"{name} of step {step + 1:,}: {value:.6g}, which was to be {before:.6g}; from here on {how}")
+    if now.get("epochs") == then.get("epochs") or "steps_per_epoch" not in state:
+        return
+    # warm-ups that are a fraction of the run
+    former = state["steps_per_epoch"] * then["epochs"]
+    kind = SETTINGS.get(now.get("method.name", ""))
+    read = {entry.name for entry in fields(kind)} if kind else set()
+    for key in now:
+        if OF_RUN in keys()[key].marks and now[key] and key.partition(".")[0] in read:
+            ends, ended = (round(now[key] * steps) for steps in (total_steps, former))
+            again = "; it is warmed up again" if ended <= step < ends else ""
+            text = f"it ends at step {ends:,}, not {ended:,}; step {step:,} is done{again}"
+            say(f"{key}={now[key]:g} is a fraction of the run: {text}")
 
 
 def listing(images: ImageList) -> dict[str, Any]:

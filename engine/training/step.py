@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import compiler_cache
-from engine.training import optim
+from engine.training import inductor, optim
 from engine.training.distributed import average_all
 from engine.training.graph import CapturedStep
 from engine.training.guard import Guard
@@ -211,8 +211,7 @@ class Step:
     def _compiled(self, backend: Any) -> Callable[[Batch], Output]:
         """``_whole`` as one graph. ``trace_autograd_ops`` lets Dynamo follow ``autograd.grad``, so that both backward passes and
         the update are part of it; it takes and gives plain tuples, which is what Dynamo can hand back."""
-        # hundreds of kernels of a step move less than a launch costs (weight casts, second stages of batch statistics)
-        how = _how(backend, combo_kernels=self.precision.device.type == "cuda")
+        how = _how(backend, **(inductor.COMBINED if self.precision.device.type == "cuda" else {}))
         compiled = torch.compile(lambda *fields: tuple(self._whole(Batch(*fields))), fullgraph=True, **how)
 
         def run(batch: Batch) -> Output:
@@ -260,6 +259,13 @@ class Step:
                 changed[name] = images.float()
         return batch._replace(**changed)
 
+    def schedules(self) -> dict[str, float]:
+        """What the next step has of what changes over the run: the learning rate and, with a momentum network, its decay."""
+        found = {"learning rate": self.lr(self.steps_done)}
+        if self.target:
+            found["ema.decay"] = optim.ema_decay(self.steps_done, self.total_steps, base=self.decay, schedule=self.decay_schedule)
+        return found
+
     def set_schedule(self) -> None:
         """Puts this step's learning rate, momentum decay, share of the run that is done and loss scale where they are read."""
         rate = self.lr(self.steps_done)
@@ -282,7 +288,8 @@ class Step:
     def load_state_dict(self, state: dict) -> None:
         self.steps_done = state["step"]
         self.update.load(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where nothing was scaled: amp may be another one from here on
+            self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
 
 
@@ -298,19 +305,4 @@ def _how(backend: Any, **options: Any) -> dict[str, Any]:
     """Arguments of ``torch.compile``; ``options`` of Inductor."""
     if backend != "inductor":
         return {"dynamic": False, "backend": backend}
-    _introduce_own_ops()
-    return {"dynamic": False, "backend": backend, "options": compiler_cache.OPTIONS | options}
-
-
-def _introduce_own_ops() -> None:
-    """Registers the project's ops with Inductor as it would itself when it first meets one. It would then also write out, for a
-    line of its log, all that the arguments were made from, twice over at every sum in a trunk: hours with the fused batch-norm."""
-    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint  # only where something is compiled
-    from torch._library.custom_ops import OPDEFS
-    from torch._library.utils import get_layout_constraint_tag
-
-    for name, definition in OPDEFS.items():
-        op = definition._opoverload
-        if name.startswith("ppssl::") and op not in lowerings:
-            constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
-            make_fallback(op, layout_constraint=constraint, warn=False)
+    return {"dynamic": False, "backend": backend, "options": compiler_cache.OPTIONS | inductor.options() | options}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,25 @@ from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
 from engine.run_folder import RunFolder, write_classes
 from engine.training import checkpoint, precision, signals
-from engine.training.distributed import ALONE, World
+from engine.training.best import Best
+from engine.training.distributed import ALONE, World, choose_device
 from engine.training.guard import Health
-from engine.training.log import Records, RunLog
+from engine.training.log import Records, RunLog, Summary
 from engine.training.optim import build, learning_rate
 from engine.training.profiling import Profile
-from engine.training.resume import Found, continue_in, find_checkpoint, known_settings, listing, refuse_other_run
+from engine.training.resume import (
+    Found,
+    continue_in,
+    find_checkpoint,
+    known_settings,
+    listing,
+    refuse_other_run,
+    say_changes,
+)
 from engine.training.step import Step, choose
 from ppssl.method import Batch, Method, Output
+from ppssl.momentum import KeyQueue
 from ppssl.ops import gather
-
-
-class Summary(NamedTuple):
-    """What a finished (or continued) ``fit`` did, in seconds and images."""
-
-    steps: int
-    seconds: float
-    compile_seconds: float
-    images_per_s: float
-    data_wait: float
-    checkpoint_seconds: float
-    hook_seconds: float
-    collapsed: bool = False
-    """All images gave nearly the same feature at the end."""
 
 
 class Trainer:
@@ -85,7 +81,7 @@ class Trainer:
         optim, run = optim or OptimConfig(), run or RunConfig()
         if method.needs_teacher_embeddings and teacher is None:
             raise ValueError("this method needs teacher embeddings; pass teacher=[N, E]")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else choose_device(run.device)
         self.method = method.to(self.device, memory_format=torch.channels_last).train()
         self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
         self.loader_name = re.sub(r" \(\d+ workers\)$", "", getattr(loader, "name", type(loader).__name__))
@@ -117,13 +113,38 @@ class Trainer:
         self.health = Health(self.step.parameters)
         self.saved_step = self.hooked_epoch = -1
         self.begun = self.save_is_due = self.is_ending = False
-        self.records = Records(self.out)
+        self.best = Best(config.eval.keep_best, config.eval.patience) if config else Best()
+        queue = next((module.size for module in method.modules() if isinstance(module, KeyQueue)), None)
+        self.records = Records(
+            self.out,
+            self.settings,
+            loggers=run.loggers,
+            queue=queue,
+            steps_per_epoch=loader.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
         self.log: RunLog | None = None
 
     @property
     def epoch(self) -> int:
         """Epochs done."""
         return self.step.steps_done // self.loader.steps_per_epoch
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train: all epochs are done, or ``eval.patience`` ended the run."""
+        return self.step.steps_done >= self.total_steps or self.best.ended
+
+    def see_best(self, value: float) -> None:
+        """Takes the value of ``eval.keep_best`` after this step: the best weights so far are saved with the checkpoint of this very
+        step, and the run ends where ``eval.patience`` says so. For hooks; all processes call it with the same value."""
+        in_a_row = int(self.step.guard.in_a_row)
+        if in_a_row:  # what follows bad steps is not saved yet
+            say(f"step {self.step.steps_done}: it follows {in_a_row} bad steps and is not compared by {self.best.measure}")
+            return
+        self.save_is_due |= self.best.see(self.step.steps_done, self.epoch, value)
+        if self.best.ended and self.step.steps_done < self.total_steps:
+            say(f"ended early at epoch {self.epoch} of {self.epochs}: {self.best.told_end()}")
 
     def fit(self) -> Summary:
         """Trains to the end. Raises ``Stopped`` after a signal, ``FloatingPointError`` after ``max_bad_steps`` steps in a row whose
@@ -157,8 +178,12 @@ class Trainer:
         self.log = RunLog(self.records, total_steps=self.total_steps, start_step=began, description=type(self.method).__name__)
         profile = Profile(RunFolder(self.out or Path()).profile, steps=self.profile, device=self.device)
         with signals.noted() as asked, self.log as log, profile, self.saver, self.saved_when_broken():
+            hooked = self.hooked_epoch
             hooking += self.timed(self.run_hooks)  # a run that was stopped between an epoch's last step and its hooks
-            for batch in log.watch(self.loader.batches(began, self.total_steps)):
+            if self.hooked_epoch != hooked and (self.save_is_due or self.ended):  # what they found is of this step
+                self.is_ending = self.ended
+                saving += self.timed(self.save)
+            for batch in log.watch(() if self.ended else self.loader.batches(began, self.total_steps)):
                 lr = step.lr(step.steps_done)
                 batch = self.with_teacher(batch)
                 if step.steps_done == began and self.out is not None and self.config is None:
@@ -173,11 +198,16 @@ class Trainer:
                 self.saver.poll()
                 stop = self.world.vote(asked.number)
                 last = step.steps_done == self.total_steps
-                if step.steps_done % self.log_every == 0 or last or stop:
-                    self.check()
+                line = step.steps_done % self.log_every == 0 or last or stop
+                if line:
                     self.write_line(lr)
+                    self.check()
                 if not stop:
                     hooking += self.timed(self.run_hooks)
+                if self.best.ended and not line:
+                    self.write_line(lr)
+                    self.check()
+                last |= self.best.ended
                 self.health.see(output.total)
                 self.save_is_due |= step.steps_done % self.save_every == 0
                 if self.save_is_due or last or stop:
@@ -186,12 +216,17 @@ class Trainer:
                 if stop and not last:
                     saving += self.timed(self.saver.wait)
                     raise signals.Stopped(stop, self.saver.saved)
+                if self.best.ended:
+                    break
             saving += self.timed(self.saver.wait)
         seconds = time.perf_counter() - started
         images = (step.steps_done - began) * batch_size
         training = max(seconds - compiling - saving - hooking, 1e-9)
         waited = log.waited_total / training
-        return Summary(step.steps_done - began, seconds, compiling, images / training, waited, saving, hooking, log.collapsed)
+        early = self.best.ended and step.steps_done < self.total_steps
+        return Summary(
+            step.steps_done - began, seconds, compiling, images / training, waited, saving, hooking, log.collapsed, early
+        )
 
     def first_step(self, batch: Batch) -> tuple[Output, float]:
         """The step that compiles: shown as such, its seconds left out of the speed."""
@@ -293,7 +328,10 @@ class Trainer:
                 "epoch": self.epoch,
                 "hooked_epoch": self.hooked_epoch,
                 "method": self.method.state_dict(),
-                "rng": checkpoint.rng_state(),
+                "rng": checkpoint.rng_state(self.device),
+                "best": self.best.state_dict(),
+                "next": self.step.schedules(),
+                "steps_per_epoch": self.loader.steps_per_epoch,
                 "health": self.health.state_dict(),
                 "loader": self.loader_name,
                 "info": {"config": to_yaml(self.config)} if self.config else {"settings": self.settings},
@@ -315,9 +353,10 @@ class Trainer:
         self.saved_step, self.save_is_due = self.step.steps_done, False
         if self.out is not None:
             doubt = f"it follows {in_a_row} bad steps" if in_a_row else self.health.doubt()
-            metadata = {"step": str(self.step.steps_done), "epoch": str(self.epoch)}
-            weights = self.method.network.weights() if not doubt or self.is_ending else None
-            self.saver.save(state, weights, metadata, doubt=doubt)
+            metadata = {"step": str(self.step.steps_done), "epoch": str(self.epoch)} if not doubt or self.is_ending else None
+            best = self.best.metadata(self.step.steps_done)
+            weights = self.method.network.weights() if metadata or best else None
+            self.saver.save(state, weights, metadata, doubt=doubt, best=best)
 
     def resume(self, path: Path, state: dict[str, Any] | None = None) -> None:
         """Continues the checkpoint at ``path`` (``state`` when it is already read). Raises ``ValueError`` when it belongs to
@@ -329,7 +368,7 @@ class Trainer:
         try:
             self.method.load_state_dict(state["method"])
             self.step.load_state_dict(state)
-            checkpoint.load_rng_state(state["rng"])
+            checkpoint.load_rng_state(state["rng"], self.device)
             self.hooked_epoch = state["hooked_epoch"]
             self.health.load_state_dict(state.get("health", {}))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -339,6 +378,13 @@ class Trainer:
             self.method.renumber(places)
         self.saver.resume(path, state)
         self.records.rewind(self.step.steps_done)
+        self.best.load_state_dict(state.get("best", {}), finished=self.step.steps_done >= self.total_steps)
         if self.out is not None:
             continue_in(self.out, path, self.step.steps_done)
+            self.best.settle(self.out, self.step.steps_done, path, self.method.network.weights)
+        if self.best.ended and self.step.steps_done < self.total_steps:
+            say(f"{path} ended early at epoch {self.epoch} of {self.epochs}: {self.best.told_end()}")
+            return
         say(f"continuing {path} at step {self.step.steps_done} of {self.total_steps}")
+        if not self.ended:
+            say_changes(state, path, self.settings, self.step.schedules(), self.total_steps)

@@ -24,6 +24,7 @@ from ppssl.settings.methods import (
 )
 from ppssl.settings.sections import (
     FREE,
+    OF_RUN,
     SAID,
     AisConfig,
     BatchNormConfig,
@@ -41,7 +42,7 @@ from ppssl.settings.sections import (
 )
 
 __all__ = [
-    "FREE", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
+    "FREE", "OF_RUN", "SAID", "SETTINGS", "AisConfig", "BYOLSettings", "BatchNormConfig", "ContrastConfig", "Distinct", "EmaConfig",
     "EncoderConfig", "IadmConfig", "LCRSettings", "LDFSSettings", "LcrConfig", "LdfsConfig", "MethodConfig", "MoCoSettings",
     "PPSSLSettings", "Part", "QueueConfig", "Resume", "Sections", "Settings", "SimCLRSettings", "Source", "TeacherConfig",
     "get_key", "idle_keys", "method_settings", "replace_keys", "resolve_variant", "settings_class", "title", "variant",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from annotated_types import Ge, Le
 
 from ppssl.settings.sections import (
+    OF_RUN,
     AisConfig,
     BatchNormConfig,
     ContrastConfig,
@@ -47,7 +48,7 @@ class LdfsConfig:
     """Fraction of the feature's dimensions that count as not discriminative, by each of the two criteria."""
     noise: Annotated[float, Ge(0)] = 1.0
     """Noise on those dimensions, in standard deviations of each."""
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.2
+    warmup: Annotated[float, Ge(0), Le(1), OF_RUN] = 0.2
     """Fraction of the run in which the decoder learns before its images are contrasted."""
 
 

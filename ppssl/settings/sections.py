@@ -28,6 +28,14 @@ FREE, SAID = Resume("free"), Resume("said")
 
 
 @dataclass(frozen=True)
+class OfRun:
+    """A fraction of the whole run: where that gets longer, so does what the key says."""
+
+
+OF_RUN = OfRun()
+
+
+@dataclass(frozen=True)
 class Distinct:
     """Each value once."""
 
@@ -75,7 +83,7 @@ class QueueConfig:
 
     size: Annotated[int, Ge(1)] | Literal["auto"] = 65536
     """Rows K; any number that holds the keys of a step. auto: a row for each training photo, at most 65536."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], SAID] = "auto"
     """Storage type; auto is 16-bit on CUDA under amp, float32 otherwise."""
     sharded: Annotated[bool, FREE] = False
     """Keep K / world_size rows per process."""
@@ -119,7 +127,7 @@ class BatchNormConfig:
     """Statistics over the batch of all processes (SyncBN)."""
     impl: Annotated[Literal["auto", "torch", "fused"], SAID] = "auto"
     """Batch-norm of the trunk while training: torch's, or one fused op with the ReLU and the shortcut's sum, on CUDA, where sync
-    is false. auto takes torch's: the fused op has not been measured on a GPU."""
+    is false. auto: fused for a ResNet on CUDA, by its bytes and launches (it has not been timed on a GPU), otherwise torch."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class AisConfig:
     """tau of both softmaxes, of targets text and relations; with relations 1 is nearly uniform, 0.1 tells images apart."""
     scale: Annotated[float, Gt(0)] = 100.0
     """Factor on the student's cosine similarities before the softmax, of target text."""
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.0
+    warmup: Annotated[float, Ge(0), Le(1), OF_RUN] = 0.0
     """Fraction of all steps over which the weight rises linearly from 0."""
     prompts: str = "birds"
     """Corpus in ppssl/prompts, or the path of a YAML file."""

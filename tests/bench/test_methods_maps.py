@@ -42,7 +42,7 @@ def test_relative_mass_on_the_bird() -> None:
 
 
 def test_coverage_is_that_of_the_clean_views_and_kept(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    covered = coverage(images, 32, tmp_path)
+    covered = coverage(images, config("moco"), tmp_path)
     assert covered.shape == (80, 32, 32) and covered.min() >= 0 and covered.max() <= 1 and 0.1 < covered.mean() < 0.6
     # the clean view shows the middle 224/256 of the picture
     (whole,) = dataset.silhouettes(images.root, images.names[:1])
@@ -53,11 +53,11 @@ def test_coverage_is_that_of_the_clean_views_and_kept(images, tmp_path: Path, mo
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(maps.dataset, "silhouettes", refuse)
-    assert torch.equal(coverage(images, 32, tmp_path), covered)
+    assert torch.equal(coverage(images, config("moco"), tmp_path), covered)
 
 
 def test_other_images_have_no_coverage(images, tmp_path: Path) -> None:
-    assert coverage(replace(images, root=tmp_path), 32, tmp_path / "cache") is None
+    assert coverage(replace(images, root=tmp_path), config("moco"), tmp_path / "cache") is None
 
 
 def test_pooling_by_the_silhouette() -> None:

@@ -383,6 +383,8 @@ CHECKPOINTS = [
                and (f / "weights.safetensors").write_bytes(b"x"), ValueError, "weights.safetensors"),
     finished_run("with weights of another network", lambda f: (f / "config.yaml").write_text(RUN)
                and weights_file.save_weights(f / "weights.safetensors", {"a": torch.zeros(1)}, {}), ValueError, "does not fit"),
+    Case("replay of something else", lambda f: (f / "b.pt").write_bytes(b"bundle") and replay(f / "b.pt"), ValueError,
+         ("cannot be read as a replay bundle: it is", "RUN/replay")),
     Case("replay of a checkpoint", lambda f: replay(checkpoint.save(f, state(), keep=1)), ValueError, ("no replay bundle",)),
     Case("replay with code in it", lambda f: checkpoint.write(f / "b.pt", state() | {"replay": Malice()}) or replay(f / "b.pt"),
          ValueError, ("b.pt", "cannot be read")),

@@ -34,6 +34,19 @@ def test_the_number_of_descriptions_follows_the_file_unless_it_is_set(tmp_path: 
     assert list(count.values()) == [2, 8, 3, 8]
 
 
+def test_a_run_that_continues_keeps_its_batch_norm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """auto became fused on a GPU: runs of before have torch's in their config, or do not name the key."""
+    text = "encoder: {arch: resnet18_w8, weights: none}\nmethod: {name: moco}\nbn: {impl: auto}"
+    cuda = torch.device("cuda")
+    fresh = build.resolve(from_yaml(text), cuda)
+    then = ("torch", "fused", None)
+    assert [build.keep_batch_norm(fresh, impl, cuda).bn.impl for impl in then] == ["torch", "fused", "fused"]
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert build.keep_batch_norm(build.resolve(from_yaml(text), CPU), "fused", CPU).bn.impl == "torch"
+    assert "bn.impl: 'torch' from here on, 'fused' until now" in " ".join(capfd.readouterr().err.split())
+
+
 def test_the_number_of_descriptions_is_that_of_the_paper_where_none_are_used(tmp_path: Path):
     text = "ais: {prompts: nowhere.yaml, target: relations}\nmethod: {variant: guided}"
     assert build.resolve(from_yaml(text), CPU).ais.count == 8
@@ -124,9 +137,31 @@ def test_what_computes_batch_norm_is_decided_and_reaches_the_trunk(monkeypatch: 
     plain, fused = (build.resolve(from_yaml(text % impl), CPU) for impl in ("auto", "fused"))  # in Triton's interpreter
     assert (plain.bn.impl, fused.bn.impl) == ("torch", "fused")
     assert [build.initial_network(cfg).trunk.layer1[0].fused for cfg in (plain, fused)] == [False, True]
+    (cuda, timm) = (
+        build.resolve(from_yaml((text % "auto").replace("resnet18_w8", arch)), torch.device("cuda")).bn.impl
+        for arch in ("resnet18_w8", "timm/resnet18")
+    )
+    assert (cuda, timm) == ("fused", "torch")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match=r"bn\.impl: fused needs a GPU.*cpu; use bn\.impl=torch"):
         build.resolve(from_yaml(text % "fused"), CPU)
+
+
+def test_files_are_named_by_absolute_paths_and_tags_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    Path("plain").write_bytes(b"")  # a file without a suffix
+    cfg = from_yaml(
+        "encoder: {weights: runs/a/best.safetensors}\nais: {prompts: mine.yaml}\nteacher: {weights: ~/clip.safetensors}"
+    )
+    found = build.with_absolute_paths(cfg)
+    assert found.encoder.weights == str(tmp_path / "runs/a/best.safetensors") and found.ais.prompts == str(tmp_path / "mine.yaml")
+    assert found.teacher.weights == "/home/somebody/clip.safetensors" and found.teacher.model == cfg.teacher.model
+    assert build.with_absolute_paths(found) == found
+    for text in ("none", "IMAGENET1K_V1", "timm", "timm:a1_in1k", "timm:x/y.z"):
+        assert build.with_absolute_paths(from_yaml(f"encoder: {{weights: '{text}'}}")).encoder.weights == text
+    assert build.with_absolute_paths(from_yaml("encoder: {weights: plain}")).encoder.weights == str(tmp_path / "plain")
+    assert build.with_absolute_paths(from_yaml("ais: {prompts: birds}")).ais.prompts == "birds"
 
 
 def test_frozen_parts_are_told_and_what_cannot_be_is_refused(capfd: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import engine.training
 from engine import doctor
-from engine.training import speed
+from engine.training import profiling
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 0.5)
+    monkeypatch.setattr(profiling, "convolution_tflop_s", lambda device, dtype: 0.5)
 
 
 @pytest.fixture
@@ -130,19 +130,19 @@ def test_a_gpu(pretended_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: ["NVIDIA H200", "580.65"])
     (finding,) = doctor.gpu()
     assert finding.state == "ok" and "NVIDIA H200, 140 GiB, sm_90" in finding.text and "driver 580.65" in finding.text
-    monkeypatch.setattr(speed, "convolution_tflop_s", lambda device, dtype: 500.0)
-    monkeypatch.setattr(speed, "copy_tb_s", lambda device: 4.3)
-    fast, bottleneck = doctor.speed()
+    monkeypatch.setattr(profiling, "convolution_tflop_s", lambda device, dtype: 500.0)
+    monkeypatch.setattr(profiling, "copy_tb_s", lambda device: 4.3)
+    fast, bottleneck = doctor.speed(torch.device("cuda"))
     assert "4.3" in fast.text and "images/s" in fast.text
     assert bottleneck.state == "note" and "data.loader=dali" in bottleneck.remedy
-    auto, ready = doctor.compilers()
+    auto, ready = doctor.compilers(torch.device("cuda"))
     assert "compile step" in auto.text
     assert ready.state == ("ok" if shutil.which("gcc") or shutil.which("cc") else "broken")
 
 
 def test_a_gpu_without_a_compiler(pretended_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    finding = doctor.compilers()[-1]
+    finding = doctor.compilers(torch.device("cuda"))[-1]
     assert finding.state == "broken" and "gcc" in finding.remedy
 
 
@@ -157,7 +157,7 @@ def test_a_gpu_without_a_compiler(pretended_gpu, monkeypatch: pytest.MonkeyPatch
 )
 def test_jpeg_decoder(pretended_gpu, monkeypatch: pytest.MonkeyPatch, answer: str | None, text: str) -> None:
     monkeypatch.setattr(doctor, "nvidia_smi", lambda *fields: None if answer is None else [answer])
-    assert text in doctor.jpeg()[0].text
+    assert text in doctor.jpeg(torch.device("cuda"))[0].text
 
 
 def test_nvidia_smi_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,5 +202,13 @@ def test_expectation() -> None:
 
 
 def test_measuring() -> None:
-    rate = speed.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
+    rate = profiling.convolution_tflop_s(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e-4 < rate < 1e3
+
+
+def test_the_device_that_is_asked_for_is_the_one_that_is_examined(quick, pretended_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    on_cpu = {finding.what: finding for finding in doctor.examine("cpu")}
+    assert "compile off" in on_cpu["run.compile: auto"].text and on_cpu["device"].text == "cpu (cpu)"
+    absent = doctor.examine("cuda:3")[-1]
+    assert absent.state == "broken" and "cuda:0 (NVIDIA H200)" in absent.text and "speed" not in absent.what

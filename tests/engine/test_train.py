@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -154,7 +155,10 @@ def test_a_run_learns_from_a_model_that_knows_no_text(target: str, recipe: Path,
     ]  # fmt: skip
     assert main(line) == 0
     shown = " ".join(capfd.readouterr().err.split())
-    assert f"teacher: timm/test_vit, weights vit.safetensors; target {target}" in shown and "descriptions" not in shown
+    assert (
+        f"teacher: timm/test_vit, weights {Path('vit.safetensors').resolve()}; target {target}" in shown
+        and "descriptions" not in shown
+    )
     records = run_folder.read_metrics(Path(target))
     assert all(0 < r["ais"] < 3 for r in records if r["kind"] == "train")
     kept = json.loads(Path(target, "evaluation.json").read_text())
@@ -460,10 +464,30 @@ def test_records_are_json_lines(recipe: Path) -> None:
         assert "step" in json.loads(line)
 
 
-def test_the_last_lines_say_that_the_network_has_collapsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for collapsed in (False, True):
-        run.closing_lines(tmp_path, {"steps": 0, "collapsed": collapsed})
-        assert ("all images give nearly the same feature" in capsys.readouterr().err) is collapsed
+def test_the_last_lines_count_the_warnings_and_do_not_repeat_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for told, words in ((0, ""), (1, "1 warning above; the report lists what people do about it"), (2, "2 warnings above")):
+        run.closing_lines(tmp_path, {"steps": 0, "collapsed": told > 0}, told)
+        said = capsys.readouterr().err
+        assert words in said and ("above" in said) is (told > 0) and "same feature" not in said
+
+
+def test_black_images_are_told_once_and_once_in_the_report(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        for number in range(8):
+            picture = tmp_path / "black" / split / f"class_{number % 2}" / f"{number}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (0, 0, number)).save(picture)
+    changes = ["data.name=folder", "data.root=black", "queue.size=8", "eval.every=1", "epochs=6", "run.loggers=[tensorboard,csv]"]
+    assert main(["--cfg", str(recipe), "--out", "dark", *changes]) == 0
+    said = capsys.readouterr().err
+    assert said.count("all images give nearly the same feature") == 1 and said.count("collapsed feature") == 1
+    assert "warning: step 1: collapsed feature: " in said and "1 warning above" in said
+    assert Path("dark/report.html").read_text().count("all images give nearly the same feature") == 1
+    assert main(["--cfg", str(recipe), "--out", "dark", *changes]) == 0  # it is finished
+    assert "nearly the same" not in capsys.readouterr().err
+    assert len(Path("dark/metrics.csv").read_text().splitlines()) == 1 + 3 + 7
 
 
 def test_a_page_that_fails_costs_the_run_nothing(

@@ -48,7 +48,9 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Te
 
 def run(function, tensors: dict[str, Tensor], case: Case, **options) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    out = function(**leaves, relu=case.relu, groups=case.groups, **options)
+    channels = torch.linspace(-1, 2, case.shape[1]).to(tensors["gamma"])
+    running = dict(running_mean=channels, running_var=channels.exp(), momentum=0.3)
+    out = function(**leaves, relu=case.relu, groups=case.groups, **running, **options)
     grads = torch.autograd.grad((out.y * upstream(out.y, 2).to(out.y)).sum(), list(leaves.values()))
     return out._asdict() | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
@@ -71,9 +73,11 @@ def test_is_torchs_batch_norm(impl, kernel_device):
     case = CASES[2]
     tensors = inputs(case, torch.float32, kernel_device)
 
-    def eager(x, gamma, beta, residual, relu, groups):
-        y = F.batch_norm(x, None, None, gamma, beta, training=True) + residual
-        return kernels.reference.BatchNorm(torch.relu(y), x.mean((0, 2, 3))[None], x.var((0, 2, 3), correction=0)[None])
+    def eager(x, gamma, beta, residual, relu, groups, running_mean, running_var, momentum):
+        running = running_mean.clone(), running_var.clone()
+        y = F.batch_norm(x, *running, gamma, beta, training=True, momentum=momentum) + residual
+        mean, var = x.mean((0, 2, 3))[None], x.var((0, 2, 3), correction=0)[None]
+        return kernels.reference.BatchNorm(torch.relu(y), mean, var, *running)
 
     theirs = run(eager, tensors, case)
     for name, mine in run(kernels.batch_norm, tensors, case, impl=impl).items():
@@ -86,7 +90,7 @@ def test_statistics_far_from_zero_keep_their_digits(impl, kernel_device):
     x = torch.randn(4, 32, 7, 7, generator=torch.Generator().manual_seed(0))
     x[0, :, 0] *= 50
     x = (x + 1000).to(kernel_device).to(memory_format=torch.channels_last)
-    _, mean, var = kernels.batch_norm(x, torch.ones(32, device=x.device), torch.zeros(32, device=x.device), impl=impl)
+    _, mean, var, *_ = kernels.batch_norm(x, torch.ones(32, device=x.device), torch.zeros(32, device=x.device), impl=impl)
     truth = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(var[0].double(), truth[0], rtol=2e-5, atol=0)
     torch.testing.assert_close(mean[0].double(), truth[1], rtol=2e-7, atol=0)
@@ -200,8 +204,40 @@ def test_one_graph_under_compile(impl, kernel_device):
 def test_opcheck(case, impl, kernel_device):
     tensors = inputs(case, torch.float32, kernel_device)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    arguments = (*leaves[:3], leaves[3] if case.residual else None, case.relu, 1e-5, case.groups, impl)
+    running = (leaves[1].detach().clone(), leaves[2].detach().clone()) if case.groups == 1 else (None, None)
+    arguments = (*leaves[:3], leaves[3] if case.residual else None, *running, 0.1, case.relu, 1e-5, case.groups, impl)
     torch.library.opcheck(torch.ops.ppssl.batch_norm.default, arguments)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), PATHS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def test_a_gradient_in_two_parts_is_their_sum(case, impl, dtype, kernel_device, poisoned_empty):
+    """To the bit: a compiled step must not depend on whether the sum was taken into the op."""
+    device = kernel_device if impl == "triton" else torch.device("cpu")
+    if impl == "triton" and dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 where a GPU rounds")
+    tensors = inputs(case, dtype, device)
+    _, mean, var, bits, *_ = torch.ops.ppssl.batch_norm(
+        *(tensors.get(name) for name in ("x", "gamma", "beta", "residual")), None, None, 0.1, case.relu, 1e-5, case.groups, impl
+    )
+    first, second = (upstream(tensors["x"], seed).to(device, dtype) for seed in (2, 3))
+    common = (tensors["x"], tensors["gamma"], tensors["beta"], mean, var, bits, case.relu, 1e-5, impl)
+    whole = torch.ops.ppssl.batch_norm_backward(first + second, *common)
+    for ours, theirs in zip(torch.ops.ppssl.batch_norm_backward(first, *common, second), whole, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_running_statistics_are_returned_and_not_changed(impl, kernel_device):
+    tensors = inputs(CASES[1], torch.float32, kernel_device)
+    running = torch.zeros(64, device=kernel_device), torch.ones(64, dtype=torch.float64, device=kernel_device)
+    out = kernels.batch_norm(**tensors, groups=2, running_mean=running[0], running_var=running[1], momentum=0.1, impl=impl)
+    parts = tensors["x"].double().unflatten(0, (2, -1))
+    truth = parts.mean((1, 3, 4)).mean(0), parts.var((1, 3, 4)).mean(0)
+    torch.testing.assert_close(out.running_mean.double(), 0.1 * truth[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.running_var, 0.9 + 0.1 * truth[1], rtol=1e-5, atol=1e-6)
+    assert not running[0].any() and (running[1] == 1).all() and not out.running_mean.requires_grad
+    assert kernels.batch_norm(**tensors, groups=2, impl=impl).running_mean is None
 
 
 GOOD = {"x": torch.ones(4, 3, 8, 8), "gamma": torch.ones(3), "beta": torch.ones(3)}
@@ -215,6 +251,8 @@ BAD = [
     ({"groups": 3}, ValueError, "batch of 4, got 3"),
     ({"groups": 0}, ValueError, "got 0"),
     ({"x": torch.ones(4, 3, 1, 1), "groups": 4}, ValueError, "one value per channel"),
+    ({"running_mean": torch.ones(3)}, ValueError, "go together"),
+    ({"running_mean": torch.ones(3), "running_var": torch.ones(2)}, ValueError, r"running_var must be \[3\], got \[2\]"),
     ({"eps": -1.0}, ValueError, "eps"),
     ({"impl": "fast"}, ValueError, "fast"),
 ]

@@ -25,9 +25,10 @@ def build_loader(
     with_clean: batches also carry ``x_clean``, the clean image (short side resized, center crop).
     cache_dir: where resident data keeps its decoded images; None keeps them in memory only.
     An explicit ``data.loader`` is never replaced by another. ``auto`` is resident data where memory allows it, else DALI where it
-    is importable.
+    is importable, else torchvision's; not nvJPEG, which no GPU has measured yet.
     Raises ValueError for a list smaller than a batch and for settings that exclude each other, ImportError for
-    ``data.loader=dali`` without DALI, catalog.BrokenFile where resident data meets a file that no longer decodes.
+    ``data.loader=dali`` without DALI and ``data.loader=nvjpeg`` without a GPU or nvJPEG, catalog.BrokenFile where resident data
+    meets a file that no longer decodes.
     """
     shard = shard or ALL
     steps_per_epoch(len(images), cfg.batch_size)
@@ -45,9 +46,14 @@ def build_loader(
         from engine.data.loaders.dali_loader import DaliLoader  # DALI may be missing
 
         return DaliLoader(images, cfg, device, with_clean=with_clean, shard=shard)
+    if choice == "nvjpeg" and cfg.data.aug != "dali":
+        from engine.data.loaders.nvjpeg_loader import NvjpegLoader  # torchvision.io loads its codecs
+
+        return NvjpegLoader(images, cfg, device, with_clean=with_clean, shard=shard)
     if cfg.data.aug == "dali":
+        name = "nvJPEG" if choice == "nvjpeg" else "torchvision"
         raise ValueError(
-            f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the torchvision loader here; use data.aug=parity"
+            f"data.aug=dali needs DALI, but data.loader={cfg.data.loader} gives the {name} loader here; use data.aug=parity"
         )
     return TorchLoader(images, cfg, device, with_clean=with_clean, shard=shard)
 

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from engine.config import Config
 from engine.console import say
 from engine.data.catalog import ImageList
 from engine.data.loaders.decoded import Decoded, decode, kept_sizes, total_bytes
 from engine.data.loaders.execute import Threads, ahead, rows, to_tensors
+from engine.data.loaders.staged import Staged, normalized, original_pixels
 from engine.data.machine import cores, free_host_bytes
 from engine.data.sampler import ALL, Shard, batch_at, steps_per_epoch
-from engine.data.views import ViewValues, center_crop, resized, view_values
+from engine.data.views import ViewValues, view_values
 from ppssl.method import Batch
-from ppssl.ops import augment, recolour
-from ppssl.timm_trunk import IMAGENET, ImageInput, build_trunk, image_input
+from ppssl.ops import augment
+from ppssl.timm_trunk import build_trunk, image_input
 
 DEVICE_SHARE, HOST_SHARE, CPU_SHARE = 0.4, 0.5, 0.25
 """Of the memory that is free, what the set may take: on a GPU, in host memory, and there when nobody asked and training is on the
@@ -34,7 +34,6 @@ SHORT_SIDES = (2.0, 1.5, 256 / 224)
 _PREFETCH = 2
 _BLOCK = 1 << 28
 """Bytes of a block of pinned memory: torch rounds each up to a power of two."""
-_NEUTRAL = ([0, 0, 1, 1], False, False, [1, 1, 1, 0], [0, 1, 2, 3], False, 0)
 
 
 class Plan(NamedTuple):
@@ -203,28 +202,14 @@ class ResidentLoader:
                     pixels[b] = original_pixels(torch.from_numpy(self._decoded.image(index[b])), side, self._input)
 
             self._threads.share(shrink, count)
-            original = _normalised(pixels, torch.float32, self._input)
+            original = normalized(pixels, torch.float32, self._input)
         return Batch(x_q=views[:count], x_k=views[count:], index=torch.from_numpy(index.copy()), x_clean=original)
 
     def _on_gpu(self, steps: range) -> Iterator[Batch]:
-        side = self._cfg.data.image_size
-        for (position, values, offsets, sizes, pixels, host), ready in ahead(self._staged(steps), _PREFETCH):
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(ready)
-            for tensor in (position, offsets, sizes, pixels, *values):
-                tensor.record_stream(stream)  # made on the other stream: not reused before this one is done with it
-            views = augment(
-                pixels, offsets, sizes, values, side=side, mean=self._input.mean, std=self._input.std, dtype=torch.float16
-            )
-            original = None
-            if self._with_clean:
-                images = (pixels[o : o + 3 * h * w].view(h, w, 3) for o, (h, w) in host)
-                clean = torch.stack([original_pixels(image, side, self._input) for image in images])
-                original = _normalised(clean, torch.float16, self._input)
-            count = len(position)
-            yield Batch(x_q=views[:count], x_k=views[count:], index=position, x_clean=original)
+        for staged in ahead(self._staged(steps), _PREFETCH):
+            yield staged.batch(self._cfg.data.image_size, self._input, with_clean=self._with_clean)
 
-    def _staged(self, steps: range) -> Iterator[tuple[tuple, torch.cuda.Event]]:
+    def _staged(self, steps: range) -> Iterator[Staged]:
         """What a step's op takes, brought to the GPU on a stream of its own."""
         stream = torch.cuda.Stream(self._device)
         for step in steps:
@@ -238,7 +223,7 @@ class ResidentLoader:
                 values = type(values)(*(column.to(self._device, non_blocking=True) for column in values))
                 ready = torch.cuda.Event()
                 ready.record(stream)
-            yield (sent[0], values, sent[1], sent[2], pixels, host), ready
+            yield Staged(sent[0], values, sent[1], sent[2], pixels, host, ready)
 
     def _gathered(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         """The batch's images one after the other on the GPU, and where they begin there, for both views."""
@@ -264,15 +249,6 @@ class ResidentLoader:
         return index, to_tensors(values, torch.device("cpu")), torch.from_numpy(offsets), torch.from_numpy(sizes)
 
 
-def original_pixels(image: Tensor, side: int, how: ImageInput = IMAGENET) -> Tensor:
-    """The clean view of one image: short side resized (antialiased), center crop. uint8 [H, W, 3] to [side, side, 3]."""
-    size = resized((image.shape[0], image.shape[1]), how.resize(side))
-    x = image.permute(2, 0, 1)[None]
-    x = F.interpolate(x.float() if x.is_cuda else x, size, mode=how.interpolation, antialias=True)  # 8-bit on a CPU only
-    top, left = center_crop(size, side)
-    return x[0, :, top : top + side, left : left + side].clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0)
-
-
 def _fitted(values: ViewValues, listed: np.ndarray, kept: np.ndarray) -> ViewValues:
     """The same boxes in images that are kept smaller than they are listed: corners scaled and rounded, a pixel at least."""
     if np.array_equal(listed, kept):
@@ -281,13 +257,6 @@ def _fitted(values: ViewValues, listed: np.ndarray, kept: np.ndarray) -> ViewVal
     start = np.minimum(np.rint(values.crop[:, :2] * scale), kept - 1)
     end = np.clip(np.rint((values.crop[:, :2] + values.crop[:, 2:]) * scale), start + 1, kept)
     return values._replace(crop=np.concatenate((start, end - start), 1).astype(np.int32))
-
-
-def _normalised(pixels: Tensor, dtype: torch.dtype, how: ImageInput) -> Tensor:
-    """uint8 [B, S, S, 3] -> normalized [B, 3, S, S] channels_last, by the fused op with nothing to do in between."""
-    kinds = (np.int32, bool, bool, np.float32, np.uint8, bool, np.float32)
-    columns = (np.repeat(np.array(row, kind)[None], len(pixels), 0) for row, kind in zip(_NEUTRAL, kinds, strict=True))
-    return recolour(pixels, to_tensors([ViewValues(*columns)], pixels.device), mean=how.mean, std=how.std, dtype=dtype)
 
 
 def _gb(count: int) -> str:

@@ -112,9 +112,14 @@ FROZEN = {
     "run.save_every_steps": None,
     "run.keep": 2,
     "run.max_bad_steps": 10,
+    "run.loggers": ("tensorboard",),
+    "run.device": "auto",
     "eval.every": 0,
     "eval.batch_size": 128,
     "eval.protocols": ("retrieval",),
+    "eval.keep_best": None,
+    "eval.validation": None,
+    "eval.patience": None,
 }
 
 
@@ -267,6 +272,7 @@ def test_missing_file(tmp_path: Path):
         "eval: {every: -1}",
         "eval: {protocols: []}",
         "eval: {protocols: [knn, knn]}",
+        "run: {loggers: [csv, csv]}",
     ],
 )
 def test_values_out_of_range_name_their_key(text: str):
@@ -304,12 +310,15 @@ def test_null_stands_for_a_later_choice():
 FREE = {"encoder.partial", "out", "resume", "queue.sharded", "data.root", "data.train", "data.test", "data.loader", "data.resident",
         "data.workers", "data.allow_change", "data.classes", "data.fraction", "data.extra_roots"}  # fmt: skip
 """What a resumed run may change, beside run.* and eval.*: where things are and how they are executed, not what is computed."""
-SAID = {"optim.lr", "optim.weight_decay", "optim.clip", "bn.impl"}
-"""What it may change with a line in the log: the remedies of a run that diverges, and what only rounds differently."""
+SAID = {"epochs", "amp", "optim.lr", "optim.weight_decay", "optim.schedule", "optim.backend", "optim.clip", "queue.dtype",
+        "bn.impl"}  # fmt: skip
+"""What it may change with a line in the log: its length, the remedies of a run that diverges, and what only rounds differently."""
 
 
 def test_what_a_resumed_run_may_change_is_frozen():
-    free = FREE | {key for key in keys() if key.startswith(("run.", "eval."))}
+    free = FREE | {key for key in keys() if key.startswith(("run.", "eval."))} - {
+        "eval.validation"
+    }  # which takes images out of training
     assert {key for key, kind in keys().items() if kind.resume == "free"} == free
     assert {key for key, kind in keys().items() if kind.resume == "said"} == SAID
     assert {key for key, kind in keys().items() if kind.resume == "refused"} == keys().keys() - free - SAID

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from small_methods import build_moco, build_ppssl, step_of
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.config import Config, DataConfig, EvalConfig
 from engine.data import catalog
 from engine.evaluation import attention_maps
 from engine.files import read_metadata
+from engine.training.log import Records
 from ppssl.encoder import FeatureNet, Trunk, projection_head
 from ppssl.lcr import LCR
 from ppssl.method import Batch, Method
@@ -127,7 +129,9 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     cfg = Config(data=DataConfig(name="folder", root=str(root), image_size=32))
     found = catalog.load("folder", root, progress=False)
     keep = attention_maps.Watch(tmp_path / "run", cfg, found, CPU)
-    trainer = SimpleNamespace(method=build("guided").train(), step=SimpleNamespace(steps_done=0), epoch=0)
+    (tmp_path / "run").mkdir()
+    records = Records(tmp_path / "run")
+    trainer = SimpleNamespace(method=build("guided").train(), step=SimpleNamespace(steps_done=0), epoch=0, records=records)
     assert attention_maps.read(tmp_path / "run") is None
     for step in (0, 10, 30, 20):  # the run was resumed from before step 30
         trainer.step.steps_done, trainer.epoch = step, step // 10
@@ -142,6 +146,8 @@ def test_maps_are_kept_at_every_look_and_read_back(tmp_path: Path) -> None:
     assert sum(p.stat().st_size for p in (tmp_path / "run" / "maps").iterdir()) < 700_000
     names = read_metadata(tmp_path / "run/maps/images.safetensors")["names"]
     assert json.loads(names) == list(kept.names)
+    shown = EventAccumulator(str(tmp_path / "run/tensorboard"), {"images": 0}).Reload().Images("attention")
+    assert [event.step for event in shown] == [0, 10, 30, 20] and len({event.encoded_image_string for event in shown}) == 1
 
 
 def test_a_run_is_looked_at_five_times_or_at_every_evaluation(tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def test_a_run_is_looked_at_five_times_or_at_every_evaluation(tmp_path: Path) ->
         watch = attention_maps.Watch(None, Config(eval=EvalConfig(every=every)), found, CPU)
         watch.__class__ = type("Counted", (attention_maps.Watch,), {"__call__": lambda self, t: looked.append(t.epoch)})
         for epoch in range(1, epochs + 1):
-            watch.after_epoch(SimpleNamespace(epoch=epoch, epochs=epochs))
+            watch.after_epoch(SimpleNamespace(epoch=epoch, epochs=epochs, ended=epoch == epochs))
         assert looked == wanted
         looked.clear()
 

@@ -46,7 +46,7 @@ def trainer(epoch: int, out: Path, epochs: int = 10, masked: bool = False) -> Si
     network = FeatureNet(trunk, MaskBranch(trunk.channels, 4, minmax="image") if masked else None)
     return SimpleNamespace(
         epoch=epoch, epochs=epochs, step=SimpleNamespace(steps_done=5 * epoch), method=SimpleNamespace(network=network),
-        log=SimpleNamespace(opened=0.0), records=Records(out),
+        log=SimpleNamespace(opened=0.0), records=Records(out), ended=epoch >= epochs,
     )  # fmt: skip
 
 

@@ -184,9 +184,9 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path: Path, monkeypatc
 
 
 def test_random_state_round_trip() -> None:
-    state = checkpoint.rng_state()
+    state = checkpoint.rng_state(torch.device("cpu"))
     first = torch.rand(3)
-    checkpoint.load_rng_state(state)
+    checkpoint.load_rng_state(state, torch.device("cpu"))
     assert torch.equal(first, torch.rand(3))
 
 

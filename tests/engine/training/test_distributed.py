@@ -24,11 +24,13 @@ from engine import run_folder
 from engine.build import spread
 from engine.config import Config, OptimConfig, from_yaml
 from engine.errors import ConfigError
+from engine.evaluation import validation
+from engine.pretrained import best_of
 from engine.run_folder import RunFolder, RunFolderInUse
 from engine.synthetic import dataset
 from engine.train import main
 from engine.training import checkpoint, optim, precision
-from engine.training.distributed import described, first_host, gpu_of, restarted
+from engine.training.distributed import choose_device, described, first_host, gpu_of, join, restarted
 from engine.training.step import Step, choose
 from engine.training.trainer import Trainer
 from ppssl.byol import BYOL
@@ -148,6 +150,10 @@ def work(rank: int, folder: str, recipe: str, ports: list[int]) -> None:
     codes += [run("--out", "parts"), run("--out", "parts")]
     stop_once_in(rank == 0, signal.SIGINT)
     codes += [run("--out", "sharded", "queue.sharded=true")]
+    # the processes measure different values, of which the first one's count
+    measured = iter([0.5, 0.4, 0.3, 0.2] if rank == 0 else [0.1, 0.2, 0.3, 0.4])
+    validation.headline = lambda records: {"rank1": next(measured)}
+    codes += [run("--out", "early", "epochs=4", "eval.keep_best=rank1", "eval.patience=2", f"data.root={folder}/more")]
     torch.save(codes, f"codes{rank}.pt")
 
 
@@ -193,7 +199,8 @@ def pair(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = os.environ.get("PPSSL_CACHE")
     os.environ["PPSSL_CACHE"] = str(folder / "cache")
     try:
-        mp.spawn(work, (str(folder), str(recipe), free_ports(4)), nprocs=WORLD)
+        dataset.generate(folder / "more", train_per_species=4, test_per_species=1, workers=1, progress=False)
+        mp.spawn(work, (str(folder), str(recipe), free_ports(5)), nprocs=WORLD)
     finally:
         os.environ.pop("PPSSL_CACHE") if before is None else os.environ.update(PPSSL_CACHE=before)
     return folder
@@ -252,9 +259,19 @@ def test_a_run_of_two_processes_is_written_by_the_first(pair: Path) -> None:
 
 def test_a_signal_to_any_process_stops_all_at_one_step_and_the_run_goes_on_to_the_bit(pair: Path) -> None:
     codes = [torch.load(pair / f"codes{rank}.pt") for rank in range(WORLD)]
-    assert codes == [[0, 75, 0, 130]] * WORLD
+    assert codes == [[0, 75, 0, 130, 0]] * WORLD
     whole, parts = final(pair / "whole"), final(pair / "parts")
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_all_processes_end_early_at_the_same_step(pair: Path) -> None:
+    state = checkpoint.load(checkpoint.list_checkpoints(pair / "early/checkpoints")[-1])
+    steps = state["steps_per_epoch"]
+    # 0.5 was before training, so that epoch 1 is the best
+    assert state["step"] == 3 * steps and state["best"] == {"measure": "rank1", "mark": [steps, 1, 0.4], "since": 2}
+    records = run_folder.read_metrics(pair / "early")
+    assert records[-1]["kind"] == "summary" and records[-1]["ended_early"]
+    assert best_of(pair / "early")["step"] == str(steps)
 
 
 def test_one_process_continues_what_two_with_a_queue_in_parts_began(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,3 +438,43 @@ def test_what_cannot_be_spread_is_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="one process only"):
         Lonely().distribute("several", sync_bn=False, shard_queue=False)
+
+
+def test_a_device_is_named_and_one_that_is_not_there_says_what_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    for asked in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert choose_device(asked) == torch.device(asked)
+    assert choose_device() == torch.device("cuda")
+    with pytest.raises(
+        ConfigError, match=r"run\.device: 'cuda:2' is not there; this machine has cpu, cuda:0 \(GPU 0\), cuda:1 \(GPU 1\)$"
+    ):
+        choose_device("cuda:2")
+    with pytest.raises(ConfigError, match=r"--device: 'gpu' is no device; write auto, cpu, cuda, cuda:N or mps"):
+        choose_device("gpu", "--device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device() == torch.device("cpu")
+    with pytest.raises(ConfigError, match="'mps' is not there; this machine has cpu;"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"no GPU is visible \(CUDA_VISIBLE_DEVICES=''\), see engine\.doctor"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps") and choose_device() == torch.device("cpu")
+    assert precision.resolve("bf16", torch.device("mps")).dtype is None
+
+
+def test_a_run_takes_the_device_it_is_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert join({}, "cpu").device == CPU and join({}).size == 1
+    monkeypatch.setattr("engine.training.distributed.end_with_parent", lambda: None)
+    with pytest.raises(ConfigError, match=r"run\.device: cuda:1 names one device, and there are 4 processes"):
+        join(TORCHRUN, "cuda:1")
+    assert from_yaml("run: {device: 'cuda:7'}").run.device == "cuda:7"
+    with pytest.raises(ConfigError, match=r"run\.device: got 'gpu0', must be auto, cpu, cuda, cuda:N"):
+        from_yaml("run: {device: gpu0}")
+    if not torch.cuda.is_available():
+        assert main(["--cfg", "demo", "--device", "cuda:9"]) == 2
+        assert "run.device: 'cuda:9' is not there; this machine has cpu" in " ".join(capsys.readouterr().err.split())

@@ -1,64 +1,26 @@
-"""What a run tells: the progress bar, ``metrics.jsonl``, TensorBoard events. Sums stay on the device between due lines."""
+"""The lines of a run and its progress bar. Sums stay on the device between due lines."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from engine.console import console, say
-from engine.run_folder import RunFolder, append_metrics, rewind_metrics
+from engine.data import views_sheet
+from engine.training.log.records import Records
+from engine.training.log.symptoms import COLLAPSED
 from ppssl.method import Output
 from ppssl.span import span
+from ppssl.timm_trunk import image_input
 
 T = TypeVar("T")
 _NOT_SHOWN = ("grad_norm", "contrast_top5", "contrast_ties")
-COLLAPSED = 0.01
-"""Spread of the features (``ppssl.method.spread``) below which they count as one: their mean cosine is above 0.9999."""
-COLLAPSE = (
-    "all images give nearly the same feature: the network has collapsed. What people do: look at the images and at their views, "
-    "whether they are all alike or empty (python -m engine.check), lower optim.lr, and with method byol move ema.decay nearer to 1"
-)
-
-
-class Records:
-    """``metrics.jsonl`` of the run folder ``out`` and the same numbers as TensorBoard events; ``out`` None keeps nothing."""
-
-    def __init__(self, out: Path | None):
-        self.out = out
-        self.writer: Any = None
-        self.purge: int | None = None
-
-    def rewind(self, step: int) -> None:
-        """Drops what was recorded after ``step``, from which the run goes on."""
-        if self.out is not None:
-            rewind_metrics(self.out, step)
-        self.purge = step + 1
-
-    def write(self, record: dict[str, Any], names: Iterable[str] | None = None) -> None:
-        """Appends ``record``; ``names`` of its numbers (None: all of them) are shown by TensorBoard as ``kind/name``."""
-        if self.out is None:
-            return
-        append_metrics(self.out, record)
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; a dry run does not need it
-
-            self.writer = SummaryWriter(str(RunFolder(self.out).tensorboard), purge_step=self.purge)
-            self.purge = None
-        for name in record if names is None else names:
-            if name not in ("step", "epoch") and isinstance(record[name], (int, float)):
-                self.writer.add_scalar(f"{record['kind']}/{name}", record[name], record["step"])
-
-    def close(self) -> None:
-        """Flushes the events to the disk; a later ``write`` begins another file of them."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
 
 
 class RunLog:
@@ -73,7 +35,7 @@ class RunLog:
         self.names: list[str] = []
         self.sums: Tensor | None = None
         self.count = self.images = 0
-        self.collapsed = False
+        self.collapsed, self.views_due = False, start_step == 0
         self.waited = self.waited_total = 0.0
         self.opened = self.since = time.perf_counter()
         self.progress = Progress(
@@ -107,7 +69,20 @@ class RunLog:
             except StopIteration:
                 return
             self.waited += time.perf_counter() - start
+            if self.views_due:
+                self.show_views(batch)
             yield batch
+
+    def show_views(self, batch: Any) -> None:
+        """Shows the views of the run's first batch in the loggers, where it is known how images enter the trunk."""
+        self.views_due = False
+        arch = self.records.settings.get("encoder.arch")
+        if arch is None or not self.records.takes_pictures:
+            return
+        started = time.perf_counter()
+        how = image_input(arch, self.records.settings.get("encoder.weights", "none"))
+        self.records.picture("views", np.asarray(views_sheet.of_batch(batch, how)), 0)
+        self.leave_out(time.perf_counter() - started)
 
     def add(self, output: Output, *, images: int) -> None:
         """Adds one step's losses and statistics, without waiting for the device. A skipped step adds to ``skipped`` alone."""
@@ -118,10 +93,11 @@ class RunLog:
         self.names, self.sums = [*values], row if self.sums is None else self.sums + row
         self.count += 1
         self.images += images
+        self.records.settings.setdefault("batch_size", images)
         self.progress.advance(self.task)
 
     def line(self, *, step: int, epoch: int, lr: float) -> dict[str, Any]:
-        """Means since the last line, speed and data wait, to the bar, the file and TensorBoard."""
+        """Means since the last line, speed and data wait, to the bar and the records."""
         *values, skipped = self.sums.tolist()  # the one wait for the device
         now = time.perf_counter()
         elapsed = now - self.since
@@ -140,7 +116,6 @@ class RunLog:
             record["collapsed"] = True
         self.waited_total, taken = self.waited_total + self.waited, self.count
         self.sums, self.count, self.images, self.waited, self.since = None, 0, 0, 0.0, now
-        self.records.write(record)
         shown = [name for name in self.names if name in record and name not in _NOT_SHOWN]
         status = "  ".join(f"{name} {record[name]:.3f}" for name in shown)
         status += f"  {record['skipped']} of {taken} steps skipped: not finite" if skipped else ""
@@ -148,12 +123,28 @@ class RunLog:
         self.progress.update(self.task, status=status)
         if not console.is_terminal:
             say(f"step {step}/{self.total_steps}  epoch {epoch}  {status}")
-        if collapsed != self.collapsed:
-            told = COLLAPSE if collapsed else "the features of the images differ again"
-            say(f"step {step}: {told}; spread {record['spread']:.2g}, of 1 when they point everywhere")
+        self.records.write(record)
+        if self.collapsed and not collapsed:
+            say(f"step {step}: the features of the images differ again, spread {record['spread']:.2g}")
         self.collapsed = collapsed
         return record
 
     def leave_out(self, seconds: float) -> None:
         """Takes work that was not training (a checkpoint, an evaluation) out of the speed of the next line."""
         self.since += seconds
+
+
+class Summary(NamedTuple):
+    """What a finished (or continued) ``fit`` did, in seconds and images."""
+
+    steps: int
+    seconds: float
+    compile_seconds: float
+    images_per_s: float
+    data_wait: float
+    checkpoint_seconds: float
+    hook_seconds: float
+    collapsed: bool = False
+    """All images gave nearly the same feature at the end."""
+    ended_early: bool = False
+    """``eval.patience`` ended the run before its last epoch."""

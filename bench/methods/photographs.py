@@ -1,0 +1,151 @@
+"""The cells of the comparison on photographs: a network with ImageNet weights goes on learning from unlabeled photos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.methods.cells import OFF, Cell, Study, plain, ppssl
+
+SEEDS = 20
+"""Reported seeds of a study, fixed before any of them was looked at (PLAN.md says why as many)."""
+UNTOUCHED = Cell("no training", {"method.name": "moco"}, kind="untouched")
+GUIDED = "ppssl guided"
+"""PP-SSL without AIS: the recipe turns it off, since no image-text model is at hand."""
+
+
+def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
+    """MoCo with keys by section, as ``queue={"size": 256}``."""
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return Cell(name, {"method.name": "moco"} | values, budget=budget)
+
+
+def guided(name: str, **sections: dict[str, Any]) -> Cell:
+    return ppssl(name, "guided", **sections)
+
+
+TEACHER = {
+    "teacher.model": "timm/tf_efficientnet_lite0", "teacher.weights": "efficientnet-lite0-57934424.pth", "teacher.image_size": 160,
+}  # fmt: skip
+"""The network that training starts from, frozen, on larger images."""
+
+
+def from_teacher(name: str, target: str, weight: float, **ais: Any) -> Cell:
+    """PP-SSL, guided, whose AIS distills ``TEACHER``."""
+    cell = guided(name, ais={"target": target, "weight": weight} | ais)
+    return cell._replace(overrides=cell.overrides | TEACHER)
+
+
+MAIN = Study(
+    "Methods",
+    "moco",
+    [
+        UNTOUCHED,
+        plain("moco"),
+        plain("lcr", "published"),
+        plain("lcr", "guided"),
+        plain("ldfs"),
+        ppssl("ppssl published", "published"),
+        guided(GUIDED),
+        plain("simclr"),
+        Cell("byol", {"method.name": "byol"}),
+    ],
+    budget_fraction=1.0,
+    seeds=SEEDS,
+)
+NEGATIVES = Study(
+    "What is contrasted, at equal images and at equal CPU time",
+    "moco",
+    [
+        UNTOUCHED,
+        moco("moco"),
+        moco("batch", contrast={"negatives": "batch"}),
+        moco("queue and batch", contrast={"negatives": "both"}),
+        moco("symmetric", contrast={"symmetric": True}),
+        moco("symmetric, batch", contrast={"symmetric": True, "negatives": "batch"}),
+        moco("symmetric, queue and batch", contrast={"symmetric": True, "negatives": "both"}),
+        # a step that sees each view as query and as key takes about twice as long: these see half of the images
+        moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
+        moco("symmetric, batch, half of the images", contrast={"symmetric": True, "negatives": "batch"}, budget=0.5),
+        moco("keys with gradient", contrast={"negatives": "batch", "symmetric": True, "gradient": "both"}),
+        Cell("batches of 32", {"method.name": "moco", "batch_size": 32}),
+        Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
+        moco("queue of 128", queue={"size": 128}),
+        moco("queue of 4096", queue={"size": 4096}),
+        moco("queue of 4096 without the same image", queue={"size": 4096, "exclude_same_image": True}),
+        moco("decay 0.9", ema={"decay": 0.9}),
+        moco("decay 0.999", ema={"decay": 0.999}),
+    ],
+    budget_fraction=1.0,
+    seeds=SEEDS,
+)
+MASKS = Study(
+    "Masks: what a box would add, and what the CAM gives",
+    GUIDED,
+    [
+        UNTOUCHED,
+        guided(GUIDED),
+        guided("guided without IADM", iadm=OFF),
+        guided("guided, plain contrast", method={"contrast_mask": False}),
+        guided("CAM temperature 0.1", iadm={"cam_temperature": 0.1}),
+        guided("CAM temperature 1", iadm={"cam_temperature": 1.0}),
+        guided("CAM and mask temperature 1", iadm={"temperature": 1.0}),
+        # the map of a 96 px image has 6 x 6 cells in the recipe
+        guided("map of 3 x 3", encoder={"arch": "timm/tf_efficientnet_lite0"}),
+        guided("map of 12 x 12", encoder={"arch": "timm/tf_efficientnet_lite0_s8"}),
+        moco("moco"),
+    ],
+    budget_fraction=1.0,
+    seeds=SEEDS,
+)
+TARGET = Study(
+    "What is distilled of a frozen image model",
+    GUIDED,
+    [
+        UNTOUCHED,
+        guided(GUIDED),
+        from_teacher("image embedding, weight 0.1", "image", 0.1),
+        from_teacher("image embedding, weight 1", "image", 1.0),
+        from_teacher("relations, weight 0.1", "relations", 0.1, temperature=0.1),
+        from_teacher("relations, weight 1", "relations", 1.0, temperature=0.1),
+        moco("moco"),
+    ],
+    budget_fraction=1.0,
+    seeds=SEEDS,
+)
+PEERS = Study(
+    "The same method in two libraries, after equal images",
+    "lightly",
+    [
+        UNTOUCHED,
+        Cell("lightly", {"method.name": "moco"}, kind="lightly"),
+        moco("moco"),
+    ],
+    budget_fraction=1.0,
+    seeds=3,
+)
+# For --tune: every method has a learning rate of its own to be chosen, by photos that were held out of training.
+CHOICE = Study(
+    "Learning rates",
+    "moco, lr 1e-04",
+    [
+        UNTOUCHED,
+        *(
+            Cell(f"{label}, lr {rate:.0e}", {"method.name": name, "method.variant": variant, "optim.lr": rate})
+            for label, name, variant in (
+                ("moco", "moco", "published"),
+                ("lcr guided", "lcr", "guided"),
+                ("ldfs", "ldfs", "published"),
+                ("ppssl guided", "ppssl", "guided"),
+                ("simclr", "simclr", "published"),
+                ("byol", "byol", "published"),
+            )
+            for rate in (1e-5, 1e-4, 1e-3)
+        ),
+        moco("moco, batch norms frozen", encoder={"freeze": ["stem", "stage1", "stage2", "stage3", "stage4", "bn"]}),
+    ],
+    budget_fraction=1.0,
+    seeds=3,
+)
+
+STUDIES = {"main": MAIN, "negatives": NEGATIVES, "masks": MASKS, "target": TARGET, "peers": PEERS, "choice": CHOICE}
+STUDIES_WITHOUT_BOXES = {name: study for name, study in STUDIES.items() if study is not MASKS}
