@@ -43,11 +43,12 @@ def image_teacher(asked: TeacherConfig) -> Teacher:
         trunk = build_trunk(asked.model)
         say(f"teacher: {third_party.initialize(trunk, asked.weights)}")
         return Teacher.from_trunk(trunk, asked.weights, asked.image_size)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         text = str(error)
         for encoders, teachers in _TEACHERS_WORDS.items():
             text = text.replace(encoders, teachers)
-        raise (type(error) if type(error) in (ValueError, RuntimeError, FileNotFoundError) else OSError)(text) from error
+        kind = next(kind for kind in (ConfigError, ValueError, FileNotFoundError, OSError) if isinstance(error, kind))
+        raise kind(text) from error
 
 
 _TEACHERS_WORDS = {

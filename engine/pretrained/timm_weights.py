@@ -31,7 +31,7 @@ def tags(trunk: TimmTrunk) -> list[str]:
 def download(trunk: TimmTrunk, weights: str) -> dict[str, Tensor]:
     """The tensors of ``timm`` (the tag of ``encoder.arch``, or timm's default) or ``timm:TAG``, from the cache if they are there.
 
-    Raises ``ValueError`` for a tag that timm does not have, ``RuntimeError`` naming file, folder and remedy where a download fails.
+    Raises ``ValueError`` for a tag that timm does not have, ``OSError`` naming file, folder and remedy where a download fails.
     """
     import timm  # heavy
 
@@ -46,7 +46,7 @@ def download(trunk: TimmTrunk, weights: str) -> dict[str, Tensor]:
         return create(PREFIX + name, name, {"pretrained": True}).state_dict()
     except Exception as error:  # of several libraries, httpx and huggingface_hub among them
         config = timm.get_pretrained_cfg(name)
-        raise RuntimeError(
+        raise OSError(
             f"encoder.weights: {weights}: {_place(config)} could not be read or downloaded ({type(error).__name__}: "
             f"{printable(str(error)).strip()[:200]}); on a machine with a network: hf download {config.hf_hub_id or name}, and "
             f"copy the folder here; or set encoder.weights=PATH to a file of it, or encoder.weights=none for random weights"

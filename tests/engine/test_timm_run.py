@@ -181,3 +181,20 @@ def test_what_does_not_fit_is_one_clear_error(more: list[str], told: str, photos
     assert main([*words(photos, "timm/resnet18"), *more, "--dry-run"]) in (1, 2)
     said = " ".join(capfd.readouterr().err.split())
     assert told in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        (["encoder.weights=timm"], "encoder.weights"),
+        (["method.name=ppssl", "ais.target=image", "teacher.model=timm/resnet18", "teacher.weights=timm"], "teacher.weights"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_end_the_run_in_one_line(
+    more: list[str], key: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main([*words(photos, "timm/resnet18"), *more, "--dry-run"]) == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert f"error: {key}: timm: model.safetensors of" in told and "hf download timm/resnet18.a1_in1k" in told
