@@ -134,7 +134,7 @@ def differences(kernel: str, values: dict, warps: int) -> list[str]:
     from kernels import registry
 
     short = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-             torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+             torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
     closest = [f"{kernel} is not compiled ahead of time"]
     for number, variant in enumerate(v for v in registry.variants("sm_90") if v.kernel.fn.__name__ == kernel):
         wrong = [] if warps == variant.warps else [f"warps {warps}, {variant.name} has {variant.warps}"]

@@ -128,7 +128,7 @@ def test_an_own_op_costs_what_its_eager_calls_do() -> None:
 def test_the_source_hash_ignores_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in ("ppssl", "kernels", "engine/training"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("step", "guard", "optim", "precision"):
+    for name in ("step", "guard", "inductor", "optim", "precision"):
         (tmp_path / f"engine/training/{name}.py").write_text("x = 1\n")
     monkeypatch.setattr(budget, "ROOT", tmp_path)
     module = tmp_path / "ppssl/moco.py"
