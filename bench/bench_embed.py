@@ -81,7 +81,7 @@ def test_search_in_100000(benchmark, tmp_path: Path):
     rows = torch.nn.functional.normalize(torch.randn(100_000, 2048, generator=generator), dim=1).half()
     about = {"dim": 2048, "dtype": "float16"}
     parts = [
-        embedding_file.Rows({"file": [str(i) for i in range(s, s + 10_000)]}, rows[s : s + 10_000].numpy())
+        embedding_file.Rows({"path": [str(i) for i in range(s, s + 10_000)]}, rows[s : s + 10_000].numpy())
         for s in range(0, 100_000, 10_000)
     ]
     embedding_file.write(tmp_path / "e.npz", lambda: parts, about)

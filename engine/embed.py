@@ -44,7 +44,7 @@ def embed(
         if roots and photos.is_dir() and not roots[-1].resolve().is_relative_to(photos.resolve()):
             raise ConfigError(f"data.root={roots[-1]}: {printable(str(photos))} is to be embedded; name one of them")
     opened = open_source(source, device, cfg=cfg, overrides=[*given, *overrides], best=best)
-    listed = list_photos(opened.run.config.data, opened.run.config.seed)
+    listed = list_photos(opened.run.config.data, opened.run.config.seed, whole=photos is not None and photos.is_dir())
     for note in listed.notes:
         say(note)
     found = ", ".join(f"{count:,} of {split}" for split, count in listed.splits)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done (files may be left out), 1 failure, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         "python -m engine.embed",
-        description="the unit feature of every photo as one file, a row each: file, label, feature; key=value overrides the config",
+        description="the unit feature of every photo as one file, a row each: path, label, feature; key=value overrides the config",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="RUN|WEIGHTS", help=SOURCE_HELP)

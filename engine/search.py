@@ -104,7 +104,7 @@ def search_embedding(stored: Embedding, query: Tensor, top: int, root: Path | No
 
     def match(i: int, cosine: float) -> Match:
         split, label = ("" if column is None else column[i] for column in (stored.split, stored.label))
-        return Match(cosine, split, folder / stored.file[i], stored.file[i], label, folder)
+        return Match(cosine, split, folder / stored.path[i], stored.path[i], label, folder)
 
     return [[match(i, c) for i, c in zip(*row, strict=True)] for row in zip(near.index.tolist(), near.cosine.tolist(), strict=True)]
 
@@ -185,12 +185,12 @@ def _picture(match: Match) -> np.ndarray:
 
 
 def write_csv(images: Sequence[Path], answers: Sequence[Sequence[Match]], out: Path) -> None:
-    """A row for every answer: query, rank, cosine, split, label, file."""
+    """A row for every answer: query, rank, cosine, split, label, path."""
 
     def write(temporary: str) -> None:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["query", "rank", "cosine", "split", "label", "file"])
+            writer.writerow(["query", "rank", "cosine", "split", "label", "path"])
             for image, matches in zip(images, answers, strict=True):
                 query = embedding_file.text_of(str(image))
                 for rank, m in enumerate(matches, 1):

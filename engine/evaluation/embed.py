@@ -349,7 +349,7 @@ def _join(out: Path, parts: _Parts, about: dict[str, Any]) -> Summary:
             if not len(tensors["positions"]):
                 continue
             at = tensors["positions"].tolist()
-            texts = {"file": [embedding_file.text_of(photos.names[i]) for i in at]}
+            texts = {"path": [embedding_file.text_of(photos.names[i]) for i in at]}
             if photos.labels is not None:
                 texts["label"] = [photos.labels[i] for i in at]
             if splits is not None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.console import printable
 from engine.files import write_atomically, write_text
 
-COLUMNS = ("file", "label", "split")
+COLUMNS = ("path", "label", "split")
 """Beside ``feature``; ``label`` where there are labels, ``split`` where there is more than one."""
 
 
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 class Embedding(NamedTuple):
     """A file that has been read."""
 
-    file: list[str]
+    path: list[str]
     """Posix paths relative to ``about["root"]``."""
     label: list[str] | None
     split: list[str] | None
@@ -69,7 +69,10 @@ def read(path: Path) -> Embedding:
     if not path.is_file():
         raise FileNotFoundError(f"{shown} is not there; make it: python -m engine.embed RUN FOLDER --out {shown}")
     if path.suffix not in _READERS:
-        raise ValueError(f"{shown}: read are {' and '.join(_READERS)}, as python -m engine.embed --out writes them")
+        raise ValueError(
+            f"{shown}: only .parquet and .npz can be searched; make one: python -m engine.embed RUN FOLDER --out "
+            f"{printable(str(path.with_suffix('.npz')))}"
+        )
     try:
         found = _READERS[path.suffix](path)
     except (ImportError, MemoryError):
@@ -79,7 +82,7 @@ def read(path: Path) -> Embedding:
             f"{shown} is not an embedding of engine.embed, or is damaged ({type(error).__name__}: {printable(str(error))[:200]}); "
             f"make it again"
         ) from error
-    shape = [len(found.file), found.about.get("dim")]
+    shape = [len(found.path), found.about.get("dim")]
     if list(found.feature.shape) != shape or any(len(c) != shape[0] for c in (found.label, found.split) if c is not None):
         raise ValueError(f"{shown} is damaged: features {list(found.feature.shape)} for {shape[0]} files of {shape[1]} numbers")
     return found
@@ -108,7 +111,7 @@ def _write_parquet(temporary: str, parts: Callable[[], Iterable[Rows]], about: d
                 schema = pa.schema([*((name, pa.string()) for name in rows.texts), ("feature", kind)])
                 writer = pa.parquet.ParquetWriter(
                     temporary, schema.with_metadata({key: _plain(value) for key, value in about.items()}),
-                    use_dictionary=[name for name in rows.texts if name != "file"], write_statistics=[*rows.texts],
+                    use_dictionary=[name for name in rows.texts if name != "path"], write_statistics=[*rows.texts],
                     compression={name: "zstd" for name in rows.texts} | {"feature.list.element": "none"},
                 )  # fmt: skip
             feature = pa.FixedSizeListArray.from_arrays(pa.array(rows.features.reshape(-1)), about["dim"])
@@ -135,7 +138,7 @@ def _read_parquet(path: Path) -> Embedding:
     column = table.column("feature").combine_chunks()
     values = column.flatten().to_numpy(zero_copy_only=False).copy()  # Arrow's memory cannot be written to, which torch warns of
     texts = {name: table.column(name).to_pylist() for name in COLUMNS if name in table.column_names}
-    return Embedding(texts["file"], texts.get("label"), texts.get("split"), values.reshape(len(table), -1), about)
+    return Embedding(texts["path"], texts.get("label"), texts.get("split"), values.reshape(len(table), -1), about)
 
 
 _NUMBERS = {"dim", "mean", "std", "image_size", "resize", "batch_size", "photos", "epoch", "step"}
@@ -173,7 +176,7 @@ def _read_npz(path: Path) -> Embedding:
     with np.load(path, allow_pickle=False) as found:
         texts = {name: found[name].tolist() for name in COLUMNS if name in found.files}
         about = json.loads(str(found["about"]))
-        return Embedding(texts["file"], texts.get("label"), texts.get("split"), found["feature"], about)
+        return Embedding(texts["path"], texts.get("label"), texts.get("split"), found["feature"], about)
 
 
 def _write_csv(temporary: str, parts: Callable[[], Iterable[Rows]], about: dict[str, Any]) -> None:

@@ -341,7 +341,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     the norms of hundreds of tensors one by one."""
     norms = []
     for dtype in dict.fromkeys(g.dtype for g in gradients):  # one launch for tensors of one type
-        wide = torch.promote_types(dtype, torch.float32)  # float64 is not narrowed on the way
+        wide = torch.promote_types(dtype, torch.float32)  # a norm in a narrower type than its numbers is refused
         norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], dtype=wide)
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 

@@ -59,7 +59,7 @@ def test_an_unlabelled_folder_with_nested_folders(run: Path, flat: Path, tmp_pat
     out = tmp_path / "e.npz"
     assert main([str(run), str(flat), "--out", str(out)]) == 0
     found, (names, features) = embedding_file.read(out), expected(run, flat)
-    assert tuple(found.file) == names and len(names) == 11 and found.label is None and found.split is None
+    assert tuple(found.path) == names and len(names) == 11 and found.label is None and found.split is None
     assert found.feature.dtype == np.float32 and np.array_equal(found.feature, features)
     assert np.allclose(np.linalg.norm(found.feature, axis=1), 1, atol=1e-6)
     bad = (tmp_path / "e.npz.bad_files.txt").read_text().splitlines()
@@ -84,7 +84,7 @@ def test_the_data_of_the_run_with_labels_splits_and_float16(run: Path, photos: P
     assert found.feature.dtype == np.float16 and found.split == ["train"] * 12 + ["test"] * 12
     for split, rows in (("train", slice(0, 12)), ("test", slice(12, 24))):
         names, features = expected(run, photos, split)
-        assert tuple(found.file[rows]) == names and found.label[rows] == [name.split("/")[1] for name in names]
+        assert tuple(found.path[rows]) == names and found.label[rows] == [name.split("/")[1] for name in names]
         assert np.abs(found.feature[rows] - features).max() < 1e-3
     assert found.about["batch_size"] == 5 and found.about["dtype"] == "float16"
 
@@ -95,9 +95,40 @@ def test_class_folders_and_a_list(run: Path, flat: Path, tmp_path: Path, capsys:
     (flat / "list.csv").write_text("path,label\nthere/02.png,tit\nhere/00.png,kite\nhere/gone.png,kite\n")
     assert main([str(run), str(flat / "list.csv"), "--out", str(tmp_path / "b.npz")]) == 0
     found = embedding_file.read(tmp_path / "b.npz")
-    assert found.file == ["there/02.png", "here/00.png"] and found.label == ["tit", "kite"]
+    assert found.path == ["there/02.png", "here/00.png"] and found.label == ["tit", "kite"]
     assert "here/gone.png\tcannot be read (No such file or directory)" in (tmp_path / "b.npz.bad_files.txt").read_text()
     assert "1 file left out" in said(capsys)
+
+
+def test_every_photo_of_a_folder_with_splits_has_a_row(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def names(folder: Path, *more: str) -> list[tuple[str, str, str]]:
+        out = tmp_path / f"{folder.name}.npz"
+        assert main([str(run), str(folder), "--out", str(out), "--force", *more]) == 0
+        found = embedding_file.read(out)
+        empty = [""] * len(found.path)
+        return list(zip(found.path, found.label or empty, found.split or empty, strict=True))
+
+    bare = tmp_path / "bare"
+    for i, name in enumerate(("train/a.png", "test/b.png", "val/c.png", "more/d.png", "e.png", "test_masks/m.png")):
+        draw(bare / name, 0, i)
+    (bare / "more/again").symlink_to(bare / "train")
+    assert names(bare) == [
+        ("train/a.png", "", "train"), ("test/b.png", "", "test"), ("val/c.png", "", "val"), ("e.png", "", "other"),
+        ("more/d.png", "", "other"),
+    ]  # fmt: skip
+    told = said(capsys)
+    assert "(1 of train, 1 of test, 1 of val, 2 of other)" in told and "masks or annotations by the name: test_masks/" in told
+    assert "cannot be the test split" not in told
+    assert [name for name, _, _ in names(bare, "data.train=train")] == ["train/a.png"]  # a setting says which
+
+    sorted_out = tmp_path / "sorted"
+    for i, name in enumerate(("train/kite/a.png", "train/loose.png", "test/kite/b.png", "val/kite/c.png", "val/new/d.png")):
+        draw(sorted_out / name, 0, i)
+    assert names(sorted_out) == [
+        ("train/kite/a.png", "kite", "train"), ("train/loose.png", "", "train"), ("test/kite/b.png", "kite", "test"),
+        ("val/kite/c.png", "kite", "val"), ("val/new/d.png", "", "val"),
+    ]  # fmt: skip
+    assert not (tmp_path / "sorted.npz.bad_files.txt").exists()
 
 
 def test_an_output_that_exists_is_refused(run: Path, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -107,7 +138,7 @@ def test_an_output_that_exists_is_refused(run: Path, flat: Path, tmp_path: Path,
     assert main(line) == 1 and out.read_text() == "mine"
     told = said(capsys)
     assert "exists" in told and "--force" in told and "another name" in told
-    assert main([*line, "--force"]) == 0 and len(embedding_file.read(out).file) == 11
+    assert main([*line, "--force"]) == 0 and len(embedding_file.read(out).path) == 11
 
 
 KILLED = """
@@ -170,7 +201,7 @@ def test_killed_in_the_middle_the_same_command_goes_on(
     resumed = embedding_file.read(tmp_path / "e.npz")
     assert main([*line[:3], str(tmp_path / "whole.npz"), *line[4:]]) == 0
     once = embedding_file.read(tmp_path / "whole.npz")
-    assert resumed.file == once.file and np.array_equal(resumed.feature, once.feature) and resumed.about == once.about
+    assert resumed.path == once.path and np.array_equal(resumed.feature, once.feature) and resumed.about == once.about
     assert (tmp_path / "e.npz.bad_files.txt").read_text() == (tmp_path / "whole.npz.bad_files.txt").read_text()
 
 
@@ -180,7 +211,7 @@ def test_parts_of_another_embedding_are_replaced_on_request(run: Path, flat: Pat
     (parts / "part_0000000000.safetensors").write_bytes(b"?")
     line = [str(run), str(flat), "--out", str(tmp_path / "e.npz")]
     assert main(line) == 1 and main([*line, "--force"]) == 0
-    assert len(embedding_file.read(tmp_path / "e.npz").file) == 11
+    assert len(embedding_file.read(tmp_path / "e.npz").path) == 11
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks")
@@ -213,7 +244,7 @@ def test_two_processes_embed_a_shard_each(run: Path, flat: Path, tmp_path: Path)
     assert ended.returncode == 0, ended.stderr
     assert main([*arguments, str(tmp_path / "one.npz")]) == 0
     two, one = embedding_file.read(out), embedding_file.read(tmp_path / "one.npz")
-    assert two.file == one.file and np.array_equal(two.feature, one.feature) and two.about == one.about
+    assert two.path == one.path and np.array_equal(two.feature, one.feature) and two.about == one.about
     assert (tmp_path / "two.npz.bad_files.txt").read_text() == (tmp_path / "one.npz.bad_files.txt").read_text()
     assert ended.stderr.count("written:") == 1 and not (tmp_path / "two.npz.parts").exists()
 
@@ -297,7 +328,7 @@ def test_loads_elsewhere_in_the_lines_of_the_readme(package: str, embedding: Pat
         assert np.array_equal(row[:, 0], np.arange(24))
         assert np.allclose(np.sort(found), np.sort(cosine)[:, -5:], atol=1e-6)
     elif package == "pandas":
-        assert list(names["table"].columns) == ["file", "label", "split", "feature"]
+        assert list(names["table"].columns) == ["path", "label", "split", "feature"]
         assert np.array_equal(names["x"], features)
     else:
         labels = np.array(embedding_file.read(embedding / "e.npz").label)

@@ -74,7 +74,7 @@ def test_an_embedding_gives_the_answers_of_the_data(
     assert "002.Blue_Tit" in told and "search.png" in told and "test/002.Blue_Tit/2.png" in told
     rows = list(csv.DictReader((tmp_path / "found.csv").open()))
     direct = search(run, wanted, 5, CPU)
-    assert [r["file"] for r in rows] == [m.name for m in direct] and [r["rank"] for r in rows] == list("12345")
+    assert [r["path"] for r in rows] == [m.name for m in direct] and [r["rank"] for r in rows] == list("12345")
     assert [float(r["cosine"]) for r in rows] == pytest.approx([m.cosine for m in direct], abs=1e-3)
     assert [(r["split"], r["label"]) for r in rows] == [(m.split, m.label) for m in direct]
 
@@ -91,7 +91,7 @@ def test_several_photographs_and_a_folder(run: Path, photos: Path, tmp_path: Pat
     rows = list(csv.DictReader((tmp_path / "found.csv").open()))
     assert [Path(r["query"]).name for r in rows[::2]] == ["2.png", "1.png", "3.png"]
     for i, name in enumerate(("2.png", "a/1.png", "../3.png")):
-        assert [r["file"] for r in rows[2 * i : 2 * i + 2]] == [m.name for m in search(run, asked / name, 2, CPU)]
+        assert [r["path"] for r in rows[2 * i : 2 * i + 2]] == [m.name for m in search(run, asked / name, 2, CPU)]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 3 * 160
 
@@ -109,8 +109,8 @@ def test_an_embedding_of_other_weights_or_another_input_is_refused(
     assert "made by other weights (arch resnet18_w8_s16, epoch 4, step 12)" in " ".join(capsys.readouterr().err.split())
     stored.write_bytes(stored.read_bytes()[:-40])
     assert main([str(run), image, "--in", str(stored)]) == 1 and "is damaged" in capsys.readouterr().err.replace("\n", " ")
-    for name, words in (("absent.npz", "is not there"), ("e.csv", "read are .parquet and .npz")):
-        (tmp_path / "e.csv").write_text("file,f0\n")
+    for name, words in (("absent.npz", "is not there"), ("e.csv", "can be searched; make one")):
+        (tmp_path / "e.csv").write_text("path,f0\n")
         assert main([str(run), image, "--in", str(tmp_path / name)]) == 1 and words in capsys.readouterr().err.replace("\n", " ")
 
 

@@ -68,6 +68,14 @@ def read(root: Path, train: str | None = None, test: str | None = None) -> Layou
     return Layout(root, classes, training, held_out, bad, tuple(notes))
 
 
+def everything(root: Path) -> tuple[list[str], list[BadFile], list[str]]:
+    """(sorted posix names of all photos below ``root``, what is none, a note of folders of masks, which are left out)."""
+    bad: list[BadFile] = []
+    masks: list[str] = []
+    names = _image_names(root, root, bad, masks, None)
+    return names, bad, [masks_note(masks)] if masks else []
+
+
 def _named(root: Path, train: str | None, test: str | None) -> tuple[str | None, str | None, list[str]]:
     """The named folders as plain relative paths, and what to say of a training folder that was left to its usual names."""
     named = {"train": train, "test": test}

@@ -18,8 +18,9 @@ from engine.config import DataConfig
 from engine.console import printable
 from engine.data import layouts
 from engine.data.image_file import Watch
-from engine.data.layouts.guess import SUFFIXES, guess, holds_photos
-from engine.data.layouts.lists import UNLABELLED, BadFile, Split, subfolders, walk
+from engine.data.layouts import folders
+from engine.data.layouts.guess import SUFFIXES, guess, holds_photos, split_of
+from engine.data.layouts.lists import UNLABELLED, BadFile, Layout, Split, subfolders, walk
 from engine.data.layouts.official import AIRCRAFT_BANNER
 from engine.errors import ConfigError
 
@@ -34,7 +35,7 @@ class PhotoList:
     labels: tuple[str, ...] | None
     """Class of each; "" for one without, None where none has any."""
     splits: tuple[tuple[str, int], ...]
-    """(train or test, photos), in order."""
+    """(train, test, val or other, photos), in order; val and other are there only where every photo of a folder is taken."""
     identity: str
     """sha256 over names, labels, splits, byte sizes and modification times, and ``cut``."""
     bad: tuple[BadFile, ...] = ()
@@ -67,9 +68,12 @@ class PhotoList:
         return image.crop((0, 0, image.width, image.height - self.cut)) if self.cut else image
 
 
-def list_photos(data: DataConfig, seed: int = 0) -> PhotoList:
+def list_photos(data: DataConfig, seed: int = 0, *, whole: bool = False) -> PhotoList:
     """The photos of ``data.name`` at ``data.root``: those of the training split, then those of the test split; ``seed`` draws
     ``data.fraction``.
+
+    whole: also those of a folder that are in neither split, where no setting chooses among them. In a folder called like a split
+    they are of that split, with its classes; elsewhere of ``other``, without labels.
 
     Raises as ``layouts.read`` does, and ``ValueError`` where there are none.
     """
@@ -82,6 +86,8 @@ def list_photos(data: DataConfig, seed: int = 0) -> PhotoList:
         classes=data.classes, fraction=data.fraction, extra_roots=data.extra_roots, seed=seed,
     )  # fmt: skip
     parts = {name: split for name, split in (("train", layout.train), ("test", layout.test)) if split is not None and split.names}
+    if whole and data.name == "folder" and not (data.train or data.test or data.classes or data.fraction < 1):
+        layout, parts = _with_the_rest(layout, parts)
     if not parts:
         why = "; ".join([*layout.notes, *(f"{printable(b.name)}: {b.reason}" for b in layout.bad[:3])])
         raise ValueError(f"data.root={printable(str(data.root))}: no photos{f' ({why})' if why else ''}; expected "
@@ -108,6 +114,40 @@ def _labels(split: Split, classes: tuple[str, ...]) -> list[str]:
     if split.labels is None:
         return [""] * len(split.names)
     return ["" if label == UNLABELLED else classes[label] for label in split.labels]
+
+
+def _with_the_rest(layout: Layout, parts: dict[str, Split]) -> tuple[Layout, dict[str, Split]]:
+    """``layout`` and its splits with the photos below its root that are in none of them."""
+    names, bad, notes = folders.everything(layout.root)
+    places: dict[str, str] = {}
+
+    def place(name: str) -> tuple[str, str]:
+        """Of one file, whatever links lead to it."""
+        folder, file = os.path.split(name)
+        if folder not in places:
+            places[folder] = os.path.realpath(layout.root / folder)
+        return places[folder], file
+
+    used = {place(n) for split in parts.values() for n in split.names}
+    rest: dict[str, list[tuple[str, int]]] = {}
+    position = {name: p for p, name in enumerate(layout.classes)}
+    for name in names:
+        if place(name) in used:
+            continue
+        above = name.split("/")[:-1]
+        at, split = next(((i, found) for i, part in enumerate(above) if (found := split_of(part))), (len(above), "other"))
+        label = next((position[part] for part in above[at + 1 :] if part in position), UNLABELLED)
+        rest.setdefault(split, []).append((name, label))
+    if not rest:
+        return layout, parts
+    found = {}
+    for split in ("train", "test", "val", "other"):
+        first, more = parts.get(split, Split([], [], {})), rest.get(split, [])
+        labels = [UNLABELLED] * len(first.names) if first.labels is None else first.labels
+        if first.names or more:
+            found[split] = Split([*first.names, *(n for n, _ in more)], [*labels, *(label for _, label in more)], {})
+    outside = [b for b in layout.bad if b.name.startswith("../")]  # of data.extra_roots
+    return layout._replace(bad=[*bad, *outside], notes=tuple(notes)), found
 
 
 def photo_settings(path: Path, *, labelled: bool = False) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def parts(dtype: type):
     rows = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
 
     def made():
-        yield Rows({"file": NAMES[:2], "label": LABELS[:2]}, rows[:2])
-        yield Rows({"file": NAMES[2:], "label": LABELS[2:]}, rows[2:])
+        yield Rows({"path": NAMES[:2], "label": LABELS[:2]}, rows[:2])
+        yield Rows({"path": NAMES[2:], "label": LABELS[2:]}, rows[2:])
 
     return made, rows
 
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(suffix: str, dtype: type, tmp_path: Path) -> No
     made, rows = parts(dtype)
     embedding_file.write(tmp_path / f"e{suffix}", made, about(dtype))
     found = embedding_file.read(tmp_path / f"e{suffix}")
-    assert found.file == NAMES and found.label == LABELS and found.split is None and found.about == about(dtype)
+    assert found.path == NAMES and found.label == LABELS and found.split is None and found.about == about(dtype)
     assert found.feature.dtype == dtype and np.array_equal(found.feature, rows) and found.feature.flags.writeable
     assert [p.name for p in tmp_path.iterdir()] == [f"e{suffix}"]
 
@@ -56,7 +56,7 @@ def test_a_csv_has_every_bit_and_says_beside_it_how_it_was_made(dtype: type, tmp
     made, rows = parts(dtype)
     embedding_file.write(tmp_path / "e.csv", made, about(dtype))
     table = list(csv.DictReader((tmp_path / "e.csv").open(encoding="utf-8", newline="")))
-    assert [r["file"] for r in table] == NAMES and [r["label"] for r in table] == LABELS
+    assert [r["path"] for r in table] == NAMES and [r["label"] for r in table] == LABELS
     assert np.array_equal(np.array([[r[f"f{i}"] for i in range(7)] for r in table], np.float64).astype(dtype), rows)
     assert json.loads((tmp_path / "e.csv.json").read_text()) == about(dtype)
 
@@ -67,7 +67,7 @@ def test_parquet_has_one_fixed_size_list_for_each_row(tmp_path: Path) -> None:
     made, _ = parts(np.float32)
     embedding_file.write(tmp_path / "e.parquet", made, about(np.float32))
     schema = parquet.read_schema(tmp_path / "e.parquet")
-    assert schema.names == ["file", "label", "feature"] and schema.field("feature").type == pa.list_(pa.float32(), 7)
+    assert schema.names == ["path", "label", "feature"] and schema.field("feature").type == pa.list_(pa.float32(), 7)
     assert schema.metadata[b"arch"] == b"resnet50" and json.loads(schema.metadata[b"mean"]) == [0.5, 0.25, 1.0]
 
 
@@ -82,7 +82,7 @@ def test_what_is_no_embedding(tmp_path: Path) -> None:
     with np.load(tmp_path / "e.npz") as found:
         arrays = {name: found[name] for name in ("about", "feature")}
     np.savez(tmp_path / "short.npz", **arrays)
-    with zipfile.ZipFile(tmp_path / "short.npz", "a") as archive, archive.open("file.npy", "w") as file:
+    with zipfile.ZipFile(tmp_path / "short.npz", "a") as archive, archive.open("path.npy", "w") as file:
         np.lib.format.write_array(file, np.array(NAMES[:3]))
     with pytest.raises(ValueError, match=r"damaged: features \[5, 7\] for 3 files"):
         embedding_file.read(tmp_path / "short.npz")
