@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.console import say
-from engine.run_folder import append_metrics, read_metrics, rewind_metrics
+from engine.run_folder import RunFolder, append_metrics, read_metrics, rewind_metrics
 from engine.training.log import csv_logger, symptoms, tensorboard_logger, wandb_logger
 
 
@@ -85,6 +85,9 @@ class Records:
         self.resumed, self.watch = step, None
         if self.out is not None:
             rewind_metrics(self.out, step)
+            table = RunFolder(self.out).metrics_csv
+            if "csv" not in self.names and table.is_file():
+                say(f"{table.name} stays as it was left: run.loggers has no csv any more; with csv it is made anew, whole")
 
     def write(self, record: dict[str, Any], names: Iterable[str] | None = None) -> None:
         """Appends ``record``; ``names`` of its numbers (None: all of them) are the curves ``kind/name`` of the loggers."""

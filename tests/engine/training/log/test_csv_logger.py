@@ -70,3 +70,11 @@ def test_a_run_that_takes_it_up_later_has_its_earlier_rows(tmp_path: Path) -> No
     later.rewind(10)
     later.write(TRAIN | {"step": 20})
     assert [r["step"] for r in rows(tmp_path)] == ["10", "20"]
+
+
+def test_a_run_that_leaves_it_says_that_the_table_is_no_longer_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Records(tmp_path, loggers=["csv"]).write(TRAIN | {"step": 10})
+    Records(tmp_path, loggers=["csv"]).rewind(10)
+    assert "metrics.csv" not in capsys.readouterr().err
+    Records(tmp_path, loggers=[]).rewind(10)
+    assert "metrics.csv stays as it was left: run.loggers has no csv any more" in " ".join(capsys.readouterr().err.split())
