@@ -132,10 +132,12 @@ def decide_queue(cfg: Config, photos: int, found: dict[str, Any] | None = None) 
     for the keys of a step. found: the settings of the checkpoint that is continued, whose size is taken."""
     if cfg.queue.size != "auto":
         return cfg
-    size, why = max(keys_per_step(cfg), min(QueueConfig.size, photos)), f"auto, of {counted(photos, 'training photo')}"
+    keys = keys_per_step(cfg)
+    size, why = max(keys, min(QueueConfig.size, photos)), f"auto, of {counted(photos, 'training photo')}"
     if found and isinstance(found.get("queue.size"), int):
         size, why = found["queue.size"], "as in the checkpoint"
-    say(f"queue.size: {size} ({why})")
+    if keys:
+        say(f"queue.size: {size} ({why})")
     return replace(cfg, queue=replace(cfg.queue, size=size))
 
 
@@ -232,6 +234,7 @@ def initial_network(cfg: Config, world: World = ALONE) -> FeatureNet:
         )
     if cfg.encoder.freeze:
         freeze(trunk, cfg)
+    say_idle_batch_norm(trunk, cfg)
     return METHODS[cfg.method.name].build_network(settings_of(cfg), trunk)
 
 
@@ -251,15 +254,11 @@ def freeze(trunk: BaseTrunk, cfg: Config) -> None:
     say(f"encoder.freeze: {', '.join(cfg.encoder.freeze)}; {trained:,} of {every:,} weights of the trunk are trained")
     if cfg.encoder.weights == "none":
         say("encoder.freeze: with encoder.weights=none what is frozen stays random")
-    norms = [module for module in trunk.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    for key, value in (("bn.groups", cfg.bn.groups > 1), ("bn.sync", cfg.bn.sync), ("bn.impl", cfg.bn.impl == "fused")):
-        if value and norms and not any(norm.training for norm in norms):
-            say(f"{key}: does nothing in {trunk.arch}, all of whose batch norms are frozen")
 
 
 def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
     """Raises ``ConfigError`` where a timm trunk does not take images of ``data.image_size``, or the method needs a map that divides
-    them; says of ``bn.*`` where it does nothing in the trunk."""
+    them."""
     side = cfg.data.image_size
     try:
         cells = trunk.map_side(side)
@@ -271,13 +270,20 @@ def check_trunk(trunk: TimmTrunk, cfg: Config) -> None:
             f"data.image_size: got {side}, must be a multiple of {trunk.stride}, the stride of the map of {trunk.arch}; use "
             f"{below} or {below + trunk.stride}"
         )
-    if cfg.bn.impl == "fused":
+
+
+def say_idle_batch_norm(trunk: BaseTrunk, cfg: Config) -> None:
+    """Says of ``bn.*`` where it does nothing in the ``trunk`` in training mode."""
+    norms = [module for module in trunk.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    trained = any(norm.training for norm in norms)
+    if cfg.bn.impl == "fused" and isinstance(trunk, TimmTrunk):
         say(f"bn.impl: fused does nothing in {trunk.arch}; only the ResNets without timm/ have fused batch norm")
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in trunk.modules()):
-        return
-    for key, value in (("bn.groups", cfg.bn.groups), ("bn.sync", cfg.bn.sync)):
-        if value > 1 or value is True:
-            say(f"{key}: does nothing in {trunk.arch}, which has no batch norm, but in a mask branch and in encoder.head=mlp3_bn")
+    elif cfg.bn.impl == "fused" and not trained:
+        say(f"bn.impl: fused does nothing in {trunk.arch}, all of whose batch norms are frozen")
+    for key, is_set in (("bn.groups", cfg.bn.groups > 1), ("bn.sync", cfg.bn.sync)):
+        if is_set and not trained:
+            why = "all of whose batch norms are frozen" if norms else "which has no batch norm"
+            say(f"{key}: does nothing in {trunk.arch}, {why}, but in a mask branch and in encoder.head=mlp3_bn")
 
 
 def load(

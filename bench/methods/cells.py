@@ -174,7 +174,7 @@ STUDIES = {
             plain("simclr"),
         ],
         budget_fraction=1.0,
-        seeds=20,
+        seeds=16,
         floor="untrained",
     ),
 }

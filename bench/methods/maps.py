@@ -17,13 +17,11 @@ from engine.data import contact_sheet
 from engine.data.catalog import ImageList
 from engine.data.loaders.clean_batches import clean_batches
 from engine.data.loaders.torch_loader import clean_view
-from engine.evaluation import attention_maps
+from engine.evaluation import MAP_NAMES, attention_maps, overlay
 from engine.evaluation.features import extract
 from engine.evaluation.retrieval import retrieval
 from engine.files import write_atomically
 from engine.pretrained.weights_file import load_weights, save_weights
-from engine.report.pictures import overlay
-from engine.report.sections import MAP_NAMES
 from engine.synthetic import dataset
 from ppssl.encoder import masked_average_pool
 from ppssl.method import Method

@@ -23,7 +23,7 @@ import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from engine.errors import ConfigError
-from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, get_key
+from ppssl.settings import FREE, SAID, SETTINGS, Distinct, Resume, Sections, Settings, get_key, method_settings
 
 Protocol = Literal["retrieval", "knn", "linear"]
 Measure = Literal["rank1", "rank5", "mAP", "knn_top1", "linear_top1"]
@@ -94,7 +94,7 @@ class DataConfig:
     resident: Annotated[Literal["auto", "device", "host", "off"], FREE] = "auto"
     """Keep the decoded set on the device or in host memory, made smaller if it must be; auto: where it fits as it is, else off."""
     aug: Literal["parity", "dali"] = "parity"
-    """Colour jitter by torchvision's formulas (parity) or by DALI's own operators (dali)."""
+    """Color jitter by torchvision's formulas (parity) or by DALI's own operators (dali)."""
     image_size: Annotated[int, Ge(1)] = 224
     """Side of a view in pixels."""
     crop_banner: bool = False
@@ -317,8 +317,14 @@ def _range(key: Key) -> str:
 
 
 def keys_per_step(config: Config) -> int:
-    """How many keys enter the queue in a step: what its size must hold."""
-    return config.batch_size * (2 if config.contrast.symmetric else 1)
+    """How many keys enter the queue in a step: what its size must hold; 0 where the method keeps none."""
+    settings = _settings(config)
+    return config.batch_size * settings.keys_per_image if settings else 0
+
+
+def _settings(config: Config) -> Settings | None:
+    """What the method is told; None of one that is not registered, which ``build.resolve`` refuses."""
+    return method_settings(config) if config.method.name in SETTINGS else None
 
 
 def validate(config: Config) -> None:
@@ -379,11 +385,11 @@ def _of_optim(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _of_batch(config: Config) -> Iterator[tuple[str, str]]:
-    least = keys_per_step(config)
-    if config.queue.size != "auto" and config.queue.size < least and config.contrast.negatives != "batch":
+    least, settings = keys_per_step(config), _settings(config)
+    if config.queue.size != "auto" and config.queue.size < least:
         twice = " x 2 with contrast.symmetric" if least > config.batch_size else ""
         yield "queue.size", f"must be at least batch_size ({config.batch_size}){twice}: the keys of a step must fit"
-    if config.ais.target == "relations" and config.batch_size < 3:
+    if config.ais.target == "relations" and config.batch_size < 3 and settings and settings.uses_teacher:
         yield "batch_size", "must be at least 3 with ais.target=relations: an image is compared with the others"
     if config.bn.sync and config.bn.groups > 1:
         yield "bn.groups", "must be 1 with bn.sync: statistics are shared, or of each part"

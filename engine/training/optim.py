@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from engine.config import OptimConfig
 from ppssl.method import Method
 
-FORMULAS = {"cosine": "lr * (1 + cos(pi * step / total_steps)) / 2", "constant": "lr"}
-"""``learning_rate`` by ``optim.schedule``, in words for the log; step and total_steps without the warm-up."""
 EMA_FORMULAS = {"cosine": "1 - (1 - ema.decay) * (1 + cos(pi * step / total_steps)) / 2", "constant": "ema.decay"}
-"""``ema_decay`` by ``ema.schedule``."""
+"""``ema_decay`` by ``ema.schedule``, in words for the log."""
 
 TRUST = 0.001
 """LARS: the trust coefficient (You, Gitman and Ginsburg 2017, arXiv 1708.03888), timm's default too."""
@@ -35,6 +33,21 @@ def learning_rate(step: int, total_steps: int, *, peak: float, schedule: str, wa
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+
+
+def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
+    """``optim.warmup`` in steps; the last step of a run is never part of it."""
+    return min(round(epochs * steps_per_epoch), total_steps - 1)
+
+
+def formula(step: int, *, schedule: str, warmup: int = 0) -> str:
+    """``learning_rate`` of 0-based ``step`` in words for the log."""
+    if step < warmup:
+        return f"lr * (step + 1) / {warmup}"
+    if schedule == "constant":
+        return "lr"
+    done = f"(step - {warmup}) / (total_steps - {warmup})" if warmup else "step / total_steps"
+    return f"lr * (1 + cos(pi * {done})) / 2"
 
 
 def build(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
@@ -65,6 +78,8 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, config: OptimConfig) ->
     lines = [text + (f", gradients clipped at {config.clip:g}" if config.clip else "")]
     if not (config.decay_norms or config.weight_decay or config.name == "lars"):
         lines.append("optim.decay_norms: does nothing with optim.weight_decay=0")
+    if config.layer_decay != 1 and rates in ([], [config.lr]):
+        lines.append("optim.layer_decay: does nothing here: no layer of the trunk but the last is trained (encoder.freeze)")
     if config.name == "adamw" and config.lr > _HIGH_FOR_ADAMW:
         lines.append(f"optim.lr: {config.lr:g} is far above what adamw is used with (1e-5 to 1e-3); sgd's does not carry over")
     return lines
@@ -326,8 +341,9 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     the norms of hundreds of tensors one by one."""
     norms = []
     for dtype in dict.fromkeys(g.dtype for g in gradients):  # one launch for tensors of one type
-        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+        wide = torch.promote_types(dtype, torch.float32)  # a norm in a narrower type than its numbers is refused
+        norms += torch._foreach_norm([g for g in gradients if g.dtype == dtype], dtype=wide)
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
 
 @gradient_norm.register_fake

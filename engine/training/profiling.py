@@ -85,7 +85,7 @@ class Profile:
             self.profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
             self.profiler.prepare_trace()  # one step early: starting the tracer is slow and would be seen
         if self.seen == self.warm_up:
-            self._synchronise()
+            self._synchronize()
             if self.profiler is None:
                 torch.cuda.profiler.start()
             else:
@@ -93,7 +93,7 @@ class Profile:
             self.began = time.perf_counter()
 
     def _finish(self, steps: int) -> None:
-        self._synchronise()
+        self._synchronize()
         seconds = time.perf_counter() - self.began
         self.done = True
         if self.profiler is None:
@@ -108,7 +108,7 @@ class Profile:
         say(text)
         say(f"profile: {self.out / 'table.txt'}, {self.out / 'trace.json.gz'} (open in https://ui.perfetto.dev)")
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize()
 

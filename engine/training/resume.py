@@ -17,7 +17,7 @@ from engine.data import ImageList
 from engine.run_folder import RunFolder, append_metrics, read_metrics
 from engine.training import checkpoint
 from engine.training.distributed import ALONE, World
-from engine.training.optim import EMA_FORMULAS, FORMULAS
+from engine.training.optim import EMA_FORMULAS, formula, warmup_steps
 from ppssl.method import METHODS, Method
 from ppssl.settings import OF_RUN, SETTINGS
 
@@ -202,15 +202,11 @@ def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], schedu
     for key in _changed(then, now, "said"):
         say(f"{key}: {now[key]!r} from here on, {then[key]!r} until {source}")
     step = state["step"]
-    keys_of = {"learning rate": ("optim.schedule", FORMULAS), "ema.decay": ("ema.schedule", EMA_FORMULAS)}
     for name, before in state.get("next", {}).items():  # absent in a checkpoint of an earlier version
         value = schedules.get(name, before)
         if value != before:
-            key, formulas = keys_of[name]
-            formula = formulas.get(now.get(key, ""), "")
-            how = f"{key}={now.get(key)}{formula and f', {formula}'}, total_steps {total_steps:,}"
-            if key == "optim.schedule" and now.get("optim.warmup"):
-                how += f", both without the warm-up of {now['optim.warmup']:g} epochs"
+            key = "ema.schedule" if name == "ema.decay" else "optim.schedule"
+            how = f"{key}={now[key]}, {_formula(key, state, now, total_steps)}, total_steps {total_steps:,}, step counted from 0"
             say(f"{name} of step {step + 1:,}: {value:.6g}, which was to be {before:.6g}; from here on {how}")
     if now.get("epochs") == then.get("epochs") or "steps_per_epoch" not in state:
         return
@@ -224,6 +220,14 @@ def say_changes(state: dict[str, Any], source: Path, now: dict[str, Any], schedu
             again = "; it is warmed up again" if ended <= step < ends else ""
             text = f"it ends at step {ends:,}, not {ended:,}; step {step:,} is done{again}"
             say(f"{key}={now[key]:g} is a fraction of the run: {text}")
+
+
+def _formula(key: str, state: dict[str, Any], now: dict[str, Any], total_steps: int) -> str:
+    """What the next step has of that schedule, in words."""
+    if key == "ema.schedule":
+        return EMA_FORMULAS[now[key]]
+    warmup = warmup_steps(now["optim.warmup"], state["steps_per_epoch"], total_steps)
+    return formula(state["step"], schedule=now[key], warmup=warmup)
 
 
 def listing(images: ImageList) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Step:
     of torch.compile. graph: capture the step as a CUDA graph.
 
     Nothing here waits for the device. A step with a non-finite loss or gradient changes nothing and is counted there (``guard``);
-    whoever synchronises next asks for a streak of ``max_bad_steps``.
+    whoever synchronizes next asks for a streak of ``max_bad_steps``.
     """
 
     def __init__(

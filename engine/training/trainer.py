@@ -24,7 +24,7 @@ from engine.training.best import Best
 from engine.training.distributed import ALONE, World, choose_device
 from engine.training.guard import Health
 from engine.training.log import Records, RunLog, Summary
-from engine.training.optim import build, learning_rate
+from engine.training.optim import build, learning_rate, warmup_steps
 from engine.training.profiling import Profile
 from engine.training.resume import (
     Found,
@@ -88,7 +88,7 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * loader.steps_per_epoch
         self.precision = precision.resolve(amp, self.device)
         self.execution = choose(run.compile, run.cuda_graph, self.precision, world.size)
-        warmup = min(round(optim.warmup * loader.steps_per_epoch), self.total_steps - 1)
+        warmup = warmup_steps(optim.warmup, loader.steps_per_epoch, self.total_steps)
         self.step = Step(
             method,
             build(method, optim),
@@ -204,7 +204,7 @@ class Trainer:
                 if line:
                     self.write_line(lr)
                     self.check()
-                if not stop:
+                if last or not stop:  # a run that is over anyway misses nothing
                     hooking += self.timed(self.run_hooks)
                 if self.best.ended and not line:
                     self.write_line(lr)

@@ -96,8 +96,6 @@ class Settings:
     """The network has a mask branch."""
     divides_image: ClassVar[bool] = False
     """The side of the image must be a multiple of the feature map's stride."""
-    has_key_network: ClassVar[bool] = True
-    """A network follows the trained one by ``ema.*``."""
 
     @property
     def uses_teacher(self) -> bool:
@@ -109,6 +107,15 @@ class Settings:
         """The method listens to what a teacher says of descriptions."""
         return False
 
+    @property
+    def keys_per_image(self) -> int:
+        """Keys of an image that enter the queue in a step; 0 where no queue is kept."""
+        return int(hasattr(self, "queue"))
+
+    def logits(self, batch_size: int, queue_size: int) -> int | None:
+        """Logits of a query of the global batch once the queue is full, its key's own among them; None without a contrast."""
+        return 1 + queue_size if hasattr(self, "queue") else None
+
     def idle(self) -> dict[str, str]:
         """{a key, or a section followed by a dot: why} of what the method reads but has no use for with its other settings."""
         return {}
@@ -116,10 +123,16 @@ class Settings:
 
 AnySections = TypeVar("AnySections", bound=Sections)
 _CONTRASTS = ("contrast.negatives", "contrast.symmetric", "contrast.gradient")
+# of a guidance of weight 0, what neither the loss nor the CAM of the pictures (``Method.attention``) reads
+_ONLY_GUIDES = ("iadm.temperature", "iadm.cam_temperature", "iadm.softmax", "iadm.reduction")
+_ONLY_GUIDES_PPSSL = (*_ONLY_GUIDES, "iadm.image", "iadm.mask", "iadm.image_bn")
+_NOT_OF_LCR = (
+    "method.contrast_mask", "method.mask_reach", "iadm.sources", "iadm.image", "iadm.pool", "iadm.mask", "iadm.image_bn",
+)  # fmt: skip
 
 
-def _idle_guidance(iadm: IadmConfig) -> dict[str, str]:
-    return {} if iadm.weight else {"iadm.cam_temperature": "iadm.weight is 0"}
+def _idle_guidance(iadm: IadmConfig, keys: tuple[str, ...]) -> dict[str, str]:
+    return {} if iadm.weight else dict.fromkeys(keys, "iadm.weight is 0")
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,15 @@ class MoCoSettings(Settings):
     queue: QueueConfig = field(default_factory=QueueConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
+
+    @property
+    def keys_per_image(self) -> int:
+        if self.contrast.negatives == "batch":
+            return 0
+        return 2 if self.contrast.symmetric else 1
+
+    def logits(self, batch_size: int, queue_size: int) -> int | None:
+        return {"queue": 1 + queue_size, "batch": batch_size, "both": batch_size + queue_size}[self.contrast.negatives]
 
     def idle(self) -> dict[str, str]:
         found = {}
@@ -175,7 +197,7 @@ class PPSSLSettings(MoCoSettings):
         return self.uses_teacher and self.ais.target == "text"
 
     def idle(self) -> dict[str, str]:
-        found = super().idle() | _idle_guidance(self.iadm)
+        found = super().idle() | _idle_guidance(self.iadm, _ONLY_GUIDES_PPSSL)
         if not self.uses_teacher:
             return found | dict.fromkeys(("ais.", "teacher."), "ais.weight is 0") | {"ais.weight": ""}
         if not self.uses_text:
@@ -201,7 +223,8 @@ class LCRSettings(MoCoSettings):
     lcr: LcrConfig = field(default_factory=LcrConfig)
 
     def idle(self) -> dict[str, str]:
-        return super().idle() | _idle_guidance(self.iadm)
+        found = super().idle() | _idle_guidance(self.iadm, (*_ONLY_GUIDES, "lcr.updates"))
+        return found | dict.fromkeys(_NOT_OF_LCR, "method lcr does not read it")
 
 
 @dataclass(frozen=True)
@@ -215,6 +238,13 @@ class LDFSSettings(MoCoSettings):
     image_size: int = 224
     """Side of a view in pixels."""
 
+    @property
+    def keys_per_image(self) -> int:
+        return 1
+
+    def logits(self, batch_size: int, queue_size: int) -> int | None:
+        return 1 + queue_size
+
     def idle(self) -> dict[str, str]:
         return dict.fromkeys(_CONTRASTS, "ldfs contrasts with the queue as MoCo v2 does")
 
@@ -225,13 +255,16 @@ class SimCLRSettings(Settings):
 
     name = "simclr"
     module = "ppssl.simclr"
-    has_key_network = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
 
+    def logits(self, batch_size: int, queue_size: int) -> int | None:
+        return 2 * batch_size - 1
+
     def idle(self) -> dict[str, str]:
-        return dict.fromkeys(_CONTRASTS, "simclr is symmetric, with the batch's negatives and gradient through all views")
+        found = dict.fromkeys(_CONTRASTS, "simclr is symmetric, with the batch's negatives and gradient through all views")
+        return found | {"ema.": "method simclr has no key network"}
 
 
 @dataclass(frozen=True)
@@ -282,12 +315,13 @@ def variant(name: str, variant: str = "published", values: Mapping[str, Any] | N
 def idle_keys(sections: Sections) -> dict[str, list[str]]:
     """{why: dotted keys} of what has another value than the default and does nothing with the method and its settings.
     ``queue.dtype`` and ``ais.count`` are left out: what ``auto`` or null became is not told from what was set."""
-    settings, default = method_settings(sections), resolve_variant(Sections(method=sections.method))
+    settings, method = method_settings(sections), MethodConfig(name=sections.method.name)
+    if settings.variants:
+        method = replace(method, variant=sections.method.variant)
+    default = resolve_variant(Sections(method=method))
     why = {f"{e.name}.": f"method {settings.name} does not read it" for e in fields(Sections) if not hasattr(settings, e.name)}
-    for engines in ("method.", "encoder.", "ema.", "bn."):  # the engine reads them too
+    for engines in ("encoder.", "ema.", "bn."):  # the engine reads them too
         why.pop(engines, None)
-    if not settings.has_key_network:
-        why["ema."] = f"method {settings.name} has no key network"
     why |= settings.idle()
     found: dict[str, list[str]] = {}
     for section in fields(Sections):

@@ -62,6 +62,10 @@ def test_a_queue_has_a_row_for_each_photo_and_room_for_the_keys_of_a_step(capfd:
     symmetric = from_yaml("batch_size: 16\nqueue: {size: auto}\ncontrast: {symmetric: true}")
     assert build.decide_queue(symmetric, 20).queue.size == 32
     assert build.decide_queue(auto, 5994, {"queue.size": 4096}).queue.size == 4096  # of the checkpoint
+    capfd.readouterr()
+    for keeps_none in ("contrast: {negatives: batch}", "method: {name: simclr}"):
+        assert build.decide_queue(from_yaml(f"batch_size: 16\nqueue: {{size: auto}}\n{keeps_none}"), 20).queue.size == 20
+    assert capfd.readouterr().err == ""
     given = from_yaml("batch_size: 16\nqueue: {size: 99}")
     assert build.decide_queue(given, 5994, {"queue.size": 4096}) is given
     with pytest.raises(ValueError, match=r"queue\.size: 'auto' rows; a number"):
@@ -177,7 +181,7 @@ def test_frozen_parts_are_told_and_what_cannot_be_is_refused(capfd: pytest.Captu
     }
     count = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
     assert f"encoder.freeze: stem, stage1, bn; {count:,} of" in told and "stays random" in told
-    assert "bn.groups: does nothing in resnet18_w8_s16" in told
+    assert "bn.groups: does nothing in resnet18_w8_s16, all of whose batch norms are frozen, but in a mask branch and in" in told
     with pytest.raises(ConfigError, match="encoder.freeze: 'stage5' is no part of resnet18_w8_s16; use stem, layer1, .*, bn"):
         network("stage5")
     every = ("stem", "layer1", "layer2", "layer3", "layer4")

@@ -104,6 +104,35 @@ def test_what_the_other_settings_of_a_method_leave_without_use_is_named() -> Non
     assert idle("ppssl", iadm__cam_temperature=0.1) == {}
 
 
+def test_keys_of_a_shared_section_that_a_method_leaves_unread_are_named() -> None:
+    unread = {"method__contrast_mask": True, "method__mask_reach": "branch", "iadm__sources": ("layer2",), "iadm__image": "clean"}
+    names = [key.replace("__", ".") for key in unread]
+    for method in ("lcr", "moco"):
+        assert idle(method, **unread) == {f"method {method} does not read it": names}
+    assert idle("ppssl", **unread) == {} and idle("byol", method__variant="guided") == {
+        "method byol does not read it": ["method.variant"]
+    }
+    assert idle("lcr", method__minmax="image", iadm__sign="minus", method__maxout_width=8) == {}
+    guides = {"iadm__image": "clean", "iadm__softmax": "cells", "iadm__sources": ("layer2",)}
+    assert idle("ppssl", iadm__weight=0.0, **guides) == {"iadm.weight is 0": ["iadm.image", "iadm.softmax"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "keys", "logits"),
+    [
+        ("moco", {}, 1, 65),
+        ("moco", {"contrast.symmetric": True, "contrast.negatives": "both"}, 2, 68),
+        ("ppssl", {"contrast.symmetric": True, "contrast.negatives": "batch"}, 0, 4),
+        ("ldfs", {"contrast.symmetric": True, "contrast.negatives": "batch"}, 1, 65),
+        ("simclr", {"contrast.symmetric": True}, 0, 7),
+        ("byol", {}, 0, None),
+    ],
+)
+def test_what_enters_the_queue_and_how_many_logits_there_are(name: str, values: dict, keys: int, logits: int | None) -> None:
+    settings = variant(name, values=values)
+    assert settings.keys_per_image == keys and settings.logits(4, 64) == logits
+
+
 def test_an_unknown_method_is_named_with_those_that_are_known() -> None:
     for call in (lambda: settings_class("byol9"), lambda: method_settings(Sections(method=MethodConfig(name="byol9")))):
         with pytest.raises(ValueError, match=r"method\.name.*byol9.*byol, lcr, ldfs, moco, ppssl, simclr"):

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from ppssl.settings import SETTINGS
+from ppssl.settings import SETTINGS, Sections, method_settings, replace_keys
 
 Record = Mapping[str, Any]
 
@@ -47,31 +46,39 @@ class Facts(NamedTuple):
     batch_size: int | None = None
     """Of the global batch, B."""
     queue: int | None = None
-    """Rows of the queue, K; None for a method without one."""
+    """Rows of the queue, K; None where there is none."""
     decay: float | None = None
-    """``ema.decay``."""
+    """``ema.decay``; None without a key network."""
     logits: int | None = None
-    """Of the contrast: 1 + K with a queue, 2B - 1 among the views of a batch."""
+    """Of the contrast (``Settings.logits``)."""
     steps_per_epoch: int = 0
     total_steps: int = 0
     amp: str | None = None
+    keys_per_image: int = 1
+    """Keys of an image that enter the queue in a step."""
+    begins_empty: bool = False
+    """The random rows of a new queue do not count as negatives."""
 
     @property
     def filled(self) -> float:
         """Steps after which the queue holds keys alone."""
-        return self.queue / self.batch_size if self.queue and self.batch_size else 0.0
+        return self.queue / (self.batch_size * self.keys_per_image) if self.queue and self.batch_size else 0.0
 
 
 def facts(settings: Mapping[str, Any], *, steps_per_epoch: int = 0, total_steps: int = 0) -> Facts:
     """The facts of a run with the ``settings`` {dotted key: value}; those that are missing are not known."""
-    name = str(settings.get("method.name"))
-    kind = SETTINGS.get(name)
-    queue = settings.get("queue.size") if kind is None or any(entry.name == "queue" for entry in fields(kind)) else None
-    batch = settings.get("batch_size")
-    logits = 1 + queue if queue else 2 * batch - 1 if name == "simclr" and batch else None
-    decay, amp = settings.get("ema.decay"), settings.get("amp")
+    batch, queue, decay = (settings.get(key) for key in ("batch_size", "queue.size", "ema.decay"))
+    keys, logits = 1, 1 + queue if queue else None
+    if settings.get("method.name") in SETTINGS:
+        read = {key: settings[key] for key in settings if key.startswith(("method.", "contrast."))}
+        method = method_settings(replace_keys(Sections(), read))
+        keys = method.keys_per_image
+        queue = queue if keys else None
+        logits = method.logits(batch, queue or 0) if batch and (queue or not keys) else None
+        decay = None if "ema." in method.idle() else decay
     total = total_steps or steps_per_epoch * settings.get("epochs", 0)
-    return Facts(batch, queue, decay, logits, steps_per_epoch, total, amp)
+    empty = settings.get("queue.start") == "empty"
+    return Facts(batch, queue, decay, logits, steps_per_epoch, total, settings.get("amp"), keys, empty)
 
 
 class Symptom(NamedTuple):
@@ -212,7 +219,9 @@ def _not_falling(records: Sequence[Record], facts: Facts) -> str | None:
 
 
 def _too_long(records: Sequence[Record], facts: Facts) -> str | None:
-    if not facts.filled or not facts.total_steps or records[-1]["kind"] != "train" or 2 * facts.filled <= facts.total_steps:
+    if facts.begins_empty or not facts.filled or not facts.total_steps or records[-1]["kind"] != "train":
+        return None
+    if 2 * facts.filled <= facts.total_steps:
         return None
     part = min(1.0, facts.filled / facts.total_steps)
     seen = "until its end" if part == 1 else f"for {100 * part:.0f} % of its steps"
@@ -250,7 +259,7 @@ def _all_right_at_once(records: Sequence[Record], facts: Facts) -> str | None:
 def _no_rate(records: Sequence[Record], facts: Facts) -> str | None:
     newest, before = records[-1], _before(records)
     if not _is_line(newest, "lr") or newest["lr"] != 0 or (before is not None and before.get("lr") != 0):
-        return None  # one line of many may lie at the beginning of a warm-up
+        return None
     if before is None and newest["step"] < facts.total_steps:
         return None
     return "the learning rate is 0: no weight moves"
@@ -319,7 +328,7 @@ SYMPTOMS = (
         "learning rate 0",
         "`lr` of 0",
         _no_rate,
-        "set optim.lr (0.03 is the default for a batch of 128), and look at the length of a warm-up",
+        "set optim.lr (0.03 is the default for a batch of 128)",
     ),
     Symptom(
         "queue longer than the run",

@@ -9,12 +9,13 @@ import pytest
 from engine.config import Config, flatten, from_yaml, to_yaml
 from engine.config.command_line import RECIPES, parse, recipe_names
 from engine.train import main
+from ppssl.timm_trunk import build_trunk
 
 PAPER = ["cub", "cars", "aircraft", "nabirds", "flowers", "butterfly", "dogs"]
 
 
 def test_the_shipped_set():
-    assert recipe_names() == sorted([*PAPER, "folder", "list", "demo"])
+    assert recipe_names() == sorted([*PAPER, "folder", "finetune", "list", "demo"])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -47,7 +48,7 @@ def test_a_dry_run_without_data_says_what_it_expects(name: str, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["--cfg", name, "--dry-run"]) == 1
     message = capsys.readouterr().err
-    assert "data.root" in message and f"data.name={name}" in message
+    assert "data.root" in message and f"data.name={'folder' if name == 'finetune' else name}" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,3 +63,12 @@ def test_an_empty_folder_is_told_what_to_unpack(name: str, tmp_path, capsys):
 def test_folder_with_other_settings_is_still_one_recipe():
     config = parse(["--cfg", "folder", "data.root=photos", "ais.weight=0", "batch_size=32"]).config
     assert from_yaml(to_yaml(config)) == config
+
+
+def test_the_recipe_for_a_pretrained_trunk_freezes_its_first_stages_and_every_norm():
+    config = parse(["--cfg", "finetune"]).config
+    assert config.encoder.weights == "timm" and config.encoder.freeze == ("stem", "stage1", "stage2", "stage3", "bn")
+    assert config.optim.lr < Config().optim.lr and config.eval.every == 1 and config.data.name == "folder"
+    trunk = build_trunk(config.encoder.arch)
+    trunk.freeze(config.encoder.freeze)
+    assert trunk.constant == ("stage1", "stage2", "stage3")

@@ -176,6 +176,22 @@ def test_types_become_the_declared_ones():
     assert isinstance(config.iadm.sources, tuple)
 
 
+def test_a_queue_is_compared_with_the_keys_that_the_method_puts_in():
+    switches = "batch_size: 4\nqueue: {size: %d}\ncontrast: {symmetric: %s, negatives: %s}\nmethod: {name: %s}"
+    for fits in (
+        (4, "true", "queue", "ldfs"),
+        (2, "false", "batch", "moco"),
+        (2, "true", "queue", "simclr"),
+        (8, "true", "both", "lcr"),
+    ):
+        from_yaml(switches % fits)
+    for short in ((2, "false", "batch", "ldfs"), (4, "true", "both", "lcr"), (7, "true", "queue", "ppssl")):
+        with pytest.raises(ConfigError, match=r"queue.size: got \d, must be at least batch_size \(4\)"):
+            from_yaml(switches % short)
+    for unused in ("method: {name: moco}", "method: {name: ppssl}\nais: {weight: 0.0, target: relations}"):
+        from_yaml(f"batch_size: 2\n{unused}" + ("\nais: {target: relations}" if "ais" not in unused else ""))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -65,6 +65,8 @@ CASES = [
     ("guided image", False, "mlp2", False),
     ("moco frozen adamw", False, "mlp3_bn", False),
     ("moco lars", True, "mlp3_bn", False),
+    ("guided frozen both symmetric", False, "mlp3_bn", True),
+    ("lcr guided frozen adamw", False, "mlp2", False),
 ]
 SWITCHES = {
     "batch": {"negatives": "batch"}, "both": {"negatives": "both", "empty_queue": True}, "symmetric": {"symmetric": True},

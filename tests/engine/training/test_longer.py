@@ -116,7 +116,18 @@ def test_a_warm_up_stays_as_long_as_it_was_in_epochs(photos: Path, capfd: pytest
     rate = 0.03 * (1 + math.cos(math.pi * (6 - 3) / (12 - 3))) / 2
     text = said(capfd)
     assert f"learning rate of step 7: {rate:.6g}, which was to be 0;" in text
-    assert "total_steps 12, both without the warm-up of 1 epochs" in text
+    assert (
+        "optim.schedule=cosine, lr * (1 + cos(pi * (step - 3) / (total_steps - 3))) / 2, total_steps 12, step counted from 0"
+        in text
+    )
+
+
+def test_inside_a_warm_up_its_own_formula_is_said(capfd: pytest.CaptureFixture) -> None:
+    then = replace_keys(Config(epochs=10), {"optim.warmup": 2.0, "optim.schedule": "constant"})
+    state = {"step": 4, "steps_per_epoch": 3, "next": {"learning rate": 0.025}, "info": {"config": to_yaml(then)}}
+    say_changes(state, Path("x.pt"), flatten(replace_keys(then, {"optim.lr": 0.6})), {"learning rate": 0.5}, 30)
+    assert "learning rate of step 5: 0.5, which was to be 0.025; from here on" in (text := said(capfd))
+    assert "optim.schedule=constant, lr * (step + 1) / 6, total_steps 30" in text and eval("0.6 * (4 + 1) / 6") == 0.5
 
 
 def test_the_decay_of_the_momentum_network_is_said_too(photos: Path, capfd: pytest.CaptureFixture) -> None:

@@ -278,4 +278,7 @@ def test_the_log_tells_the_optimizer_and_what_does_not_fit_it() -> None:
     ]
     line, remark = told(name="adamw", layer_decay=0.5)
     assert line.startswith("adamw, lr 0.000117 to 0.03 by layer") and remark.startswith("optim.lr: 0.03 is far above")
+    assert len(told(layer_decay=0.5)) == 1
+    method.encoder_q.trunk.freeze(("stem", "layer1", "layer2", "layer3", "layer4"))
+    assert told(layer_decay=0.5)[1].startswith("optim.layer_decay: does nothing here: no layer of the trunk but the last")
     assert told(decay_norms=False, weight_decay=0.0)[1] == "optim.decay_norms: does nothing with optim.weight_decay=0"

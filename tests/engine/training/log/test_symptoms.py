@@ -113,6 +113,19 @@ def test_queues() -> None:
             assert names(run(), **settings, **{"method.name": method}) == []
 
 
+def test_what_is_told_of_the_contrast_and_its_queue_is_of_the_run_s_own() -> None:
+    long = {"queue.size": 2**18}
+    assert names(run(), **long) == ["queue longer than the run"]
+    assert names(run(), **long, **{"contrast.negatives": "batch"}) == []  # the report knows the key's value, no queue is kept
+    assert names(run(), **long, **{"contrast.negatives": "batch", "method.name": "ldfs"}) == ["queue longer than the run"]
+    assert names(run(), **long, **{"queue.start": "empty"}) == []  # no random row is a negative
+    assert facts(MOCO | {"contrast.symmetric": True}).filled == facts(MOCO).filled / 2 == 16
+    assert names(run(), **{"ema.decay": 0.0, "contrast.gradient": "both"}) == []  # there is no key network
+    (finding,) = found(run(contrast=math.log(128)), facts(MOCO | {"contrast.negatives": "batch"}, steps_per_epoch=PER_EPOCH))
+    assert finding.symptom.name == "loss at chance" and "log(128)" in finding.seen
+    assert facts(MOCO | {"contrast.negatives": "both"}).logits == 128 + 4096
+
+
 def test_a_contrast_that_is_solved_at_once() -> None:
     name = "contrast solved at once"
     assert names(run(contrast_top1=1.0)) == [name]
