@@ -86,9 +86,11 @@ def search_data(source: Source, query: Tensor, top: int, device: torch.device) -
         if images is None or not len(images):
             continue
         kept = f"best-{split}" if source.model == "best" else split
+        labelled = found.labelled if split == "train" else images
+        names = {} if labelled.labels is None else dict(zip(labelled.names, labelled.labels.tolist(), strict=True))
         near = most_similar(query, of_run(source.run, images, kept, source.folder, device), top)
         for answers, index, cosine in zip(matches, near.index.tolist(), near.cosine.tolist(), strict=True):
-            labels = ["" if images.labels is None else images.classes[images.labels[i]] for i in index]
+            labels = [images.classes[names[images.names[i]]] if images.names[i] in names else "" for i in index]
             answers += [
                 Match(c, split, images.path(i), images.names[i], label, images.root, images.cut)
                 for i, c, label in zip(index, cosine, labels, strict=True)

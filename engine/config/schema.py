@@ -312,7 +312,8 @@ def _range(key: Key) -> str:
         return f"be at least {least}" if isinstance(low, Ge) else f"be above {least}"
     if isinstance(high, Lt) and high.lt == 2**63:
         return "be at least 0 and below 2**63"
-    return f"be in [{least}, {high.le}]" if isinstance(high, Le) else f"be in [{least}, {high.lt})"
+    opening = "[" if isinstance(low, Ge) else "("
+    return f"be in {opening}{least}, {high.le}]" if isinstance(high, Le) else f"be in {opening}{least}, {high.lt})"
 
 
 def keys_per_step(config: Config) -> int:

@@ -194,7 +194,7 @@ def left_out(catalog: Catalog, most: int = 3) -> str:
     parts = []
     if reasons:
         files = reasons.total()
-        listed = len(catalog.train) + (0 if catalog.test is None else len(catalog.test)) + files
+        listed = sum(len(part) for part in (catalog.train, catalog.test, catalog.validation) if part is not None) + files
         shown = [f"{count:,} x {reason}" for reason, count in reasons.most_common(most)]
         shown += [counted(len(reasons) - most, "other reason")] * (len(reasons) > most)
         parts.append(f"{files:,} of {counted(listed, 'file')} left out: {', '.join(shown)}")

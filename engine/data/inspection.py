@@ -39,15 +39,23 @@ def splits(catalog: Catalog) -> dict[str, ImageList]:
     }
 
 
+def _labelled(catalog: Catalog) -> dict[str, ImageList]:
+    """The same with the images that have labels alone, those lists that have any."""
+    lists = splits(catalog) | ({} if catalog.labelled_part is None else {"train": catalog.labelled_part})
+    return {split: images for split, images in lists.items() if images.labels is not None and len(images)}
+
+
 def duplicates(catalog: Catalog, *, workers: int | None = None, progress: bool = True) -> list[list[Copy]]:
     """Groups of files that are equal byte for byte, in list order. Only files of one length are read.
 
     Raises OSError naming a file that has gone.
     """
     by_length: dict[int, list[tuple[Path, Copy]]] = defaultdict(list)
+    labels = {split: dict(zip(i.names, i.labels.tolist(), strict=True)) for split, i in _labelled(catalog).items()}
+    labels = {"train": {}, "test": {}} | labels
     for split, images in splits(catalog).items():
         for i, name in enumerate(images.names):
-            label = None if images.labels is None else int(images.labels[i])
+            label = labels[split].get(name)
             by_length[images.path(i).stat().st_size].append((images.path(i), Copy(split, name, label)))
     todo = [entry for entries in by_length.values() if len(entries) > 1 for entry in entries]
 
@@ -66,20 +74,21 @@ def duplicates(catalog: Catalog, *, workers: int | None = None, progress: bool =
 def table(catalog: Catalog) -> Table:
     """One column per split: images, classes, images per class, sizes, what PIL has to decode."""
     made = Table("", *splits(catalog), title=Text(printable(str(catalog.train.root))), title_justify="left")
-    columns = [_column(images) for images in splits(catalog).values()]
+    columns = [_column(images, _labelled(catalog).get(split)) for split, images in splits(catalog).items()]
     for row in columns[0]:
         made.add_row(row, *(column[row] for column in columns))
     return made
 
 
-def _column(images: ImageList) -> dict[str, str]:
+def _column(images: ImageList, labelled: ImageList | None) -> dict[str, str]:
     rows = {"images": f"{len(images):,}"}
-    if images.labels is None:
+    if labelled is None:
         rows |= {"classes": "no labels", "images per class": "", "classes of one image": ""}
     else:
-        counts = np.bincount(images.labels, minlength=len(images.classes))
+        counts = np.bincount(labelled.labels, minlength=len(labelled.classes))
         used = counts[counts > 0]
-        rows["classes"] = f"{len(used):,} of {len(counts):,}"
+        bare = len(images) - len(labelled)
+        rows["classes"] = f"{len(used):,} of {len(counts):,}" + f"; {bare:,} without label" * (bare > 0)
         rows["images per class"] = _range(used)
         rows["classes of one image"] = str((used == 1).sum())
     rows["height"], rows["width"] = (_range(side) for side in images.sizes.T)
@@ -106,7 +115,7 @@ class Finding(NamedTuple):
 def findings(catalog: Catalog, copies: list[list[Copy]]) -> list[Finding]:
     """What somebody should look at, complete."""
     across = [group for group in copies if len({copy.split for copy in group}) > 1]
-    torn = [group for group in copies if len({copy.label for copy in group}) > 1]
+    torn = [group for group in copies if len({copy.label for copy in group} - {None}) > 1]
     found = [
         Finding(f"warning: {text}: {len(groups)}", [[printable(copy.name) for copy in group] for group in groups])
         for groups, text in (
@@ -146,7 +155,7 @@ def class_sheet(catalog: Catalog) -> Image.Image:
     Raises BrokenFile naming a file that no longer opens.
     """
     title = f"{catalog.train.root}\n" + ", ".join(f"{split} {len(images):,}" for split, images in splits(catalog).items())
-    labelled = {split: images for split, images in splits(catalog).items() if images.labels is not None}
+    labelled = _labelled(catalog)
     if not labelled:
         images = catalog.train
         tiles = [_tile(images, i, f"{Path(images.names[i]).name}\n") for i in _spread(len(images), _CLASSES * _COLUMNS)]

@@ -173,7 +173,7 @@ def embed_photos(
     mask = source.run.network.mask
     if mask is not None and mask.minmax == "batch":
         say("the mask of this variant is scaled over a batch: features depend a little on --batch-size and the order of photos")
-    with contextlib.ExitStack() as held:
+    with _writing(out, parts), contextlib.ExitStack() as held:
         if world.first:
             held.enter_context(parts.opened(force))
         done, theirs = world.broadcast_object((parts.done(), parts.key) if world.first else None)
@@ -193,6 +193,19 @@ def embed_photos(
         shutil.rmtree(parts.folder)
     world.barrier()
     return summary._replace(made=made, seconds=time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _writing(out: Path, parts: _Parts) -> Iterator[None]:
+    """A disk that takes nothing, as an error that says what is kept; photos that cannot be read are none."""
+    try:
+        yield
+    except OSError as error:
+        kept = f"; finished parts are kept in {printable(str(parts.folder))}" if any(parts.folder.glob("part_*")) else ""
+        raise OSError(
+            f"--out {printable(str(out))} cannot be written ({error.strerror or error}){kept}; make room and run the same "
+            f"command again, or name a place that can be written to"
+        ) from error
 
 
 def _embed(run: Run, photos: PhotoList, batches: Sequence[range], device: torch.device, parts: _Parts) -> int:

@@ -143,4 +143,5 @@ class Validation:
         if due or trainer.step.steps_done >= trainer.total_steps:
             value = self(trainer)
             if value is not None:
-                trainer.see_best(value)
+                assert self.images.validation is not None
+                trainer.see_best(value, self.images.validation.identity)

@@ -33,14 +33,23 @@ class Best:
         self.measure, self.patience = measure, patience
         self.mark: Mark | None = None
         self.since = 0
+        self.images = ""
 
     @property
     def ended(self) -> bool:
         """Whether the run ends here."""
         return self.measure is not None and self.patience is not None and self.since >= self.patience
 
-    def see(self, step: int, epoch: int, value: float) -> bool:
-        """Takes an evaluation; True where it is the best so far. A value that is not finite is not."""
+    def see(self, step: int, epoch: int, value: float, images: str = "") -> bool:
+        """Takes an evaluation; True where it is the best so far. A value that is not finite is not.
+
+        images: identity of the evaluated list. Values of another one are not compared: the best
+        is looked for anew, which is said.
+        """
+        if self.mark is not None and images and self.images and images != self.images:
+            say(f"the validation images are not those of before: {self.told()} is of others, the best is looked for from here on")
+            self.mark, self.since = None, 0
+        self.images = images
         if self.mark is None and value == value or self.mark is not None and value > self.mark.value:
             self.mark, self.since = Mark(step, epoch, value), 0
             return True
@@ -68,7 +77,12 @@ class Best:
         return {"measure": self.measure, **{name: str(value) for name, value in self.mark._asdict().items()}}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"measure": self.measure, "mark": None if self.mark is None else list(self.mark), "since": self.since}
+        return {
+            "measure": self.measure,
+            "mark": None if self.mark is None else list(self.mark),
+            "since": self.since,
+            "images": self.images,
+        }
 
     def load_state_dict(self, state: dict[str, Any], *, finished: bool = False) -> None:
         """Goes on from ``state``. By another measure the best is looked for anew, which is said; of a run that is ``finished`` it
@@ -80,7 +94,7 @@ class Best:
         elif state["measure"] not in (None, self.measure):
             say(f"eval.keep_best: {self.measure} from here on, {state['measure']} until now: the best is looked for from here on")
         elif state["mark"] is not None:
-            self.mark, self.since = Mark(*state["mark"]), state["since"]
+            self.mark, self.since, self.images = Mark(*state["mark"]), state["since"], state.get("images", "")
 
     def settle(self, out: Path, step: int, source: Path, weights: Callable[[], dict[str, Tensor]]) -> None:
         """Brings ``out``/best.safetensors to what is known after ``step``, of a run that continues the checkpoint ``source``.

@@ -135,14 +135,16 @@ class Trainer:
         """Whether nothing is left to train: all epochs are done, or ``eval.patience`` ended the run."""
         return self.step.steps_done >= self.total_steps or self.best.ended
 
-    def see_best(self, value: float) -> None:
+    def see_best(self, value: float, images: str = "") -> None:
         """Takes the value of ``eval.keep_best`` after this step: the best weights so far are saved with the checkpoint of this very
-        step, and the run ends where ``eval.patience`` says so. For hooks; all processes call it with the same value."""
+        step, and the run ends where ``eval.patience`` says so. For hooks; all processes call it with the same value.
+
+        images: identity of the list that was evaluated, where it may change when the run is continued."""
         in_a_row = int(self.step.guard.in_a_row)
         if in_a_row:  # what follows bad steps is not saved yet
             say(f"step {self.step.steps_done}: it follows {in_a_row} bad steps and is not compared by {self.best.measure}")
             return
-        self.save_is_due |= self.best.see(self.step.steps_done, self.epoch, value)
+        self.save_is_due |= self.best.see(self.step.steps_done, self.epoch, value, images)
         if self.best.ended and self.step.steps_done < self.total_steps:
             say(f"ended early at epoch {self.epoch} of {self.epochs}: {self.best.told_end()}")
 

@@ -140,6 +140,24 @@ def test_a_labelled_test_split_with_training_photos_without_labels_or_none(train
     assert "test: 2 photos in 2 classes from test/" in text and (tmp_path / "sheet.png").is_file()
 
 
+def test_labels_of_a_part_of_the_training_photos(tmp_path, capsys):
+    root = tmp_path / "photos"
+    rows = ["path,label,split"]
+    for i, label in enumerate(("kite", "tit", "", "")):
+        picture(root / f"{i}.png", seed=i)
+        rows.append(f"{i}.png,{label},train")
+    shutil.copy(root / "0.png", root / "copy.png")  # of a labelled test photo, and of one without label: no contradiction
+    shutil.copy(root / "0.png", root / "again.png")
+    (root / "all.csv").write_text("\n".join([*rows, "again.png,,train", "copy.png,kite,test", ""]))
+    listed = ["data.name=list", f"data.root={root}", "data.train=all.csv"]
+    assert check.main(["--cfg", "folder", *listed, "--out", str(tmp_path / "sheet.png")]) == 0
+    text = capsys.readouterr().err
+    assert "2 of 2; 3 without label" in text and "train and in test" in text and "more than one class" not in text
+    (root / "all.csv").write_text("\n".join([*rows, "copy.png,tit,test", ""]))
+    assert check.main(["--cfg", "folder", *listed, "--out", str(tmp_path / "sheet.png")]) == 0
+    assert "more than one class: 1" in capsys.readouterr().err  # kite in training, of which not all photos have labels
+
+
 def test_exit_codes(cub, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert check.main(arguments(tmp_path / "empty")) == 1

@@ -131,6 +131,25 @@ def test_every_photo_of_a_folder_with_splits_has_a_row(run: Path, tmp_path: Path
     assert not (tmp_path / "sorted.npz.bad_files.txt").exists()
 
 
+def test_a_full_disk_is_said_and_what_is_finished_is_kept(
+    run: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    line = [str(run), str(flat), "--out", str(tmp_path / "e.csv")]
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding_file, "write", full)
+        assert main(line) == 1
+    told = said(capsys)
+    assert "e.csv cannot be written (No space left on device); finished parts are kept in" in told and "same command again" in told
+    assert main(line) == 0 and "12 of 12 photos are in" in said(capsys)
+    (tmp_path / "plain").write_text("")
+    assert main([str(run), str(flat), "--out", str(tmp_path / "plain/e.csv")]) == 1
+    told = said(capsys)
+    assert "plain/e.csv cannot be written (Not a directory); make room" in told
+
+
 def test_an_output_that_exists_is_refused(run: Path, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "e.npz"
     line = [str(run), str(flat), "--out", str(out)]

@@ -14,7 +14,7 @@ from PIL import Image
 from engine.data import list_photos
 from engine.evaluation import embed_photos, open_source
 from engine.pretrained.weights_file import load_weights, save_weights
-from engine.search import main, search
+from engine.search import main, query_features, search, search_data
 
 CPU = torch.device("cpu")
 
@@ -33,6 +33,15 @@ def test_a_photograph_of_the_set_finds_itself_first(run: Path, photos: Path, tmp
     scores = [m.cosine for m in found]
     assert scores == sorted(scores, reverse=True)
     assert {m.split for m in search(run, wanted, 24, torch.device("cpu"))} == {"train", "test"}
+
+
+def test_labels_of_a_part_of_the_training_photos_are_shown(run: Path, photos: Path) -> None:
+    names = sorted(p.relative_to(photos).as_posix() for p in (photos / "train").rglob("*.png"))
+    rows = [f"{name},{'kite' if i % 2 else ''}" for i, name in enumerate(names)]
+    (photos / "some.csv").write_text("\n".join(["path,label", *rows, ""]))
+    source = open_source(run, CPU, overrides=["data.name=list", "data.train=some.csv"])
+    found = search_data(source, query_features(source, [photos / names[0]], CPU), len(names), CPU)[0]
+    assert {m.name: m.label for m in found} == {name: "kite" if i % 2 else "" for i, name in enumerate(names)}
 
 
 def test_the_answer_is_a_table_and_a_sheet(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from engine.console import counted, printable
 from engine.data.layouts import folders
 from engine.data.layouts.lists import UNLABELLED, BadFile, Layout, Split
+
+_IF_CLASSES = re.compile(r"(If the .* are classes): .*")
 
 
 def choose(layout: Layout, classes: Sequence[str], fraction: float, seed: int) -> Layout:
@@ -81,7 +84,8 @@ def join(layout: Layout, roots: Sequence[str], *, with_tests: bool) -> Layout:
 
     Classes are joined by their names; photos of a root without classes are trained on without labels. Its test photos join the test
     split if ``with_tests``, else they are not used, which is said.
-    Raises FileNotFoundError for a root that is not there, ValueError for one inside another and for what ``folders.read`` refuses.
+    Raises FileNotFoundError for a root that is not there, ValueError for one inside another, one without photos, and one that can
+    be read in two ways.
     """
     paths = [Path(os.path.expanduser(root)) for root in roots]
     places = [layout.root.resolve(), *(path.resolve() for path in paths)]
@@ -91,7 +95,7 @@ def join(layout: Layout, roots: Sequence[str], *, with_tests: bool) -> Layout:
         for other in places[:i] + places[i + 1 :]:
             if places[i].is_relative_to(other) or other.is_relative_to(places[i]):
                 raise ValueError(f"data.extra_roots: {printable(root)} and {other} lie in one another: photos would count twice")
-    parts = [layout] + [_seen_from(layout.root, folders.read(path)) for path in paths]
+    parts = [layout] + [_seen_from(layout.root, _read(root, path)) for root, path in zip(roots, paths, strict=True)]
     classes = tuple(dict.fromkeys(name for part in parts for name in part.classes))
     position = {name: p for p, name in enumerate(classes)}
     train = _merged([(part.classes, part.train) for part in parts], position)
@@ -107,6 +111,21 @@ def join(layout: Layout, roots: Sequence[str], *, with_tests: bool) -> Layout:
         notes += [f"{printable(root)}: {note}" for note in part.notes]
     bad = [entry for part in parts for entry in part.bad]
     return Layout(layout.root, classes, train, _merged(tests, position) if tests else None, bad, tuple(notes))
+
+
+def _read(name: str, root: Path) -> Layout:
+    """What ``root`` holds. What folders.py says of the ways to read it names settings, which are those of data.root."""
+    try:
+        layout = folders.read(root)
+    except ValueError as error:
+        what = str(error).removeprefix(f"data.root={printable(str(root))}: ").partition(" Say which: ")[0]
+        raise ValueError(
+            f"data.extra_roots: {printable(name)}: {what} No setting says which: name the folders to use in data.extra_roots, or "
+            f"move classes to train/<class>/"
+        ) from error
+    if not layout.train.names and not (layout.test and layout.test.names):
+        raise ValueError(f"data.extra_roots: {printable(name)} holds no photos; expected {folders.EXPECTED.partition('; ')[0]}")
+    return layout._replace(notes=tuple(_IF_CLASSES.sub(r"\1, move them into train/", note) for note in layout.notes))
 
 
 def _seen_from(root: Path, layout: Layout) -> Layout:

@@ -233,6 +233,7 @@ def test_content_decides_what_an_image_is(tmp_path):
     found = open_set("folder", root)
     assert found.train.names == ("a.jpg", "b.jfif", "c", "d.picture", "e.JPG_large")
     assert left_out(found) == "1 of 6 files left out: 1 x .csv"
+    assert left_out(found._replace(validation=found.train)).startswith("1 of 11 files")  # what is held out is used
 
 
 def test_what_was_left_out_is_one_line(folder):

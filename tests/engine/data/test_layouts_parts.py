@@ -84,7 +84,7 @@ def test_roots_that_cannot_be_joined(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "match"), [
-    ("data: {fraction: 0.0}", "data.fraction: got 0.0, must be in"),
+    ("data: {fraction: 0.0}", r"data.fraction: got 0.0, must be in \(0, 1\]"),
     ("data: {name: aircraft, crop_banner: true, extra_roots: [a]}", "data.crop_banner: .* would cut"),
     ("data: {classes: '[*a]'}", r"data.classes: got '\[\*a\]' \(str\), expected a list of text; quote"),
     ("data: {fraction: 1.5}", "data.fraction: got 1.5"),
@@ -93,3 +93,19 @@ def test_roots_that_cannot_be_joined(tmp_path):
 def test_values_out_of_range(text, match):
     with pytest.raises(ConfigError, match=match):
         from_yaml(text)
+
+
+def test_a_further_root_that_says_nothing_or_two_things(tmp_path):
+    root = photos(tmp_path / "a", owl=1)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="data.extra_roots: .*none holds no photos"):
+        open_set("folder", root, extra_roots=(str(tmp_path / "none"),))
+    picture(tmp_path / "two" / "train" / "1.png", seed=1)
+    picture(tmp_path / "two" / "more" / "2.png", seed=2)
+    with pytest.raises(ValueError, match=r"data.extra_roots: .*two: more/ lies beside train/\. No setting") as error:
+        open_set("folder", root, extra_roots=(str(tmp_path / "two"),))
+    assert "data.train" not in str(error.value) and "data.root" not in str(error.value)
+    for i, name in enumerate(("auk", "wren")):
+        picture(tmp_path / "inbox" / name / "1.png", seed=i)
+    notes = open_set("folder", root, extra_roots=(str(tmp_path / "inbox"),)).notes
+    assert any(note.endswith("auk/ and wren/ are classes, move them into train/") for note in notes)

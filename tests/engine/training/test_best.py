@@ -62,6 +62,15 @@ def settled(out: Path, mark: Mark | None, step: int, source: Path | None = None)
     return best
 
 
+def test_values_of_other_validation_images_are_not_compared(capsys: pytest.CaptureFixture) -> None:
+    first = Best("rank1", patience=2)
+    assert first.see(1, 1, 0.8, "these") and not first.see(2, 2, 0.7, "these")
+    again = Best("rank1", patience=2)
+    again.load_state_dict(first.state_dict())
+    assert again.see(3, 3, 0.5, "others") and again.since == 0 and "are not those of before" in capsys.readouterr().err
+    assert not again.see(4, 4, 0.4, "others") and capsys.readouterr().err == ""
+
+
 def test_the_file_follows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = kept(tmp_path, 20, 1.0)
     settled(tmp_path, Mark(20, 2, 0.5), 30)  # nothing to do
