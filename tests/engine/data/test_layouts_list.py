@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 def test_lists_with_a_header(root):
     (root / "train.csv").write_text('\ufeffpath,label\na/1.jpg,owl\r\n"b, c/3.jpg",auk\n\n')
     (root / "test.csv").write_text("id;label;image\n7;2;a/2.jpg\n8;owl;./4.png\n")
-    train, test, bad, notes, _ = open_set("list", root, train="train.csv", test="test.csv")
+    train, test, bad, notes, *_ = open_set("list", root, train="train.csv", test="test.csv")
     assert train.names == ("a/1.jpg", "b, c/3.jpg") and train.classes == ("2", "auk", "owl") and train.labels.tolist() == [2, 1]
     assert test.names == ("a/2.jpg", "4.png") and test.labels.tolist() == [0, 2] and bad == ()
     assert notes == ("train: 2 photos in 2 classes from train.csv", "test: 2 photos in 2 classes from test.csv")
@@ -64,7 +64,7 @@ def test_parquet_lists_read_like_csv(root):
         "label": [10, None, 9],
         "split": ["train", "train", "test"],
     }
-    train, test, _, notes, labelled = open_set("list", root, train=table("all.parquet", **rows))
+    train, test, _, notes, labelled, *_ = open_set("list", root, train=table("all.parquet", **rows))
     assert train.names == ("a/1.jpg", "a/2.jpg") and labelled.names == ("a/1.jpg",) and test.names == ("4.png",)
     assert train.classes == ("9", "10") and test.labels.tolist() == [0] and "from all.parquet" in notes[0]
     with pytest.raises(ValueError, match="more.parquet: its columns, features, name none with the files"):
@@ -100,7 +100,7 @@ def test_names_may_be_absolute_or_relative_to_the_list_and_lists_may_lie_elsewhe
 
 def test_one_list_with_a_column_of_splits(root):
     (root / "all.csv").write_text("filepaths,labels,data set\na/1.jpg,x,train\na/2.jpg,x,Test\n4.png,y,valid\n")
-    train, test, _, notes, _ = open_set("list", root, train="all.csv")
+    train, test, _, notes, *_ = open_set("list", root, train="all.csv")
     assert train.names == ("a/1.jpg",) and test.names == ("a/2.jpg",)
     assert notes[2] == "1 photos of the split val in all.csv are not used: test is the test split"
     (root / "all.csv").write_text("path,label,split\na/1.jpg,x,train\na/2.jpg,x,7\n")
