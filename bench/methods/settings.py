@@ -92,7 +92,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("synthetic", cells.STUDIES, _SYNTHETIC_NOTE, budget=25600),
-        Setting("cub-finetune", photographs.STUDIES, _PHOTOGRAPHS_NOTE, budget=10304, folder="CUB_200_2011_50"),
-        Setting("cars-finetune", photographs.STUDIES_WITHOUT_BOXES, _PHOTOGRAPHS_NOTE, budget=9728, folder="cars196"),
+        Setting("cub-finetune", photographs.STUDIES, _PHOTOGRAPHS_NOTE, budget=5888, folder="CUB_200_2011_50"),
+        Setting("cars-finetune", photographs.STUDIES_WITHOUT_BOXES, _PHOTOGRAPHS_NOTE, budget=4864, folder="cars196"),
     )
 }

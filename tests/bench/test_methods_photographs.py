@@ -16,7 +16,7 @@ from PIL import Image
 from bench.methods import __main__ as command
 from bench.methods import maps, records, run_cell, settings
 from bench.methods import study as studies
-from bench.methods.photographs import MAIN_SEEDS
+from bench.methods.photographs import SEEDS
 from bench.methods.table import summarize
 from engine.data import catalog
 
@@ -94,7 +94,7 @@ def test_a_miniature(arguments: list[str], data: Path, tmp_path: Path) -> None:
     assert spec["images"]["train"]["count"] == spec["images"]["test"]["count"] == CLASSES * EACH // 2
     assert str(data) not in (folder / "main.json").read_text() and str(tmp_path) not in (folder / "main.json").read_text()
     text = (folder / "main.md").read_text()
-    assert f"**Incomplete:** 3 of 9 rows, the shortest with 2 of the {MAIN_SEEDS} seeds" in text and "Holm" in text
+    assert f"**Incomplete:** 3 of 9 rows, the shortest with 2 of the {SEEDS} seeds" in text and "Holm" in text
     assert "rank-1 the box would add" in text and "CPU s/run" in text and "CPU s/epoch" not in text
     assert str(data) not in text and "--data" not in text
 
