@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.data.loaders.interface import IMAGENET_MEAN, IMAGENET_STD, Loader
     from engine.data.loaders.photo_list import PhotoList, list_photos, photo_settings, readable_photos
     from engine.data.loaders.torch_loader import Normalize, clean_view, input_view
-    from engine.data.machine import HARDWARE_DECODER_SHARE, cores
+    from engine.data.machine import HARDWARE_DECODER_SHARE, cores, keep_freed_memory
     from engine.data.transform import Transform
     from engine.data.views import clean_resize
 
@@ -29,7 +29,7 @@ _HOME = {
     "Loader": "loaders.interface", "Normalize": "loaders.torch_loader", "clean_batches": "loaders.clean_batches",
     "decoded_batches": "loaders.clean_batches", "ahead": "loaders.execute",
     "clean_view": "loaders.torch_loader", "input_view": "loaders.torch_loader",
-    "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "Transform": "transform",
+    "HARDWARE_DECODER_SHARE": "machine", "cores": "machine", "keep_freed_memory": "machine", "Transform": "transform",
     "clean_resize": "views", "Watch": "image_file", "PhotoList": "loaders.photo_list",
     "list_photos": "loaders.photo_list", "photo_settings": "loaders.photo_list", "readable_photos": "loaders.photo_list",
 }  # fmt: skip
@@ -37,7 +37,8 @@ _HOME = {
 __all__ = [
     "HARDWARE_DECODER_SHARE", "IMAGENET_MEAN", "IMAGENET_STD", "Catalog", "ImageList", "Loader", "Normalize", "PhotoList",
     "Transform", "Watch", "ahead", "build_loader", "catalog", "clean_batches", "clean_resize", "clean_view", "contact_sheet",
-    "cores", "dali_problem", "decoded_batches", "input_view", "inspection", "list_photos", "photo_settings", "read_image",
+    "cores", "dali_problem", "decoded_batches", "input_view", "inspection", "keep_freed_memory", "list_photos", "photo_settings",
+    "read_image",
     "readable_photos", "sampler", "signature", "teacher_cache", "views_sheet",
 ]  # fmt: skip
 

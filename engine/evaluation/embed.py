@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine import __version__
 from engine.console import console, counted, printable, rate_bar, say
-from engine.data import Normalize, PhotoList, Watch, ahead, decoded_batches, input_view
+from engine.data import Normalize, PhotoList, Watch, ahead, decoded_batches, input_view, keep_freed_memory
 from engine.errors import ConfigError
 from engine.evaluation import embedding_file
 from engine.evaluation.embedding_file import Rows
@@ -116,6 +116,7 @@ def embedded(run: Run, photos: PhotoList, batches: Sequence[range], device: torc
     network computes. The result of a batch is given once the next one has been started, so that nothing waits for the device."""
     cfg, how = run.config, image_input(run.config.encoder.arch, run.config.encoder.weights)
     normalize = Normalize(how.mean, how.std, device, torch.float32)
+    keep_freed_memory(device)
     waiting: Embedded | None = None
     with Watch() as watch:
 

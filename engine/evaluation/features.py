@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.config import Config
 from engine.console import bar, say
-from engine.data import ImageList, clean_batches
+from engine.data import ImageList, clean_batches, keep_freed_memory
 from engine.files import inside, read_metadata
 from engine.pretrained import Run, weights_file
 from engine.training import gather_rows, precision
@@ -38,6 +38,7 @@ def extract(network: nn.Module, images: ImageList, cfg: Config, device: torch.de
     mine = replace(images, names=images.names[first : first + each]) if group else images
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
+    keep_freed_memory(device)
     how = image_input(cfg.encoder.arch, cfg.encoder.weights)
     rows: list[Tensor] = []
     try:

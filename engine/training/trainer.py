@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.config import Config, OptimConfig, RunConfig, flatten, to_yaml
 from engine.console import say
-from engine.data import ImageList, Loader
+from engine.data import ImageList, Loader, keep_freed_memory
 from engine.errors import BrokenFile, WorkerDied
 from engine.files import write_text
 from engine.run_folder import RunFolder, write_classes
@@ -82,6 +82,7 @@ class Trainer:
         if method.needs_teacher_embeddings and teacher is None:
             raise ValueError("this method needs teacher embeddings; pass teacher=[N, E]")
         self.device = torch.device(device) if device else choose_device(run.device)
+        keep_freed_memory(self.device)
         self.method = method.to(self.device, memory_format=torch.channels_last).train()
         self.loader, self.teacher, self.hooks, self.world = loader, teacher, list(hooks), world
         self.loader_name = re.sub(r" \(\d+ workers\)$", "", getattr(loader, "name", type(loader).__name__))

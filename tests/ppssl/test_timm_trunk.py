@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from error_budget import assert_within_budget
 from PIL import Image
 from small_methods import DIM, QUEUE, batch, build_by_name, step_of
 from torch import nn
@@ -17,7 +18,7 @@ from ppssl import PPSSL
 from ppssl.batch_norm import GroupedBatchNorm, group_batch_norm
 from ppssl.encoder import BaseTrunk, FeatureNet, MaskBranch, projection_head
 from ppssl.settings import variant
-from ppssl.timm_trunk import IMAGENET, build_trunk, image_input, tagged
+from ppssl.timm_trunk import IMAGENET, DilatedDepthwise, build_trunk, image_input, tagged
 
 # name: channels, stride, stages
 FAMILIES = {
@@ -240,3 +241,47 @@ def test_a_part_that_a_model_does_not_have_is_named_with_those_it_has() -> None:
         ):
             trunk.freeze((part,))
     assert all(p.requires_grad for p in trunk.parameters()) and trunk.frozen == ()
+
+
+@pytest.mark.parametrize(("taps", "dilation", "side"), [(3, 2, 6), (5, 2, 3), (5, 2, 7), (7, 4, 9)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dilated_depthwise_convolutions_have_torch_s_gradients(taps: int, dilation: int, side: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 6, taps, padding=dilation * (taps // 2), dilation=dilation, groups=6, bias=bias)
+    assert DilatedDepthwise.fits(plain)
+    truth, ours = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    ours.__class__ = DilatedDepthwise
+    images = torch.randn(2, 6, side, side).to(memory_format=torch.channels_last)
+    upward = torch.randn(2, 6, side, side)
+
+    def gradients(conv: nn.Conv2d, dtype: torch.dtype) -> list[torch.Tensor]:
+        x = images.to(dtype).requires_grad_()
+        y = conv(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *conv.parameters()], upward.to(dtype))]
+
+    found = zip(gradients(ours, torch.float32), gradients(plain, torch.float32), gradients(truth, torch.float64), strict=True)
+    for mine, eager, exact in found:
+        assert_within_budget(f"{taps} taps", mine, eager, exact)
+    with torch.no_grad():
+        assert torch.equal(ours(images), plain(images))
+
+
+def test_dilated_depthwise_convolutions_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8, bias=False)
+    images = torch.randn(4, 8, 6, 6, requires_grad=True)
+    (exact,) = torch.autograd.grad(conv(images).square().sum(), conv.weight)
+    conv.__class__ = DilatedDepthwise
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(images)
+        loss = y.float().square().sum()
+    found, of_images = torch.autograd.grad(loss, [conv.weight, images])
+    assert y.dtype == torch.bfloat16 and found.dtype == of_images.dtype == torch.float32
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(("arch", "count"), [("timm/tf_efficientnet_lite0_s16", 4), ("timm/tf_efficientnet_lite0", 0)])
+def test_an_output_stride_brings_dilated_depthwise_convolutions(arch: str, count: int) -> None:
+    trunk = build_trunk(arch)
+    assert sum(isinstance(module, DilatedDepthwise) for module in trunk.modules()) == count
+    assert list(trunk.state_dict()) == list(timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict())

@@ -116,3 +116,38 @@ def test_a_limit_of_the_process_counts(kind) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     found = int(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
     assert 0 <= found < 1 << 29
+
+
+FAULTS = """
+import resource, sys, torch
+from engine.data import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+mapped, kept = faults(), keep_freed_memory(torch.device(sys.argv[1]))
+faults()
+print(mapped, kept, faults())
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "kept"),
+    [
+        ("cpu", {}, True),
+        ("meta", {}, False),
+        ("cpu", {"MALLOC_TOP_PAD_": "0"}, False),
+        ("cpu", {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, False),
+    ],
+)
+def test_what_large_tensors_free_is_kept_unless_the_user_chose(device: str, options: dict[str, str], kept: bool) -> None:
+    if "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"):
+        pytest.skip("another C library")
+    environment = {name: value for name, value in os.environ.items() if name not in machine._OPTIONS and name != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, device], env=environment | options, capture_output=True, text=True, check=True
+    )
+    mapped, said, after = done.stdout.split()
+    assert said == str(kept)
+    assert int(after) < int(mapped) / 10 if kept else int(after) > int(mapped) / 2
