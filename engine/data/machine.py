@@ -74,8 +74,8 @@ def keep_freed_memory(device: torch.device) -> bool:
     """Has glibc keep what the tensors of a CPU free, for the next tensors; returns whether it does from now on.
 
     By its defaults a block of 32 MiB or more is mapped anew each time, and a step faults all of its activations in page by page:
-    half of the time of an EfficientNet's forward pass. The process then holds on to its peak. A user's own choice of an allocator or of
-    its options is left alone, and nothing is done where the C library is another one.
+    half of the time of an EfficientNet's forward pass. The process then holds on to its peak. A user's own choice of an
+    allocator or of its options is left alone, and nothing is done where the C library is another one.
     """
     return device.type == "cpu" and _keep_freed_memory()
 
