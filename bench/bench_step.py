@@ -41,6 +41,7 @@ from ppssl import LCR, LDFS, PPSSL, Batch, MoCo, Teacher
 from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
 from ppssl.settings import variant
+from ppssl.timm_trunk import DilatedDepthwise
 
 LEARNING_RATE = 1e-3
 """Small: one batch is trained on again and again."""
@@ -312,6 +313,28 @@ def test_methods_guard(benchmark, size: Size, first: dict):
 
     guard(benchmark, "step_methods", ratios, GUARDS["step_methods"])
     benchmark.pedantic(sides[names[0]], rounds=1)
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU computes them as any other convolution")
+def test_dilated_depthwise_guard(benchmark):
+    """Forward and both gradients of a convolution of EfficientNet-Lite0's last stage at output stride 16, 96 px, over torch's."""
+    theirs = torch.nn.Conv2d(1152, 1152, 5, padding=4, dilation=2, groups=1152, bias=False)
+    ours = torch.nn.Conv2d(1152, 1152, 5, padding=4, dilation=2, groups=1152, bias=False)
+    ours.__class__ = DilatedDepthwise
+    images = torch.randn(16, 1152, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def run(conv: torch.nn.Conv2d) -> None:
+        y = conv(images)
+        torch.autograd.grad(y, [images, conv.weight], y)
+
+    sides = {"theirs": functools.partial(run, theirs), "ours": functools.partial(run, ours)}
+
+    def ratios() -> dict[str, float]:
+        seconds = alternate(sides)
+        return {"over_torch": seconds["theirs"] / seconds["ours"]}
+
+    guard(benchmark, "dilated_depthwise", ratios, GUARDS["dilated_depthwise"])
+    benchmark.pedantic(sides["ours"], rounds=1)
 
 
 def main() -> None:
