@@ -131,8 +131,8 @@ CHOICE = Study(
         *(
             Cell(f"{label}, lr {rate:g}", {"method.name": name, "method.variant": variant, "optim.lr": rate})
             for label, name, variant, rates in (
-                ("moco", "moco", "published", (0.003, 0.01, 0.03)),
-                ("ppssl guided", "ppssl", "guided", (0.003, 0.01)),
+                ("moco", "moco", "published", (0.001, 0.003, 0.01, 0.03)),
+                ("ppssl guided", "ppssl", "guided", (0.001, 0.003, 0.01)),
                 ("simclr", "simclr", "published", (0.0003, 0.001)),
                 ("byol", "byol", "published", (0.003, 0.01)),
             )
