@@ -133,8 +133,8 @@ CHOICE = Study(
             for label, name, variant, rates in (
                 ("moco", "moco", "published", (0.001, 0.003, 0.01, 0.03)),
                 ("ppssl guided", "ppssl", "guided", (0.001, 0.003, 0.01)),
-                ("simclr", "simclr", "published", (0.0003, 0.001)),
-                ("byol", "byol", "published", (0.003, 0.01)),
+                ("simclr", "simclr", "published", (0.0001, 0.0003, 0.001)),
+                ("byol", "byol", "published", (0.001, 0.003, 0.01)),
             )
             for rate in rates
         ),

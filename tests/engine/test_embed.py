@@ -334,7 +334,7 @@ def embedding(run: Path, tmp_path: Path) -> Path:
 def test_loads_elsewhere_in_the_lines_of_the_readme(package: str, embedding: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(package)
     monkeypatch.chdir(embedding)
-    text = (Path(ROOT) / "engine/README.md").read_text()
+    text = (Path(ROOT) / "engine/evaluation/README.md").read_text()
     blocks = [block.split("```")[0].strip() for block in text.split("```python\n")[1:]]
     (block,) = [b for b in blocks if package in b.splitlines()[0]]
     assert sum(bool(line) and not line.startswith("import") for line in block.splitlines()) <= 3

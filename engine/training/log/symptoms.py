@@ -1,7 +1,7 @@
 """What is wrong with a run, as its own numbers show it: a table of symptoms, each with the test that finds it and what people do.
 
 ``found(records, facts)`` reads what metrics.jsonl holds. ``Watch`` does the same while the records come. Both say a symptom once.
-engine/README.md explains each of them, and what looks alike and is normal, under "Is this normal?".
+engine/training/README.md explains each of them, and what looks alike and is normal, under "Is this normal?".
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_a_line_costs_next_to_nothing() -> None:
 
 def test_texts_and_the_table_of_the_readme() -> None:
     """One row per symptom, which names the number as the module does; no row names a symptom that there is not."""
-    text = (ROOT / "engine/README.md").read_text(encoding="utf-8")
+    text = (ROOT / "engine/training/README.md").read_text(encoding="utf-8")
     section = re.search(r"^## Is this normal\?\n(.*?)^## ", text, re.M | re.S)[1]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in section.splitlines() if row.startswith("|")][2:]
     assert all(len(row) == 5 for row in rows) and len(rows) > 20
