@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import FILES, ConfigError, OptimConfig, RunConfig, absolute, flatten, from_run, keys
+from engine.config import FILES, Config, ConfigError, OptimConfig, RunConfig, absolute, flatten, from_run, keys
 from engine.console import printable, say
 from engine.data import ImageList
 from engine.run_folder import RunFolder, append_metrics, read_metrics
@@ -23,6 +23,8 @@ from ppssl.settings import OF_RUN, SETTINGS
 
 Found = tuple[Path, dict[str, Any]]
 """A checkpoint and its state."""
+_CHOOSES = ("data.train", "data.classes", "data.fraction", "data.extra_roots", "eval.keep_best", "eval.validation")
+"""By which images are chosen among those that are there."""
 _EXAMPLES = 3
 _LONGEST = 1 << 30
 """Bytes that a list of files may unpack to."""
@@ -95,7 +97,13 @@ def continue_in(out: Path, path: Path, step: int) -> None:
 
 
 def refuse_other_run(
-    source: Path, state: dict[str, Any], out: Path | None, images: ImageList | None, loader: str, *, allow_change: bool = False
+    source: Path,
+    state: dict[str, Any],
+    out: Path | None,
+    images: ImageList | None,
+    loader: str,
+    *,
+    config: Config | None = None,
 ) -> Tensor | None:
     """Compares what made the checkpoint ``source`` with what is to continue it in ``out``: the run, the images, the loader.
 
@@ -105,11 +113,19 @@ def refuse_other_run(
         refuse_mixing(source, out)
     places = None
     if images is not None:
-        places = refuse_other_images(state.get("images"), images, source, allow=allow_change)
+        chosen = _chosen_otherwise(state, source, config)
+        allow = config is not None and config.data.allow_change
+        places = refuse_other_images(state.get("images"), images, source, chosen, allow=allow)
     then = state.get("loader", loader)
     if then != loader:  # they agree in what they show, not in every level of every pixel
         say(f"loader: {loader} from here on, {then} until {source}: the pixels of views may differ slightly")
     return places
+
+
+def _chosen_otherwise(state: dict[str, Any], source: Path, config: Config | None) -> str:
+    """The settings by which other images are chosen than by the checkpoint's run, in words."""
+    then, now = ({}, {}) if config is None else (recorded_settings(state, source), flatten(config))
+    return ", ".join(f"{key}={now[key]} (was {then[key]})" for key in _CHOOSES if key in then and then[key] != now.get(key))
 
 
 def recorded_settings(state: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -237,11 +253,14 @@ def listing(images: ImageList) -> dict[str, Any]:
     return {"fingerprint": images.fingerprint, "files": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
 
 
-def refuse_other_images(listed: dict[str, Any] | None, images: ImageList, source: Path, *, allow: bool = False) -> Tensor | None:
+def refuse_other_images(
+    listed: dict[str, Any] | None, images: ImageList, source: Path, chosen: str = "", *, allow: bool = False
+) -> Tensor | None:
     """Compares the training list of the checkpoint ``source`` with ``images`` by names and sizes of the files: a copy of a data set
     is the same.
 
-    listed: of ``listing``; None of a checkpoint that holds none. allow: go on with another list.
+    listed: of ``listing``; None of a checkpoint that holds none. chosen: the settings that chose others. allow: go on with another
+    list.
     Returns where the images of then are now ([N + 1] int64, -1 for those that are gone and in the last row), None where the lists
     are the same. Raises ``ConfigError`` with counts and examples where they differ.
     """
@@ -265,8 +284,9 @@ def refuse_other_images(listed: dict[str, Any] | None, images: ImageList, source
     difference = f"the training images in {images.root} are not those of {source}: {difference or 'another order'} of {len(then)}"
     if not allow:
         raise ConfigError(
-            f"data.root: {difference}; the order of the images and the length of the run would change. Put them back, or continue "
-            f"with these by data.allow_change=true, or --resume none starts afresh"
+            f"{chosen or 'data.root'}: {difference}; the order of the images and the length of the run would change. "
+            f"{'Set it' if chosen else 'Put them'} back, or continue with these by data.allow_change=true, or --resume none starts "
+            "afresh"
         )
     say(f"{difference}; data.allow_change=true: the run goes on with these, in another order")
     place = {name: i for i, name in enumerate(now)}

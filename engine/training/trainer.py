@@ -366,8 +366,7 @@ class Trainer:
         another method or network, ``ConfigError`` when it is of other images or ``out`` holds another run."""
         self.begun = True
         state = checkpoint.load(path) if state is None else state
-        allow = self.config is not None and self.config.data.allow_change
-        places = refuse_other_run(path, state, self.out, self.images, self.loader_name, allow_change=allow)
+        places = refuse_other_run(path, state, self.out, self.images, self.loader_name, config=self.config)
         try:
             self.method.load_state_dict(state["method"])
             self.step.load_state_dict(state)

@@ -114,6 +114,15 @@ def test_a_change_that_is_accepted_is_said_and_what_is_remembered_follows(photos
     assert train("--out", "run") == 0  # these are its images now
 
 
+def test_a_setting_that_chooses_other_images_is_named(photos: Path, capfd: pytest.CaptureFixture) -> None:
+    assert train("--out", "run") == 0
+    said(capfd)
+    assert train("--out", "run", "data.fraction=0.75", "epochs=4") == 2
+    told = said(capfd)
+    assert "data.fraction=0.75 (was 1.0): the training images in" in told and "Set it back" in told and "data.root:" not in told
+    assert train("--out", "run", "data.fraction=0.75", "data.allow_change=true", "epochs=4") == 0
+
+
 def test_a_copy_of_the_images_is_taken_and_said(photos: Path, capfd: pytest.CaptureFixture) -> None:
     then = images(photos)
     shutil.copytree(photos, "copy", copy_function=shutil.copy)
