@@ -8,6 +8,8 @@ from bench.methods.cells import OFF, Cell, Study, plain, ppssl
 
 SEEDS = 5
 """Reported seeds of a study, fixed before any of them was looked at (PLAN.md)."""
+RATES = {"moco": 0.001, "ppssl guided": 0.01, "simclr": 0.0003, "byol": 0.001}
+"""Chosen by ``choice`` on CUB's validation photos (choice-tuning.md), for both settings. Other methods take MoCo's."""
 UNTOUCHED = Cell("no training", {"method.name": "moco"}, kind="untouched")
 GUIDED = "ppssl guided"
 """PP-SSL without AIS: the recipe turns it off, since no image-text model is at hand."""
@@ -16,11 +18,16 @@ GUIDED = "ppssl guided"
 def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
     """MoCo with keys by section, as ``queue={"size": 256}``."""
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "moco"} | values, budget=budget)
+    return at_rate(Cell(name, {"method.name": "moco"} | values, budget=budget), "moco")
 
 
 def guided(name: str, **sections: dict[str, Any]) -> Cell:
-    return ppssl(name, "guided", **sections)
+    return at_rate(ppssl(name, "guided", **sections), GUIDED)
+
+
+def at_rate(cell: Cell, method: str) -> Cell:
+    """``cell`` with the learning rate that was chosen for ``method``."""
+    return cell._replace(overrides={"optim.lr": RATES[method]} | cell.overrides)
 
 
 TEACHER = {
@@ -40,14 +47,14 @@ MAIN = Study(
     "moco",
     [
         UNTOUCHED,
-        plain("moco"),
-        plain("lcr", "published"),
-        plain("lcr", "guided"),
-        plain("ldfs"),
-        ppssl("ppssl published", "published"),
+        moco("moco"),
+        at_rate(plain("lcr", "published"), "moco"),
+        at_rate(plain("lcr", "guided"), "moco"),
+        at_rate(plain("ldfs"), "moco"),
+        at_rate(ppssl("ppssl published", "published"), "moco"),
         guided(GUIDED),
-        plain("simclr"),
-        Cell("byol", {"method.name": "byol"}),
+        at_rate(plain("simclr"), "simclr"),
+        at_rate(plain("byol"), "byol"),
     ],
     budget_fraction=1.0,
     seeds=SEEDS,
@@ -67,8 +74,8 @@ NEGATIVES = Study(
         moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
         moco("symmetric, batch, half of the images", contrast={"symmetric": True, "negatives": "batch"}, budget=0.5),
         moco("keys with gradient", contrast={"negatives": "batch", "symmetric": True, "gradient": "both"}),
-        Cell("batches of 32", {"method.name": "moco", "batch_size": 32}),
-        Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
+        at_rate(Cell("batches of 32", {"method.name": "moco", "batch_size": 32}), "moco"),
+        at_rate(Cell("batches of 128", {"method.name": "moco", "batch_size": 128}), "moco"),
         moco("queue of 128", queue={"size": 128}),
         moco("queue of 4096", queue={"size": 4096}),
         moco("queue of 4096 without the same image", queue={"size": 4096, "exclude_same_image": True}),
