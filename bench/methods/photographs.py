@@ -18,16 +18,11 @@ GUIDED = "ppssl guided"
 def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
     """MoCo with keys by section, as ``queue={"size": 256}``."""
     values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return at_rate(Cell(name, {"method.name": "moco"} | values, budget=budget), "moco")
+    return Cell(name, {"method.name": "moco"} | values, budget=budget)
 
 
 def guided(name: str, **sections: dict[str, Any]) -> Cell:
-    return at_rate(ppssl(name, "guided", **sections), GUIDED)
-
-
-def at_rate(cell: Cell, method: str) -> Cell:
-    """``cell`` with the learning rate that was chosen for ``method``."""
-    return cell._replace(overrides={"optim.lr": RATES[method]} | cell.overrides)
+    return ppssl(name, "guided", **sections)
 
 
 TEACHER = {
@@ -48,13 +43,13 @@ MAIN = Study(
     [
         UNTOUCHED,
         moco("moco"),
-        at_rate(plain("lcr", "published"), "moco"),
-        at_rate(plain("lcr", "guided"), "moco"),
-        at_rate(plain("ldfs"), "moco"),
-        at_rate(ppssl("ppssl published", "published"), "moco"),
+        plain("lcr", "published"),
+        plain("lcr", "guided"),
+        plain("ldfs"),
+        ppssl("ppssl published", "published"),
         guided(GUIDED),
-        at_rate(plain("simclr"), "simclr"),
-        at_rate(plain("byol"), "byol"),
+        plain("simclr"),
+        plain("byol"),
     ],
     budget_fraction=1.0,
     seeds=SEEDS,
@@ -74,8 +69,8 @@ NEGATIVES = Study(
         moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
         moco("symmetric, batch, half of the images", contrast={"symmetric": True, "negatives": "batch"}, budget=0.5),
         moco("keys with gradient", contrast={"negatives": "batch", "symmetric": True, "gradient": "both"}),
-        at_rate(Cell("batches of 32", {"method.name": "moco", "batch_size": 32}), "moco"),
-        at_rate(Cell("batches of 128", {"method.name": "moco", "batch_size": 128}), "moco"),
+        Cell("batches of 32", {"method.name": "moco", "batch_size": 32}),
+        Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
         moco("queue of 128", queue={"size": 128}),
         moco("queue of 4096", queue={"size": 4096}),
         moco("queue of 4096 without the same image", queue={"size": 4096, "exclude_same_image": True}),
@@ -150,5 +145,22 @@ CHOICE = Study(
     seeds=1,
 )
 
-STUDIES = {"main": MAIN, "negatives": NEGATIVES, "masks": MASKS, "target": TARGET, "peers": PEERS, "choice": CHOICE}
-STUDIES_WITHOUT_BOXES = {name: study for name, study in STUDIES.items() if study is not MASKS}
+
+def at_rates(study: Study) -> Study:
+    """``study`` with the learning rate of ``RATES`` in every row that trains and names none."""
+
+    def at_rate(cell: Cell) -> Cell:
+        method, variant = cell.overrides["method.name"], cell.overrides.get("method.variant")
+        rate = RATES.get(f"{method} {variant}", RATES.get(method, RATES["moco"]))
+        return cell._replace(overrides={"optim.lr": rate} | cell.overrides) if cell.trains else cell
+
+    return study._replace(cells=[at_rate(cell) for cell in study.cells])
+
+
+STUDIES = {
+    name: at_rates(study)
+    for name, study in {
+        "main": MAIN, "negatives": NEGATIVES, "masks": MASKS, "target": TARGET, "peers": PEERS, "choice": CHOICE,
+    }.items()
+}  # fmt: skip
+STUDIES_WITHOUT_BOXES = {name: study for name, study in STUDIES.items() if name != "masks"}
