@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def refuse_other_run(
         refuse_mixing(source, out)
     places = None
     if images is not None:
-        chosen = _chosen_otherwise(state, source, config)
+        chosen = partial(_chosen_otherwise, state, source, config)
         allow = config is not None and config.data.allow_change
         places = refuse_other_images(state.get("images"), images, source, chosen, allow=allow)
     then = state.get("loader", loader)
@@ -254,13 +256,13 @@ def listing(images: ImageList) -> dict[str, Any]:
 
 
 def refuse_other_images(
-    listed: dict[str, Any] | None, images: ImageList, source: Path, chosen: str = "", *, allow: bool = False
+    listed: dict[str, Any] | None, images: ImageList, source: Path, chosen: Callable[[], str] = str, *, allow: bool = False
 ) -> Tensor | None:
     """Compares the training list of the checkpoint ``source`` with ``images`` by names and sizes of the files: a copy of a data set
     is the same.
 
-    listed: of ``listing``; None of a checkpoint that holds none. chosen: the settings that chose others. allow: go on with another
-    list.
+    listed: of ``listing``; None of a checkpoint that holds none. chosen: gives the settings that chose others, asked for the
+    error alone. allow: go on with another list.
     Returns where the images of then are now ([N + 1] int64, -1 for those that are gone and in the last row), None where the lists
     are the same. Raises ``ConfigError`` with counts and examples where they differ.
     """
@@ -283,9 +285,10 @@ def refuse_other_images(
         return None
     difference = f"the training images in {images.root} are not those of {source}: {difference or 'another order'} of {len(then)}"
     if not allow:
+        named = chosen()
         raise ConfigError(
-            f"{chosen or 'data.root'}: {difference}; the order of the images and the length of the run would change. "
-            f"{'Set it' if chosen else 'Put them'} back, or continue with these by data.allow_change=true, or --resume none starts "
+            f"{named or 'data.root'}: {difference}; the order of the images and the length of the run would change. "
+            f"{'Set it' if named else 'Put them'} back, or continue with these by data.allow_change=true, or --resume none starts "
             "afresh"
         )
     say(f"{difference}; data.allow_change=true: the run goes on with these, in another order")
