@@ -141,11 +141,22 @@ class Trunk(BaseTrunk):
         super().freeze([f"layer{part[5:]}" if part in _STAGES else part for part in parts])
 
 
+class _PickedFirst(nn.Conv2d):
+    """A strided 1x1 convolution of fewer than 8 channels. Of these oneDNN's weight gradient is wrong where it uses AVX2, and it
+    writes outside its memory (torch 2.11), so that the pixels are picked before the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, out, h / stride, w / stride]."""
+        down, right = self.stride
+        return F.conv2d(x[:, :, ::down, ::right], self.weight, self.bias)
+
+
 def _stage(block: type[nn.Module], channels: int, planes: int, depth: int, stride: int) -> nn.Sequential:
     out = planes * block.expansion
     shortcut = None
     if stride != 1 or channels != out:
-        shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+        conv = _PickedFirst if stride != 1 and channels < 8 else nn.Conv2d
+        shortcut = nn.Sequential(conv(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
     blocks = [block(channels, planes, stride, shortcut)]
     blocks += [block(out, planes) for _ in range(depth - 1)]
     return nn.Sequential(*blocks)

@@ -102,6 +102,23 @@ def test_width_and_output_stride(arch: str, channels: int, side: int) -> None:
     assert trunk.channels == channels and 96 // trunk.stride == side
 
 
+@pytest.mark.parametrize("arch", ["resnet18_w2", "resnet18_w4_s16", "resnet18_w8"])
+def test_gradients_of_narrow_trunks(arch: str) -> None:
+    """A CPU's library has kernels of its own for few channels, some of which have been wrong."""
+    torch.manual_seed(0)
+    single = Trunk(arch).to(memory_format=torch.channels_last).train()
+    for module in single.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    double = copy.deepcopy(single).double()
+    images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    for trunk, batch in ((single, images), (double, images.double())):
+        sum(feature.square().sum() for feature in trunk.maps(batch).values()).backward()
+    for (name, found), expected in zip(single.named_parameters(), double.parameters(), strict=True):
+        error = (found.grad - expected.grad).norm() / expected.grad.norm()
+        assert error < 1e-3, (name, error)
+
+
 @pytest.mark.parametrize("arch", ["resnet", "vgg16", "resnet18_s4", "resnet18_s16_w8"])
 def test_unknown_architectures_are_named(arch: str) -> None:
     with pytest.raises(ValueError, match=rf"encoder\.arch.*{arch}"):

@@ -11,7 +11,7 @@ from small_methods import batch, build_moco, step_of
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from engine.training import inductor
+from engine.training import inductor, precision
 
 NORM, BACKWARD = torch.ops.ppssl.gradient_norm.default, torch.ops.ppssl.batch_norm_backward.default
 
@@ -24,8 +24,9 @@ def fresh_dynamo():
 
 
 @pytest.mark.parametrize(("fused", "amp"), [(True, None), (False, "bf16")])
-def test_a_rewritten_step_keeps_its_numbers(fused: bool, amp: str | None) -> None:
+def test_a_rewritten_step_keeps_its_numbers(fused: bool, amp: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused in float32: Triton's interpreter truncates to bfloat16 where a GPU, and torch, round."""
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)  # emulated, where it is not
     method = build_moco("resnet18_w8_s16")
     for encoder in (method.encoder_q, method.encoder_k) if fused else ():
         encoder.trunk.fuse_batch_norm()
