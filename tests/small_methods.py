@@ -9,11 +9,12 @@ from engine.config import Config, DataConfig, EncoderConfig, MethodConfig, Queue
 from engine.training import optim, precision
 from engine.training.step import Step
 from ppssl import METHODS, PPSSL, Batch, MoCo
-from ppssl.encoder import FeatureNet, MaskBranch, Trunk, projection_head
+from ppssl.encoder import RESNETS, FeatureNet, MaskBranch, Trunk, projection_head
 from ppssl.method import Method
 from ppssl.settings import method_settings, variant
 
 DIM, QUEUE = 16, 64
+RESNETS["resnet10"] = (RESNETS["resnet18"][0], (1, 1, 1, 1))  # a block a stage: every kind of layer, traced in half the time
 
 
 def build_ppssl(arch: str, name: str, values: dict | None = None, **options) -> PPSSL:

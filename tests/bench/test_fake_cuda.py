@@ -29,17 +29,10 @@ def test_every_method_steps_eagerly_in_every_precision() -> None:
     assert not {case: error for case, error in found.items() if error}
 
 
-@pytest.mark.parametrize("name", ["moco", "ppssl guided", "lcr published"])
-def test_the_encoders_are_compiled_for_a_gpu(name: str) -> None:
-    found = steps("encoder", name)
-    assert len(found) == 3 and not any(found.values()), found
-
-
-@pytest.mark.parametrize("name", ["ppssl guided", "lcr guided", "ldfs", "simclr", "byol"])
-def test_the_whole_step_is_one_graph_for_a_gpu(name: str) -> None:
-    """Those that ``bench.gpu.budget --check`` does not compile."""
-    found = steps("step", name)
-    assert len(found) == 2 and not any(found.values()), found
+def test_the_encoders_are_compiled_for_a_gpu() -> None:
+    found = steps("encoder", "moco", "ppssl guided", "lcr published")
+    assert len(found) == 6
+    assert not {case: error for case, error in found.items() if error}
 
 
 SWITCHES = (
@@ -48,26 +41,24 @@ SWITCHES = (
     "ppssl guided+ais.target=relations+contrast.symmetric=true+contrast.gradient=both",
     "ppssl guided+ais.target=image+queue.start=empty",
 )
-
-
-@pytest.mark.parametrize("mode", ["off", "step"])
-def test_switches_step_without_waiting_for_the_gpu(mode: str) -> None:
-    chosen = SWITCHES if mode == "off" else SWITCHES[:1]  # that they are one graph is tested on the CPU
-    found = steps(mode, *chosen)
-    assert len(found) == len(chosen) * (3 if mode == "off" else 2)
-    assert not {case: error for case, error in found.items() if error}
-
-
 OPTIMIZERS = (
     "moco+optim.name=adamw+optim.clip=0.5+optim.decay_norms=false+encoder.freeze=stem,layer1",
     "simclr+optim.name=lars+optim.clip=0.5+optim.layer_decay=0.5+encoder.freeze=bn",
 )
 
 
-@pytest.mark.parametrize("mode", ["off", "step"])
-def test_optimizers_and_frozen_parts_step_without_waiting_for_the_gpu(mode: str) -> None:
-    found = steps(mode, *OPTIMIZERS)
-    assert len(found) == 2 * (3 if mode == "off" else 2)
+def test_the_whole_step_is_one_graph_for_a_gpu() -> None:
+    """The methods that ``bench.gpu.budget --check`` does not compile. That every switch is one graph is tested on the CPU."""
+    chosen = ("ppssl guided", "lcr guided", "ldfs", "simclr", "byol", SWITCHES[0], *OPTIMIZERS)
+    found = steps("step", *chosen)
+    assert len(found) == len(chosen)
+    assert not {case: error for case, error in found.items() if error}
+
+
+@pytest.mark.parametrize("chosen", [SWITCHES, OPTIMIZERS], ids=["switches", "optimizers and frozen parts"])
+def test_options_step_eagerly_without_waiting_for_the_gpu(chosen: tuple[str, ...]) -> None:
+    found = steps("off", *chosen)
+    assert len(found) == 3 * len(chosen)
     assert not {case: error for case, error in found.items() if error}
 
 
@@ -85,7 +76,7 @@ def test_the_tests_that_need_a_gpu_run_up_to_the_first_number_they_read() -> Non
 def test_the_kernels_of_the_step_are_those_compiled_ahead_of_time() -> None:
     """Pointer types, constants, unit strides and warps of every launch at the size of the benchmark, for D 128 and 256."""
     found = steps("forms")
-    assert len(found) == 10 and not any(found.values()), found
+    assert len(found) == 6 and not any(found.values()), found
 
 
 def test_a_process_without_the_stub_driver_is_told() -> None:

@@ -112,6 +112,9 @@ def test_the_demo_dry_runs_from_an_empty_folder_and_writes_nothing(python: Path,
 
 
 def test_an_epoch_and_its_report_from_an_empty_folder(python: Path, tmp_path: Path):
+    """Of a miniature of the demo's images, where the demo looks for its own."""
+    draw = "from engine.synthetic import dataset; dataset.generate('data/birds', train_per_species=2, test_per_species=2)"
+    run(python, "-c", draw, cwd=tmp_path)
     said = run(
         *(python, "-m", "engine.train", "--cfg", "demo.yaml", "epochs=1", "eval.every=0", "run.log_every=100"),
         cwd=tmp_path,

@@ -123,7 +123,8 @@ import ctypes, sys, torch
 from engine.data import keep_freed_memory
 
 class mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_int) for name in names.split()]
 
 library = ctypes.CDLL(None)
 library.mallinfo.restype = mallinfo

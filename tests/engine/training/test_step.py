@@ -157,7 +157,7 @@ class Contrast(MoCo):
 
 def contrast(**options) -> tuple[Contrast, Step]:
     torch.manual_seed(0)
-    trunk = Trunk("resnet18_w8_s16")
+    trunk = Trunk("resnet10_w8_s16")
     how = {name: options.pop(name) for name in ("negatives", "empty_queue", "symmetric", "keys_with_gradient") if name in options}
     method = Contrast(FeatureNet(trunk), projection_head("mlp3_bn", trunk.channels, 4), dim=4, queue_size=10, **how).train()
     kind = OptimConfig(name=options.pop("name", "sgd"), lr=0.1, weight_decay=0.1, decay_norms=options.pop("decay_norms", True))
@@ -333,7 +333,7 @@ def test_a_run_with_the_fused_batch_norm_continues_to_the_bit() -> None:
 
     def fused() -> Method:
         torch.manual_seed(0)
-        trunk = Trunk("resnet18_w8_s16")
+        trunk = Trunk("resnet10_w8_s16")
         trunk.fuse_batch_norm()
         return small_methods.build_by_name("lcr", trunk, 32)
 
