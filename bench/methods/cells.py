@@ -61,6 +61,12 @@ def plain(name: str, variant: str | None = None, *, method: str | None = None, *
     return Cell(label, {"method.name": method or name, "method.variant": variant or "published"} | overrides)
 
 
+def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
+    """MoCo with keys by section, as ``queue={"size": 256}``."""
+    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return Cell(name, {"method.name": "moco"} | values, budget=budget)
+
+
 OFF = {"weight": 0.0}
 SOURCES = [("image",), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("image", "layer4"), ("layer3", "layer4"),
            ("image", "layer1", "layer2", "layer3", "layer4")]  # fmt: skip
@@ -175,6 +181,29 @@ STUDIES = {
         ],
         budget_fraction=1.0,
         seeds=16,
+        floor="untrained",
+    ),
+    # from MoCo to SimCLR a switch at a time
+    "negatives": Study(
+        "What is contrasted, at equal images and at equal CPU time",
+        "moco",
+        [
+            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
+            moco("moco"),
+            moco("batch", contrast={"negatives": "batch"}),
+            moco("queue and batch", contrast={"negatives": "both"}),
+            moco("symmetric", contrast={"symmetric": True}),
+            moco("symmetric, batch", contrast={"symmetric": True, "negatives": "batch"}),
+            moco("symmetric, batch, keys with gradient", contrast={"symmetric": True, "negatives": "batch", "gradient": "both"}),
+            # a step that sees each view as query and as key takes about twice as long: these see half of the images
+            moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
+            Cell("simclr, half of the images", {"method.name": "simclr"}, budget=0.5),
+            Cell("simclr", {"method.name": "simclr"}),
+            moco("queue of 1024", queue={"size": 1024}),
+            Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
+        ],
+        budget_fraction=1.0,
+        seeds=8,
         floor="untrained",
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.methods.cells import OFF, Cell, Study, plain, ppssl
+from bench.methods.cells import OFF, Cell, Study, moco, plain, ppssl
 
 SEEDS = 5
 """Reported seeds of a study, fixed before any of them was looked at (PLAN.md)."""
@@ -13,12 +13,6 @@ RATES = {"moco": 0.001, "ppssl guided": 0.01, "simclr": 0.0003, "byol": 0.001}
 UNTOUCHED = Cell("no training", {"method.name": "moco"}, kind="untouched")
 GUIDED = "ppssl guided"
 """PP-SSL without AIS: the recipe turns it off, since no image-text model is at hand."""
-
-
-def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
-    """MoCo with keys by section, as ``queue={"size": 256}``."""
-    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "moco"} | values, budget=budget)
 
 
 def guided(name: str, **sections: dict[str, Any]) -> Cell:
@@ -50,32 +44,6 @@ MAIN = Study(
         guided(GUIDED),
         plain("simclr"),
         plain("byol"),
-    ],
-    budget_fraction=1.0,
-    seeds=SEEDS,
-)
-NEGATIVES = Study(
-    "What is contrasted, at equal images and at equal CPU time",
-    "moco",
-    [
-        UNTOUCHED,
-        moco("moco"),
-        moco("batch", contrast={"negatives": "batch"}),
-        moco("queue and batch", contrast={"negatives": "both"}),
-        moco("symmetric", contrast={"symmetric": True}),
-        moco("symmetric, batch", contrast={"symmetric": True, "negatives": "batch"}),
-        moco("symmetric, queue and batch", contrast={"symmetric": True, "negatives": "both"}),
-        # a step that sees each view as query and as key takes about twice as long: these see half of the images
-        moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
-        moco("symmetric, batch, half of the images", contrast={"symmetric": True, "negatives": "batch"}, budget=0.5),
-        moco("keys with gradient", contrast={"negatives": "batch", "symmetric": True, "gradient": "both"}),
-        Cell("batches of 32", {"method.name": "moco", "batch_size": 32}),
-        Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
-        moco("queue of 128", queue={"size": 128}),
-        moco("queue of 4096", queue={"size": 4096}),
-        moco("queue of 4096 without the same image", queue={"size": 4096, "exclude_same_image": True}),
-        moco("decay 0.9", ema={"decay": 0.9}),
-        moco("decay 0.999", ema={"decay": 0.999}),
     ],
     budget_fraction=1.0,
     seeds=SEEDS,
@@ -160,7 +128,7 @@ def at_rates(study: Study) -> Study:
 STUDIES = {
     name: at_rates(study)
     for name, study in {
-        "main": MAIN, "negatives": NEGATIVES, "masks": MASKS, "target": TARGET, "peers": PEERS, "choice": CHOICE,
+        "main": MAIN, "masks": MASKS, "target": TARGET, "peers": PEERS, "choice": CHOICE,
     }.items()
 }  # fmt: skip
 STUDIES_WITHOUT_BOXES = {name: study for name, study in STUDIES.items() if name != "masks"}

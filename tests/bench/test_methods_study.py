@@ -337,7 +337,7 @@ def test_the_command_that_a_table_states_makes_all_of_it_anywhere() -> None:
         (["--world=2"], ["--world is called --dataset-seed now"]),
         (["optim.lrr=1"], ["optim.lrr=1", "did you mean optim.lr?"]),
         (["--study", "nothing"], ["--study 'nothing'", "synthetic's: main, choice"]),
-        (["--setting", "cars-finetune", "--study", "masks"], ["'masks'", "cars-finetune's: main, negatives, target"]),
+        (["--setting", "cars-finetune", "--study", "masks"], ["'masks'", "cars-finetune's: main, target"]),
         (["--tune"], ["--tune is for photographs"]),
         (["--data", "/x"], ["--data is for photographs", "cub-finetune"]),
         (["--setting", "cub-finetune", "--first-seed", "3"], ["--first-seed 3", "below 10 are for --tune"]),

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_methods  # noqa: F401  names resnet10
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -77,7 +78,7 @@ SWITCHES = {
 
 def build(name: str, sync: bool, head: str) -> Method:
     torch.manual_seed(0)
-    trunk = Trunk("resnet18_w8_s16")
+    trunk = Trunk("resnet10_w8_s16")
     options: dict = dict(dim=D, queue_size=K, bn_groups=1 if sync else WORLD, queue_dtype=torch.float64)
     head = projection_head(head, trunk.channels, D)
     words = name.split()
