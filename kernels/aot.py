@@ -1,17 +1,20 @@
 """Compiles every shipped kernel for sm_80, sm_90 and sm_100 without a GPU, and checks the machine code.
 
-    python -m kernels.aot [--arch sm_80,sm_90,sm_100] [--check | --update]
+    python -m kernels.aot [--arch sm_80,sm_90,sm_100] [--check [--if-changed] | --update]
 
 prints one row per variant: registers, spilled bytes, shared memory, tensor-core instructions, widest global load,
 instruction count. ``--check`` fails on a spill, a 16-bit product without tensor cores, shared memory over the limit, a
 streaming kernel without 16-byte loads, or an instruction count 10 % above the committed ``aot.json``. ``--update``
-rewrites that file. ``EXCEPTIONS`` of an op lists what is let through and why; the table marks it.
+rewrites that file, with a hash of what it was compiled from: with ``--if-changed`` nothing is compiled where that is still the
+same. ``EXCEPTIONS`` of an op lists what is let through and why; the table marks it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -124,6 +127,15 @@ def exception(report: Report, check: str) -> str | None:
     return None
 
 
+def source() -> str:
+    """A hash over what the machine code follows from: this folder's modules and configurations, and the version of Triton."""
+    digest = hashlib.sha256(importlib.metadata.version("triton").encode())
+    folder = Path(__file__).parent
+    for path in [*sorted(folder.glob("*.py")), folder / "configs.json"]:
+        digest.update(path.name.encode() + b"\n" + path.read_text(encoding="utf-8").encode())
+    return digest.hexdigest()[:16]
+
+
 def _compile_named(job: tuple[str, int]) -> tuple[Report, str]:
     arch, position = job
     variant = variants(arch)[position]
@@ -143,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="exit 1 on a fault that has no exception")
     group.add_argument("--update", action="store_true", help="rewrite aot.json's instruction counts")
+    parser.add_argument("--if-changed", action="store_true", help="with --check: nothing, where aot.json is of these very sources")
     options = parser.parse_args(arguments)
     archs = options.arch.split(",")
     if unknown := sorted(set(archs) - set(ARCHITECTURES)):
@@ -150,12 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
 
-    results = run(archs)
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    if options.check and options.if_changed and committed.get("source") == source():
+        print(f"{len(committed) - 1} variants of aot.json were compiled from these sources by this Triton: nothing to check")
+        return 0
+    results = run(archs)
     if options.update:
         committed |= {f"{report.arch}/{report.name}": report.instructions for report, _ in results}
         known = {f"{arch}/{variant.name}" for arch in ARCHITECTURES for variant in variants(arch)}
-        committed = {key: committed[key] for key in sorted(committed) if key in known}
+        whole = {"source": source()} if archs == list(ARCHITECTURES) else {}
+        committed = whole | {key: committed[key] for key in sorted(committed) if key in known}
         COMMITTED.write_text(json.dumps(committed, indent=1) + "\n")
     failures = _print(results, committed)
     print(f"{len(results)} variants, {failures} faults")

@@ -29,7 +29,8 @@ _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError, IndexError)
 
 class DilatedDepthwise(nn.Conv2d):
     """A depthwise convolution with dilation, as an output stride brings into EfficientNets and ConvNeXts, whose gradients a CPU
-    computes by shifted products: the library's own path takes 4 to 14 times as long. Elsewhere it is ``nn.Conv2d``."""
+    computes by shifted products: the library's own path takes 4 to 14 times as long for kernels of 3 and 5, 1.4 times for 7.
+    Elsewhere it is ``nn.Conv2d``."""
 
     @staticmethod
     def fits(conv: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import sys
 from collections import defaultdict
@@ -277,7 +278,8 @@ def source() -> str:
     count."""
     digest = hashlib.sha256()
     training = [ROOT / "engine/training" / f"{name}.py" for name in ("step", "guard", "inductor", "optim", "precision")]
-    for path in [*sorted((ROOT / "ppssl").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py")), *training]:
+    kernels = sorted(set((ROOT / "kernels").glob("*.py")) - {ROOT / "kernels/aot.py"})
+    for path in [*sorted((ROOT / "ppssl").rglob("*.py")), *kernels, *training]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -345,6 +347,17 @@ def problems(kept: dict[str, Any], form: str, method: str, record: dict[str, Any
     return found
 
 
+def torch_version() -> str:
+    return importlib.metadata.version("torch").partition("+")[0]
+
+
+def unchanged(kept: dict[str, Any]) -> bool:
+    """Whether every record is of the step as it is, compiled by this torch."""
+    here = (source(), torch_version())
+    records = [kept.get(form, {}).get(method, {}) for form in ("small", "full") for method in METHODS]
+    return all((record.get("source"), record.get("torch")) == here for record in records)
+
+
 def main() -> int:
     """Returns the exit code: 0 done, 1 the check failed."""
     parser = argparse.ArgumentParser("python -m bench.gpu.budget", description=__doc__.split("\n\n")[0])
@@ -356,15 +369,19 @@ def main() -> int:
     )
     parser.add_argument("--update", action="store_true", help="write the record")
     parser.add_argument("--check", action="store_true", help="fail where the small form exceeds the record")
+    parser.add_argument("--if-changed", action="store_true", help="with --check: nothing, where all records are of this very step")
     args = parser.parse_args()
     if (args.bn, args.combo) != ("fused", "on") and (args.update or args.check):
         parser.error("--bn and --combo are only shown: the record is that of the defaults")
+    kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    if args.check and args.if_changed and unchanged(kept):
+        say(f"budget.json is of this very step, with torch {torch_version()}: nothing to check")
+        return 0
     if why := fake_cuda.missing():
         say(f"no budget here: {why}")
         return 0
     fake_cuda.restart()
     form = "full" if args.full else "small"
-    kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     wrong: list[str] = []
     with fake_cuda.gpu():
         from bench.bench_step import size_of
@@ -375,7 +392,7 @@ def main() -> int:
             show(method, form, size, record)
             if args.update:
                 kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}  # another method may have been written meanwhile
-                kept.setdefault(form, {})[method] = record
+                kept.setdefault(form, {})[method] = record | {"torch": torch_version()}
                 write_text(RECORD, json.dumps(kept, indent=1) + "\n")
             elif args.check:
                 wrong += problems(kept, form, method, record)

@@ -98,6 +98,16 @@ def test_the_budget_names_what_grew() -> None:
     assert "no small record" in budget.problems({}, "small", "moco", kept)[0]
 
 
+def test_a_record_of_another_step_or_torch_is_measured_again() -> None:
+    record = {"source": budget.source(), "torch": budget.torch_version()}
+    kept = {form: dict.fromkeys(budget.METHODS, record) for form in ("small", "full")}
+    assert budget.unchanged(kept)
+    for other in ({"source": "another"}, {"torch": "2.0.0"}, {}):
+        changed = record | other if other else {}
+        assert not budget.unchanged(kept | {"full": kept["full"] | {"moco": changed}})
+    assert not budget.unchanged({})
+
+
 def test_the_seconds_of_a_kernel_are_its_bytes_or_its_products() -> None:
     stream = budget.Cost("other", 1, 3_000_000_000, 0)
     assert stream.seconds("H100") == pytest.approx(1e-3)

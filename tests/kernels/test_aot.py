@@ -51,9 +51,23 @@ def test_exceptions_are_named_and_narrow():
 
 def test_every_variant_has_a_committed_count_and_a_name_of_its_own():
     committed = json.loads(aot.COMMITTED.read_text())
+    committed.pop("source")
     names = [f"{arch}/{variant.name}" for arch in aot.ARCHITECTURES for variant in aot.variants(arch)]
     assert len(names) == len(set(names))
     assert set(names) == set(committed)
+
+
+def test_what_was_compiled_from_these_sources_is_compiled_again_only_when_asked_for(tmp_path, monkeypatch, capsys):
+    compiled: list[list[str]] = []
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(aot, "COMMITTED", tmp_path / "aot.json")
+    monkeypatch.setattr(aot, "run", lambda archs: compiled.append(archs) or [(CLEAN, "dot")])
+    aot.COMMITTED.write_text(json.dumps({"source": aot.source(), f"sm_90/{CLEAN.name}": 1000}))
+    assert aot.main(["--check", "--if-changed"]) == 0 and compiled == []
+    assert "1 variants of aot.json" in capsys.readouterr().out
+    assert aot.main(["--check"]) == 0 and len(compiled) == 1
+    monkeypatch.setattr(aot, "source", lambda: "another")
+    assert aot.main(["--check", "--if-changed"]) == 0 and len(compiled) == 2
 
 
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
