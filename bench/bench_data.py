@@ -36,7 +36,7 @@ from engine.data.machine import cores
 BATCH = 16
 WARM, TIMED = 6, 10
 """Batches per turn: those that other turns' prefetching may have made, and those that are timed."""
-ROUNDS = 9
+ROUNDS = 5
 STEADY_SECONDS = 12.0
 GUARDS = yaml.safe_load((Path(__file__).parent / "guards.yaml").read_text())["data"]
 LOADERS = {

@@ -50,7 +50,7 @@ def test_path_over_scikit_learn(benchmark):
         assert mine.converged and agree > 0.99
 
         def ratios() -> dict[str, float]:
-            seconds = alternate({"theirs": lambda: theirs(x, y), "ours": lambda: ours(x, y, 20)}, rounds=5)
+            seconds = alternate({"theirs": lambda: theirs(x, y), "ours": lambda: ours(x, y, 20)}, rounds=3)
             return {"path_over_scikit_learn": seconds["theirs"] / seconds["ours"]}
 
         guard(benchmark, "linear", ratios, GUARDS["linear"])

@@ -30,8 +30,8 @@ def test_every_method_steps_eagerly_in_every_precision() -> None:
 
 
 def test_the_encoders_are_compiled_for_a_gpu() -> None:
-    found = steps("encoder", "moco", "ppssl guided", "lcr published")
-    assert len(found) == 6
+    found = steps("encoder", "moco", "ppssl guided")
+    assert len(found) == 4
     assert not {case: error for case, error in found.items() if error}
 
 
@@ -48,8 +48,9 @@ OPTIMIZERS = (
 
 
 def test_the_whole_step_is_one_graph_for_a_gpu() -> None:
-    """The methods that ``bench.gpu.budget --check`` does not compile. That every switch is one graph is tested on the CPU."""
-    chosen = ("ppssl guided", "lcr guided", "ldfs", "simclr", "byol", SWITCHES[0], *OPTIMIZERS)
+    """Every method but lcr and PP-SSL published, which ``bench.gpu.budget --check`` compiles. That every switch is one graph is
+    tested on the CPU."""
+    chosen = ("ppssl guided", "ldfs", "byol", SWITCHES[0], *OPTIMIZERS)
     found = steps("step", *chosen)
     assert len(found) == len(chosen)
     assert not {case: error for case, error in found.items() if error}
