@@ -36,6 +36,7 @@ METHODS = ("ppssl", "moco", "lcr")
 RUNGS = {"ppssl": "compiled", "moco": "moco compiled", "lcr": "lcr compiled"}
 SLACK = 1.02
 """How far ``--check`` lets launches and bytes exceed the record."""
+TORCH = importlib.metadata.version("torch").partition("+")[0]
 COPY_SHARE, MATRIX_SHARE, LAUNCH = 0.8, 0.65, 2e-6
 """What is expected of a kernel: the share of the bandwidth it reaches, the share of the roofline of a matrix product, and the
 seconds that the smallest kernel takes."""
@@ -347,13 +348,9 @@ def problems(kept: dict[str, Any], form: str, method: str, record: dict[str, Any
     return found
 
 
-def torch_version() -> str:
-    return importlib.metadata.version("torch").partition("+")[0]
-
-
 def unchanged(kept: dict[str, Any]) -> bool:
     """Whether every record is of the step as it is, compiled by this torch."""
-    here = (source(), torch_version())
+    here = (source(), TORCH)
     records = [kept.get(form, {}).get(method, {}) for form in ("small", "full") for method in METHODS]
     return all((record.get("source"), record.get("torch")) == here for record in records)
 
@@ -364,9 +361,7 @@ def main() -> int:
     parser.add_argument("--method", choices=METHODS, help="one of them (default: all)")
     parser.add_argument("--full", action="store_true", help="ResNet-50 at 224 pixels, B 128")
     parser.add_argument("--bn", choices=("fused", "torch"), default="fused", help="bn.impl (default: fused, as auto is)")
-    parser.add_argument(
-        "--combo", choices=("on", "off"), default="on", help="small kernels combined (default: on, as the step does)"
-    )
+    parser.add_argument("--combo", choices=("on", "off"), default="on", help="small kernels combined (default: on, as the step)")
     parser.add_argument("--update", action="store_true", help="write the record")
     parser.add_argument("--check", action="store_true", help="fail where the small form exceeds the record")
     parser.add_argument("--if-changed", action="store_true", help="with --check: nothing, where all records are of this very step")
@@ -375,7 +370,7 @@ def main() -> int:
         parser.error("--bn and --combo are only shown: the record is that of the defaults")
     kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     if args.check and args.if_changed and unchanged(kept):
-        say(f"budget.json is of this very step, with torch {torch_version()}: nothing to check")
+        say(f"budget.json is of this very step, with torch {TORCH}: nothing to check")
         return 0
     if why := fake_cuda.missing():
         say(f"no budget here: {why}")
@@ -392,7 +387,7 @@ def main() -> int:
             show(method, form, size, record)
             if args.update:
                 kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}  # another method may have been written meanwhile
-                kept.setdefault(form, {})[method] = record | {"torch": torch_version()}
+                kept.setdefault(form, {})[method] = record | {"torch": TORCH}
                 write_text(RECORD, json.dumps(kept, indent=1) + "\n")
             elif args.check:
                 wrong += problems(kept, form, method, record)
