@@ -296,6 +296,7 @@ def record_of(costs: list[Cost], seen: Seen) -> dict[str, Any]:
     triton = [cost for cost in costs if not cost.flop]
     return {
         "source": source(),
+        "torch": TORCH,
         "launches": sum(cost.launches for cost in triton),
         "gigabytes": round(sum(cost.read + cost.written for cost in triton) / 1e9, 4),
         "cpu_tensors": seen.cpu_tensors,
@@ -350,9 +351,8 @@ def problems(kept: dict[str, Any], form: str, method: str, record: dict[str, Any
 
 def unchanged(kept: dict[str, Any]) -> bool:
     """Whether every record is of the step as it is, compiled by this torch."""
-    here = (source(), TORCH)
-    records = [kept.get(form, {}).get(method, {}) for form in ("small", "full") for method in METHODS]
-    return all((record.get("source"), record.get("torch")) == here for record in records)
+    now = {"source": source(), "torch": TORCH}.items()
+    return all(now <= kept.get(form, {}).get(method, {}).items() for form in ("small", "full") for method in METHODS)
 
 
 def main() -> int:
@@ -387,7 +387,7 @@ def main() -> int:
             show(method, form, size, record)
             if args.update:
                 kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}  # another method may have been written meanwhile
-                kept.setdefault(form, {})[method] = record | {"torch": TORCH}
+                kept.setdefault(form, {})[method] = record
                 write_text(RECORD, json.dumps(kept, indent=1) + "\n")
             elif args.check:
                 wrong += problems(kept, form, method, record)

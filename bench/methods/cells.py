@@ -49,10 +49,14 @@ class Study(NamedTuple):
     """The row without training, by which half-trained seeds are counted."""
 
 
+def dotted(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Overrides of keys that are given by section, as ``queue={"size": 256}``."""
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
 def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sections: dict[str, Any]) -> Cell:
     """PP-SSL with keys by section, as ``ais={"weight": 0}``."""
-    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "ppssl", "method.variant": variant} | values, teacher=teacher)
+    return Cell(name, {"method.name": "ppssl", "method.variant": variant} | dotted(sections), teacher=teacher)
 
 
 def plain(name: str, variant: str | None = None, *, method: str | None = None, **overrides: Any) -> Cell:
@@ -63,8 +67,7 @@ def plain(name: str, variant: str | None = None, *, method: str | None = None, *
 
 def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
     """MoCo with keys by section, as ``queue={"size": 256}``."""
-    values = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return Cell(name, {"method.name": "moco"} | values, budget=budget)
+    return Cell(name, {"method.name": "moco"} | dotted(sections), budget=budget)
 
 
 OFF = {"weight": 0.0}

@@ -70,6 +70,17 @@ def test_what_was_compiled_from_these_sources_is_compiled_again_only_when_asked_
     assert aot.main(["--check", "--if-changed"]) == 0 and len(compiled) == 2
 
 
+def test_an_update_with_a_fault_is_checked_again(tmp_path, monkeypatch):
+    reports = [(changed(name=v.name, arch=arch), v.kind) for arch in aot.ARCHITECTURES for v in aot.variants(arch)]
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(aot, "COMMITTED", tmp_path / "aot.json")
+    monkeypatch.setattr(aot, "run", lambda archs: reports)
+    assert aot.main(["--update"]) == 0 and json.loads(aot.COMMITTED.read_text())["source"] == aot.source()
+    reports[0] = (changed(name=reports[0][0].name, arch=reports[0][0].arch, spill_bytes=8), reports[0][1])
+    assert aot.main(["--update"]) == 0 and "source" not in json.loads(aot.COMMITTED.read_text())
+    assert aot.main(["--check", "--if-changed"]) == 1
+
+
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 @pytest.mark.parametrize("operand", ["bfloat16", "float16", "ieee", "tf32"])
 def test_every_infonce_shape_has_a_configuration(arch, operand):
