@@ -47,6 +47,8 @@ class Study(NamedTuple):
     """How many were fixed before the first was looked at; None where none were."""
     floor: str | None = None
     """The row without training, by which half-trained seeds are counted."""
+    shares: tuple[str, ...] = ()
+    """Studies with the same cells under names of their own: a record of theirs is taken over instead of being run again."""
 
 
 def dotted(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -59,10 +61,9 @@ def ppssl(name: str, variant: str = "guided", *, teacher: str = "true", **sectio
     return Cell(name, {"method.name": "ppssl", "method.variant": variant} | dotted(sections), teacher=teacher)
 
 
-def plain(name: str, variant: str | None = None, *, method: str | None = None, **overrides: Any) -> Cell:
-    """Another method, in ``variant`` where it has two; ``method`` where the row is called otherwise."""
-    label = f"{name} {variant}" if variant else name
-    return Cell(label, {"method.name": method or name, "method.variant": variant or "published"} | overrides)
+def plain(name: str, variant: str | None = None) -> Cell:
+    """Another method, in ``variant`` where it has two."""
+    return Cell(f"{name} {variant}" if variant else name, {"method.name": name, "method.variant": variant or "published"})
 
 
 def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
@@ -70,6 +71,8 @@ def moco(name: str, *, budget: float = 1.0, **sections: dict[str, Any]) -> Cell:
     return Cell(name, {"method.name": "moco"} | dotted(sections), budget=budget)
 
 
+UNTRAINED = Cell("untrained", {"method.name": "moco"}, kind="untrained")
+SIMCLR = Cell("simclr", {"method.name": "simclr"})
 OFF = {"weight": 0.0}
 SOURCES = [("image",), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("image", "layer4"), ("layer3", "layer4"),
            ("image", "layer1", "layer2", "layer3", "layer4")]  # fmt: skip
@@ -87,7 +90,7 @@ STUDIES = {
         "Methods",
         "moco",
         [
-            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
+            UNTRAINED,
             Cell("teacher, no training", {"method.name": "ppssl", "method.variant": "guided"}, kind="teacher"),
             plain("moco"),
             plain("lcr", "published"),
@@ -169,29 +172,30 @@ STUDIES = {
         "What leaves a seed half trained",
         "moco",
         [
-            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
-            plain("moco"),
-            plain("moco, queue starts empty", method="moco", **{"queue.start": "empty"}),
-            plain("moco, warm-up of 2 epochs", method="moco", **{"optim.warmup": 2.0}),
-            plain("moco, decay rises to 1", method="moco", **{"ema.schedule": "cosine"}),
-            plain("moco, decay 0.9", method="moco", **{"ema.decay": 0.9}),
-            plain("moco, head mlp2", method="moco", **{"encoder.head": "mlp2"}),
-            plain("moco, batch", method="moco", **{"contrast.negatives": "batch"}),
+            UNTRAINED,
+            moco("moco"),
+            moco("moco, queue starts empty", queue={"start": "empty"}),
+            moco("moco, warm-up of 2 epochs", optim={"warmup": 2.0}),
+            moco("moco, decay rises to 1", ema={"schedule": "cosine"}),
+            moco("moco, decay 0.9", ema={"decay": 0.9}),
+            moco("moco, head mlp2", encoder={"head": "mlp2"}),
+            moco("moco, batch", contrast={"negatives": "batch"}),
             ppssl("ppssl guided"),
             ppssl("ppssl guided, queue starts empty", queue={"start": "empty"}),
             ppssl("ppssl guided, warm-up of 2 epochs", optim={"warmup": 2.0}),
-            plain("simclr"),
+            SIMCLR,
         ],
         budget_fraction=1.0,
         seeds=16,
         floor="untrained",
+        shares=("negatives",),
     ),
     # from MoCo to SimCLR a switch at a time
     "negatives": Study(
         "What is contrasted, at equal images and at equal CPU time",
         "moco",
         [
-            Cell("untrained", {"method.name": "moco"}, kind="untrained"),
+            UNTRAINED,
             moco("moco"),
             moco("batch", contrast={"negatives": "batch"}),
             moco("queue and batch", contrast={"negatives": "both"}),
@@ -200,8 +204,8 @@ STUDIES = {
             moco("symmetric, batch, keys with gradient", contrast={"symmetric": True, "negatives": "batch", "gradient": "both"}),
             # a step that sees each view as query and as key takes about twice as long: these see half of the images
             moco("symmetric, half of the images", contrast={"symmetric": True}, budget=0.5),
-            Cell("simclr, half of the images", {"method.name": "simclr"}, budget=0.5),
-            Cell("simclr", {"method.name": "simclr"}),
+            SIMCLR._replace(name="simclr, half of the images", budget=0.5),
+            SIMCLR,
             moco("queue of 1024", queue={"size": 1024}),
             Cell("batches of 128", {"method.name": "moco", "batch_size": 128}),
         ],

@@ -143,6 +143,7 @@ def run_study(name: str, args: argparse.Namespace, command: str) -> None:
     ]
     committed = records.read(table_path(name, args))
     kept = of_this_study(committed, name, args, root, images)
+    kept += [record for other in study.shares for record in taken_over(records.read(table_path(other, args)), plans)]
     asked = [plan for plan in plans if not args.only or plan.cell.name in args.only]
     done = [plan for plan in asked if record_of(plan, kept) is not None]
     say(f"{name}: {counted(len(asked), 'cell')}, {len(done)} of them done before; {args.jobs} at a time")
@@ -214,6 +215,16 @@ def of_this_study(
                 f"{table_path(name, args)} holds records of another specification: of {record['cell']!r}, {differs}; {_ELSEWHERE}"
             )
     return found
+
+
+def taken_over(found: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Of the records of another study those of ``plans``, under the names that their cells have here."""
+    return [
+        record | {"cell": plan.cell.name}
+        for record in found
+        for plan in plans
+        if not any(records.differences(record["specification"], plan.specification))
+    ]
 
 
 _ELSEWHERE = "name another folder for this table (--out DIR), or move that file away"

@@ -99,6 +99,19 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
     assert Inline.ran == [] and len(tables.read(tmp_path / "out" / "main.json")) == 6  # nothing is lost
 
 
+def test_cells_that_another_study_has_are_taken_over(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    assert command.main(["--study", "negatives", "--only", "batch", "--seeds", "1", *arguments]) == 0
+    shutil.rmtree(tmp_path / "work")
+    Inline.ran.clear()
+    two = ["--only", "moco", "--only", "moco, batch"]
+    assert command.main(["--study", "stability", *two, "--seeds", "2", *arguments]) == 0
+    assert sorted(Inline.ran) == ["moco, batch/11", "moco/10", "moco/11"]
+    (shared,) = tables.read(tmp_path / "out" / "negatives.json")
+    found = {(r["cell"], r["seed"]): r for r in tables.read(tmp_path / "out" / "stability.json")}
+    assert len(found) == 4 and found["moco, batch", 10] == shared | {"cell": "moco, batch"}
+
+
 def test_another_specification_is_another_table(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,7 +187,7 @@ def test_committed_studies_are_what_the_pinned_recipe_still_means(name: str) -> 
     args = command.parse(argv[3:])
     cells = {cell.name: cell for cell in STUDIES[name].cells}
     assert len(table["records"]) >= 14
-    for record in table["records"]:
+    for record in tables.whole(table):
         stored = dict(record["specification"])
         drawn = dict(version=dataset.VERSION, seed=args.dataset_seed, train_per_species=40, test_per_species=30)
         assert stored.pop("world") == drawn
@@ -192,7 +205,7 @@ def test_committed_tables_are_those_of_their_records(name: str) -> None:
     text = (RESULTS / f"{name}.json").read_text()
     table = json.loads(text)
     assert text == tables.one_record_per_line(table) and len(text.splitlines()) < 30 + len(table["records"])
-    rows = summarize(table["records"], [cell.name for cell in STUDIES[name].cells], table["reference"])
+    rows = summarize(table["records"], [cell.name for cell in STUDIES[name].cells], table["reference"], STUDIES[name].floor)
     assert studies.page(table | {"rows": rows}) == studies.page(table) == (RESULTS / f"{name}.md").read_text()
 
 
