@@ -21,7 +21,7 @@ FILE_KEYS = ("encoder.weights", "teacher.weights")
 """Keys whose value may be ``WEIGHTS``."""
 _SYNTHETIC_NOTE = """\
 Percentages are mean ± standard deviation over seeds. Differences are paired by seed (same order and views), with the
-number of seeds in which they are positive; p is of a two-sided paired t test, uncorrected for the number of rows. "Unmasked"
+number of seeds in which they are positive; {p}. "Unmasked"
 pools the same network without its mask, "by the silhouette" with the true outline of the bird in place of the mask. "On the
 bird" is the fraction of a map's mass that lies on the bird over the fraction of the image that is bird: 1 is chance. The
 synthetic dataset shows how the methods behave at this budget from random weights. It shows nothing about photographs, pretrained
@@ -29,12 +29,14 @@ weights or hundreds of epochs.
 """
 _PHOTOGRAPHS_NOTE = """\
 Percentages are mean ± standard deviation over seeds. The network without training has no seed. Differences are paired by seed (same
-order and views), with the number of seeds in which they are positive; p is of a two-sided paired t test, Holm's p beside it is
-corrected for all rows of the column. "Unmasked" pools the same network without its mask. "The box" pools it by the photo's own box
+order and views), with the number of seeds in which they are positive; {p}. "Unmasked" pools \
+the same network without its mask. "The box" pools it by the photo's own box
 instead, which no training saw: an upper bound. "On the bird" is the fraction of a map's mass inside that box over the fraction of
 the photo that it covers: 1 is chance. CPU seconds are those of the training alone. AIS, the text guidance of PP-SSL, is off unless
 a row says otherwise: there is no image-text model.
 """
+_RAW = "p is of a two-sided paired t test, uncorrected for the number of rows"
+_CORRECTED = "p is of a two-sided paired t test, Holm's p beside it is\ncorrected for all rows of the column"
 
 
 class Setting(NamedTuple):
@@ -60,6 +62,10 @@ class Setting(NamedTuple):
     def results(self) -> Path:
         """Where the committed tables lie, below ``bench/results/methods``."""
         return Path() if self.folder is None else Path(self.name)
+
+    def explained(self, study: Study) -> str:
+        """What the numbers of a table of ``study`` are."""
+        return self.note.format(p=_RAW if study.seeds is None else _CORRECTED)
 
     def root(self, data: Path | None) -> Path:
         """The folder of the photographs below ``data`` or ``$PPSSL_REAL``. Raises ``ConfigError`` naming the remedy."""

@@ -102,26 +102,26 @@ def table_path(study_name: str, args: argparse.Namespace) -> Path:
 def page(table: dict[str, Any]) -> str:
     """The Markdown of what STUDY.json holds."""
     setting = SETTINGS[table.get("setting", "synthetic")]
-    study, photographs = setting.studies[table["study"]], setting.folder is not None
+    study = setting.studies[table["study"]]
     commits = ", ".join(sorted({r["commit"] for r in table["records"]}))
     seen = " or ".join(f"{count:,}" for count in table["images"]) or "no"
-    title = f"{study.title}, {setting.name}" if photographs else study.title
+    title = study.title if setting.folder is None else f"{study.title}, {setting.name}"
     head = f"# {title}\n\n`{table['command']}`\n\n{seen} images per run; commit {commits}.\n\n"
-    if photographs:
-        head += _planned(table, study) + "\n\n"
-    return head + markdown(table["rows"], table["reference"], photographs) + "\n" + setting.note
+    if study.seeds is not None:
+        head += _planned(table, study, study.seeds) + "\n\n"
+    return head + markdown(table["rows"], table["reference"], study.seeds is not None) + "\n" + setting.explained(study)
 
 
-def _planned(table: dict[str, Any], study: Study) -> str:
+def _planned(table: dict[str, Any], study: Study, seeds: int) -> str:
     """What the table may be read for."""
-    if table["tuning"]:
+    if table.get("tuning"):
         return "Tuning: evaluated on training photos that were held out, with seeds that no other table has. It chose settings."
     done = min((len(row["seeds"]) + len(row["failed"]) for row in table["rows"] if row["seeds"] or row["failed"]), default=0)
     rows = {row["cell"] for row in table["rows"]}
-    if study.seeds is None or (done >= study.seeds and rows >= {cell.name for cell in study.cells}):
-        return f"Complete: the {study.seeds} seeds that were planned, on test photos that chose nothing."
+    if done >= seeds and rows >= {cell.name for cell in study.cells}:
+        return f"Complete: the {seeds} seeds that were planned, on test images that chose nothing."
     return (
-        f"**Incomplete:** {len(rows)} of {len(study.cells)} rows, the shortest with {done} of the {study.seeds} seeds that were "
+        f"**Incomplete:** {len(rows)} of {len(study.cells)} rows, the shortest with {done} of the {seeds} seeds that were "
         f"planned. The p values mean nothing before all are there."
     )
 

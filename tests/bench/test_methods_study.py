@@ -87,6 +87,7 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
         assert str(tmp_path) not in json.dumps(record)
     text = (tmp_path / "out" / "main.md").read_text()
     assert "| moco |" in text and "| lcr guided |" in text and "nothing about photographs" in text
+    assert "uncorrected" in text and "planned" not in text and "CPU s/epoch" in text
 
     Inline.ran.clear()
     shutil.rmtree(tmp_path / "work")  # a fresh clone has the committed table alone
@@ -110,6 +111,9 @@ def test_cells_that_another_study_has_are_taken_over(arguments: list[str], tmp_p
     (shared,) = tables.read(tmp_path / "out" / "negatives.json")
     found = {(r["cell"], r["seed"]): r for r in tables.read(tmp_path / "out" / "stability.json")}
     assert len(found) == 4 and found["moco, batch", 10] == shared | {"cell": "moco, batch"}
+    text = (tmp_path / "out" / "stability.md").read_text()  # its seeds were fixed before: claims are corrected
+    assert "**Incomplete:** 2 of 12 rows, the shortest with 2 of the 16 seeds" in text
+    assert "Holm's p" in text and "CPU s/run" in text
 
 
 def test_another_specification_is_another_table(
