@@ -234,9 +234,8 @@ def test_the_update_that_a_graph_replays_is_the_optimisers() -> None:
     step = step_of(copy.deepcopy(method))
     step.run = step._whole
     assert [float(step(batch(side=32, seed=s)).total) for s in range(3)] == pytest.approx(totals, rel=1e-6)
-    assert torch.allclose(
-        step.method.state_dict()["encoder_q.trunk.conv1.weight"], state["encoder_q.trunk.conv1.weight"], rtol=1e-5
-    )
+    name = "encoder_q.trunk.conv1.weight"  # weights up to 0.3, of which some are next to 0
+    torch.testing.assert_close(step.method.state_dict()[name], state[name], rtol=1e-5, atol=1e-7)
 
 
 def test_one_graph_serves_every_learning_rate() -> None:
