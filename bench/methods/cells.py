@@ -50,6 +50,11 @@ class Study(NamedTuple):
     shares: tuple[str, ...] = ()
     """Studies with the same cells under names of their own: a record of theirs is taken over instead of being run again."""
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether it makes claims: its p values are corrected for their number, and mean nothing before all seeds are there."""
+        return self.seeds is not None
+
 
 def dotted(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Overrides of keys that are given by section, as ``queue={"size": 256}``."""

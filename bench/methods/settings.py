@@ -65,7 +65,7 @@ class Setting(NamedTuple):
 
     def explained(self, study: Study) -> str:
         """What the numbers of a table of ``study`` are."""
-        return self.note.format(p=_RAW if study.seeds is None else _CORRECTED)
+        return self.note.format(p=_CORRECTED if study.is_planned else _RAW)
 
     def root(self, data: Path | None) -> Path:
         """The folder of the photographs below ``data`` or ``$PPSSL_REAL``. Raises ``ConfigError`` naming the remedy."""

@@ -107,21 +107,22 @@ def page(table: dict[str, Any]) -> str:
     seen = " or ".join(f"{count:,}" for count in table["images"]) or "no"
     title = study.title if setting.folder is None else f"{study.title}, {setting.name}"
     head = f"# {title}\n\n`{table['command']}`\n\n{seen} images per run; commit {commits}.\n\n"
-    if study.seeds is not None:
-        head += _planned(table, study, study.seeds) + "\n\n"
-    return head + markdown(table["rows"], table["reference"], study.seeds is not None) + "\n" + setting.explained(study)
+    if study.is_planned:
+        head += _planned(table, study) + "\n\n"
+    return head + markdown(table["rows"], table["reference"], study.is_planned) + "\n" + setting.explained(study)
 
 
-def _planned(table: dict[str, Any], study: Study, seeds: int) -> str:
+def _planned(table: dict[str, Any], study: Study) -> str:
     """What the table may be read for."""
+    assert study.seeds is not None
     if table.get("tuning"):
         return "Tuning: evaluated on training photos that were held out, with seeds that no other table has. It chose settings."
     done = min((len(row["seeds"]) + len(row["failed"]) for row in table["rows"] if row["seeds"] or row["failed"]), default=0)
     rows = {row["cell"] for row in table["rows"]}
-    if done >= seeds and rows >= {cell.name for cell in study.cells}:
-        return f"Complete: the {seeds} seeds that were planned, on test images that chose nothing."
+    if done >= study.seeds and rows >= {cell.name for cell in study.cells}:
+        return f"Complete: the {study.seeds} seeds that were planned, on test images that chose nothing."
     return (
-        f"**Incomplete:** {len(rows)} of {len(study.cells)} rows, the shortest with {done} of the {seeds} seeds that were "
+        f"**Incomplete:** {len(rows)} of {len(study.cells)} rows, the shortest with {done} of the {study.seeds} seeds that were "
         f"planned. The p values mean nothing before all are there."
     )
 
@@ -219,12 +220,9 @@ def of_this_study(
 
 def taken_over(found: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Of the records of another study those of ``plans``, under the names that their cells have here."""
-    return [
-        record | {"cell": plan.cell.name}
-        for record in found
-        for plan in plans
-        if not any(records.differences(record["specification"], plan.specification))
-    ]
+    of_seed = ((record, plan) for record in found for plan in plans if record["seed"] == plan.specification["seed"])
+    renamed = ((record | {"cell": plan.cell.name}, plan) for record, plan in of_seed)
+    return [record for record, plan in renamed if records.is_of(record, plan.cell.name, plan.specification)]
 
 
 _ELSEWHERE = "name another folder for this table (--out DIR), or move that file away"

@@ -54,10 +54,16 @@ class Inline:
 
 
 @pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process, which is quicker."""
+    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+    Inline.ran.clear()
+
+
+@pytest.fixture
 def arguments(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("PPSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    Inline.ran.clear()
     return [
         "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--budget", "48", "--amp", "off", "--jobs", "1",
         f"data.root={images}", "data.image_size=32", "data.loader=torch", "data.workers=0", "batch_size=16", "queue.size=32",
@@ -65,8 +71,8 @@ def arguments(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]  # fmt: skip
 
 
-def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+@pytest.mark.usefixtures("inline")
+def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path) -> None:
     two = ["--only", "moco", "--only", "lcr guided"]
     assert command.main([*two, "--seeds", "1", *arguments]) == 0
     assert Inline.ran == ["moco/10", "lcr guided/10"]
@@ -100,8 +106,8 @@ def test_a_miniature_and_its_continuation(arguments: list[str], tmp_path: Path, 
     assert Inline.ran == [] and len(tables.read(tmp_path / "out" / "main.json")) == 6  # nothing is lost
 
 
-def test_cells_that_another_study_has_are_taken_over(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+@pytest.mark.usefixtures("inline")
+def test_cells_that_another_study_has_are_taken_over(arguments: list[str], tmp_path: Path) -> None:
     assert command.main(["--study", "negatives", "--only", "batch", "--seeds", "1", *arguments]) == 0
     shutil.rmtree(tmp_path / "work")
     Inline.ran.clear()
@@ -116,10 +122,8 @@ def test_cells_that_another_study_has_are_taken_over(arguments: list[str], tmp_p
     assert "Holm's p" in text and "CPU s/run" in text
 
 
-def test_another_specification_is_another_table(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+@pytest.mark.usefixtures("inline")
+def test_another_specification_is_another_table(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = ["--only", "untrained", "--seeds", "1", *arguments]
     assert command.main(one) == 0
     before = (tmp_path / "out" / "main.json").read_bytes()
@@ -133,8 +137,8 @@ def test_another_specification_is_another_table(
     assert command.main(one) == 2
 
 
-def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+@pytest.mark.usefixtures("inline")
+def test_kept_cells_are_run_folders_and_a_picture(arguments: list[str], tmp_path: Path) -> None:
     asked = ["--only", "moco", "--only", "lcr guided", "--seeds", "1", "--keep", *arguments]
     assert command.main(asked) == 0
     folders = sorted(p for p in (tmp_path / "work" / "main").iterdir() if p.is_dir())
@@ -374,8 +378,8 @@ def test_a_value_out_of_range_ends_with_code_2(arguments: list[str]) -> None:
     assert command.main([*arguments, "optim.lr=-1"]) == 2
 
 
-def test_a_cell_that_diverges_is_recorded_as_such(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies.multiprocessing, "get_context", lambda kind: type("Context", (), {"Process": Inline}))
+@pytest.mark.usefixtures("inline")
+def test_a_cell_that_diverges_is_recorded_as_such(arguments: list[str], tmp_path: Path) -> None:
     assert command.main(["--only", "moco", "--seeds", "1", *arguments, "optim.lr=1e30"]) == 0
     (found,) = json.loads((tmp_path / "out" / "main.json").read_text())["records"]
     assert "not finite" in found["failed"] and "rank1" not in found
